@@ -1,0 +1,26 @@
+# Sourced by the other scripts: makes .venv on a fresh machine with Python 3.11 or newer, from the
+# hashed lists in requirements/. Uses uv where there is one, else puts one into .venv.
+# shellcheck shell=sh
+venv() {
+  list=requirements/$1.txt
+  stamp=.venv/.installed-$1
+  if [ -f "$stamp" ] && [ ! "$list" -nt "$stamp" ] && [ ! pyproject.toml -nt "$stamp" ]; then return 0; fi
+  python=${PYTHON:-python3}
+  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "botlease needs Python 3.11 or newer; set PYTHON=/path/to/python3.11 ('$python' is not)" >&2
+    return 1
+  fi
+  [ -x .venv/bin/python ] || "$python" -m venv .venv || {
+    echo "cannot make .venv: on Debian and Ubuntu, apt-get install python3-venv" >&2
+    return 1
+  }
+  uv=$(command -v uv || true)
+  if [ -z "$uv" ]; then
+    [ -x .venv/bin/uv ] || .venv/bin/python -m pip install --quiet --require-hashes -r requirements/uv.txt || return 1
+    uv=.venv/bin/uv
+  fi
+  echo "installing $list into .venv (once)" >&2
+  "$uv" pip install --quiet --python .venv/bin/python --require-hashes -r "$list" || return 1
+  "$uv" pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation -e . || return 1
+  touch "$stamp"
+}

@@ -1,0 +1,1 @@
+"""At most one copy of your bot works at any time."""

@@ -1,0 +1,569 @@
+"""Decide. The whole safety argument of botlease, as one pure function.
+
+``step(state, event, now) -> (state, actions)`` knows no clock, no I/O, no randomness and no
+logging. ``now`` is seconds on a clock that also counts suspended time (``CLOCK_BOOTTIME``); the
+shell that calls it (:mod:`botlease.keeper`, and the simulation in the tests) owns that clock.
+:func:`next_wakeup` says when it wants to be called again.
+
+What it keeps true
+==================
+A *lease* row holds ``(term, beat, nonce, holder)`` and is only ever changed by compare-and-set::
+
+      asked_at                 drain_at        trusted_until        asked_at + ttl*(1-rho)
+         |--- renew, renew ...    |--- SIGTERM ---|--- SIGKILL, reap ---|
+                                                   <-- kill_budget -->
+
+* The holder's trust is counted from **before** the renewal was sent (``asked_at``): the row cannot
+  have been written earlier. An answer that arrives after ``trusted_until`` counts for nothing (R1).
+* A challenger takes the lease only if it was released (which is written after the work's process tree
+  is gone), if it saw the same key unchanged for ``ttl*(1+rho)`` on its own clock, or if the kernel of
+  the same host proved the holder dead (R3). Its acquire is a compare-and-set on the key it saw, so a
+  renewal that slips in between defeats it. After an expiry it waits ``lock_delay`` before working.
+* Since clock rates differ by less than ``rho``, the last instant a holder can work lies before the first
+  instant a challenger can: that is the whole proof. No timestamp of any other machine takes part.
+* One question is in flight at a time and every answer names it: a late, repeated or reordered
+  answer is dropped at the top of :func:`step`.
+* A hold we do not believe in (a grant that came too late, an acquire with an unknown outcome, a
+  release that was not confirmed) is *given back*, never adopted: no work runs under it.
+* A row that is missing, was written under another database timeline, or went backwards is "not
+  mine, not free": it is in *doubt* and must stay unchanged for a full ttl (R6, R7).
+* After a stop signal nothing is acquired or claimed again (R8).
+
+Sources: trust from the time of asking is River's leader election; expiry by watching for change is
+Kubernetes client-go and the DynamoDB lock client; fencing tokens and the lock-delay are Chubby's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from botlease.model import (
+    TERM_GAP,
+    Action,
+    Arm,
+    Ask,
+    Claimed,
+    Denied,
+    Done,
+    Drain,
+    End,
+    Event,
+    Failed,
+    Granted,
+    HolderDied,
+    How,
+    Kill,
+    Lease,
+    Mode,
+    Peer,
+    Question,
+    Reason,
+    Registered,
+    Renewed,
+    Seen,
+    Start,
+    StopAsked,
+    Tick,
+    Timing,
+    Verb,
+    View,
+    Watch,
+    Woken,
+    WorkEnded,
+)
+
+# State -----------------------------------------------------------------------------------------------
+
+
+class Phase(StrEnum):
+    JOINING = "joining"
+    STANDBY = "standby"
+    HOLDING = "holding"  # the lease is ours, the lock-delay runs
+    WORKING = "active"
+    DRAINING = "draining"
+    RELEASING = "releasing"
+    LEAVING = "leaving"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    number: int
+    nonce: str
+    origin: str
+    asked_at: float
+    trusted_until: float
+    start_at: float
+    how: How = How.RELEASED
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Who we are and what we may do."""
+
+    instance_id: str
+    mode: Mode = Mode.PREEMPT
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    me: Candidate
+    timing: Timing
+    phase: Phase = Phase.JOINING
+    asking: Question | None = None
+    serial: int = 0
+    # when what is due
+    look_at: float = 0.0
+    ask_after: float = 0.0  # a short pause after a failure
+    touch_at: float = 0.0
+    failures: int = 0
+    contact_since: float = 0.0
+    # what was seen
+    view: View | None = None
+    key: tuple[int, int, str, str | None] | None = None
+    key_since: float = 0.0
+    doubted: bool = False
+    floor: int = 0
+    origin: str = ""
+    peer: tuple[str, int] | None = None
+    peer_since: float = 0.0
+    proved: tuple[int, str] | None = None
+    claimed: bool = False
+    was_active: bool = False
+    give_back_at: float = 0.0
+    # what is held
+    term: Term | None = None
+    drain_until: float = 0.0
+    killed: bool = False
+    reason: Reason | None = None
+    # the end
+    stopping: bool = False
+    leave_by: float = 0.0
+
+    @property
+    def label(self) -> str:
+        """The word for the status table: a superseded instance is passive, not a mere standby."""
+        if self.phase is Phase.STANDBY and self.was_active:
+            return "passive"
+        return str(self.phase)
+
+
+def start(me: Candidate, timing: Timing, now: float) -> State:
+    return State(me=me, timing=timing, look_at=now, contact_since=now, touch_at=now + timing.ttl)
+
+
+def step(state: State, event: Event, now: float) -> tuple[State, list[Action]]:
+    """Take in one event and say what to do. Same state, event and time: same answer."""
+    actions: list[Action] = []
+    # Deadlines come first: an answer that arrives after the end of trust finds the trust ended.
+    state = _deadlines(state, now, actions)
+    state = _absorb(state, event, now, actions)
+    state = _deadlines(state, now, actions)
+    state = _plan(state, now, actions)
+    return state, actions
+
+
+# Deadlines -------------------------------------------------------------------------------------------
+
+
+def _deadlines(s: State, now: float, out: list[Action]) -> State:
+    t = s.term
+    if t is None:
+        return s
+    if s.phase is Phase.HOLDING and now >= t.trusted_until:
+        return _disbelieve(s, now)
+    if s.phase is Phase.WORKING:
+        if now >= t.trusted_until:
+            return _kill(s, Reason.SILENT, out)
+        if now >= t.asked_at + s.timing.drain_after:
+            return _drain(s, t.trusted_until, Reason.SILENT, out)
+    if s.phase is Phase.DRAINING and not s.killed and now >= min(s.drain_until, t.trusted_until):
+        return _kill(s, s.reason or Reason.SILENT, out)
+    return s
+
+
+def _drain(s: State, until: float, reason: Reason, out: list[Action]) -> State:
+    out.append(Drain(until, reason))
+    return replace(s, phase=Phase.DRAINING, drain_until=until, reason=reason, killed=False)
+
+
+def _kill(s: State, reason: Reason, out: list[Action]) -> State:
+    out.append(Kill(reason))
+    return replace(s, phase=Phase.DRAINING, reason=reason, killed=True)
+
+
+def _disbelieve(s: State, now: float) -> State:
+    """Drop a hold under which no work runs. The row may still name us: it is read, then given back."""
+    asking = None if s.asking is not None and s.asking.verb is Verb.RENEW else s.asking
+    return replace(s, phase=Phase.STANDBY, term=None, asking=asking, view=None, look_at=now)
+
+
+# Taking in -------------------------------------------------------------------------------------------
+
+
+def _absorb(s: State, event: Event, now: float, out: list[Action]) -> State:
+    match event:
+        case Tick():
+            return s
+        case Woken():
+            return replace(s, look_at=min(s.look_at, now))
+        case StopAsked():
+            return _stop(s, now, out)
+        case WorkEnded(term):
+            return _work_ended(s, term, now)
+        case HolderDied(term, nonce):
+            return replace(s, proved=(term, nonce))
+    q = s.asking
+    if q is None or q.serial != event.serial:
+        return s  # the answer to a question we gave up on: late, repeated or reordered
+    s = replace(s, asking=None)
+    if isinstance(event, Failed):
+        return _failed(s, q, now)
+    if s.failures:
+        s = replace(s, failures=0, contact_since=now)
+    match event:
+        case Registered(view=view):
+            s = replace(s, phase=Phase.STANDBY) if s.phase is Phase.JOINING else s
+            return _saw(s, view, now, out)
+        case Seen(view=view):
+            return _saw(s, view, now, out)
+        case Claimed(ok=ok):
+            return replace(s, claimed=s.claimed or ok, view=None, look_at=now)
+        case Granted():
+            return _granted(s, q, event, now, out)
+        case Denied():
+            return _denied(s, q, now, out)
+        case Renewed():
+            return _renewed(s, q, event, now, out)
+        case Done():
+            return _done(s, q, now)
+    return s
+
+
+def _stop(s: State, now: float, out: list[Action]) -> State:
+    if s.stopping:
+        return s
+    s = replace(s, stopping=True, leave_by=now + 3 * s.timing.attempt, ask_after=now)
+    if s.phase is Phase.WORKING:
+        return _drain(s, now + s.timing.stop_grace, Reason.STOPPED, out)
+    if s.phase is Phase.HOLDING:
+        return replace(s, phase=Phase.RELEASING, reason=Reason.STOPPED)
+    return replace(s, reason=Reason.STOPPED) if s.phase in (Phase.JOINING, Phase.STANDBY) else s
+
+
+def _work_ended(s: State, term: int, now: float) -> State:
+    if s.term is None or s.term.number != term or s.phase not in (Phase.WORKING, Phase.DRAINING):
+        return s
+    asking = s.asking
+    if asking is not None and asking.verb is not Verb.ACQUIRE:
+        asking = None  # its answer can no longer matter, and the release must not wait for it
+    if s.phase is Phase.WORKING:  # it ended by itself: the instance is finished
+        s = replace(s, reason=Reason.WORK_ENDED, stopping=True)
+    return replace(
+        s, phase=Phase.RELEASING, asking=asking, was_active=True, leave_by=now + 3 * s.timing.attempt, ask_after=now
+    )
+
+
+def _failed(s: State, q: Question, now: float) -> State:
+    pause = min(0.1 * 2 ** min(s.failures, 4), s.timing.renew_every)
+    s = replace(s, failures=s.failures + 1, ask_after=now + pause)
+    if q.verb in (Verb.ACQUIRE, Verb.CLAIM, Verb.RELEASE):
+        s = replace(s, view=None, look_at=now)
+        if q.verb is Verb.ACQUIRE and q.how is How.EXPIRED:
+            # Should it have been granted after all, the lock-delay must pass before we write "released".
+            s = replace(s, give_back_at=q.asked_at + s.timing.lock_delay)
+        if q.verb is Verb.RELEASE and s.phase is Phase.RELEASING:
+            s = replace(s, phase=Phase.STANDBY, term=None)
+    return s
+
+
+def _saw(s: State, view: View, now: float, out: list[Action]) -> State:
+    """Take in one read. ``now`` is after the read completed: that is when the watching begins."""
+    changed = bool(s.origin) and s.origin != view.origin
+    lease = view.lease
+    if s.term is not None and s.phase in (Phase.WORKING, Phase.HOLDING, Phase.DRAINING):
+        if changed or view.origin != s.term.origin:
+            return _term_over(replace(s, origin=view.origin), Reason.CHANGED, now, out)
+        if lease is None or (lease.term, lease.nonce) != (s.term.number, s.term.nonce):
+            return _term_over(s, Reason.LOST, now, out)
+        assigned = view.assigned is not None and view.assigned.instance_id == s.me.instance_id
+        s = replace(s, look_at=now + 3600.0)
+        return s if assigned else _unassigned(s, view.assigned is None, now, out)
+    if lease is None:
+        return replace(s, view=view, key=None, doubted=True, origin=view.origin, look_at=now + _interval(s, view))
+    if s.key != lease.key:
+        backwards = lease.term < s.floor or (
+            s.key is not None and s.key[0] == lease.term and s.key[2] == lease.nonce and lease.beat < s.key[1]
+        )
+        doubted = backwards or changed or lease.origin != view.origin
+        if lease.holder and lease.proof and (s.key is None or s.key[2] != lease.nonce):
+            out.append(Watch(lease))
+        s = replace(s, key=lease.key, key_since=now, doubted=doubted)
+    elif changed:
+        s = replace(s, key_since=now, doubted=True)
+    peer = (view.assigned.instance_id, view.assigned.beat) if view.assigned else None
+    if peer != s.peer:
+        s = replace(s, peer=peer, peer_since=now)
+    return replace(s, view=view, floor=max(s.floor, lease.term), origin=view.origin, look_at=now + _interval(s, view))
+
+
+def _interval(s: State, view: View) -> float:
+    """How soon to look again where no notification comes: often while somebody is handing over to us."""
+    mine = view.assigned is not None and view.assigned.instance_id == s.me.instance_id
+    return min(0.2, s.timing.renew_every) if mine else s.timing.renew_every
+
+
+def _unassigned(s: State, vacant: bool, now: float, out: list[Action]) -> State:
+    reason = Reason.DEACTIVATED if vacant else Reason.SUPERSEDED
+    if s.phase is Phase.WORKING:
+        return _drain(s, now + s.timing.stop_grace, reason, out)
+    if s.phase is Phase.HOLDING:
+        return replace(s, phase=Phase.RELEASING, reason=reason)
+    return s
+
+
+def _term_over(s: State, reason: Reason, now: float, out: list[Action]) -> State:
+    """The row says so: no grace, somebody may be waiting out the very last of it."""
+    if s.phase is Phase.HOLDING:
+        return _disbelieve(s, now)
+    return s if s.killed else _kill(s, reason, out)
+
+
+def _granted(s: State, q: Question, event: Granted, now: float, out: list[Action]) -> State:
+    until = q.asked_at + s.timing.trust
+    if now >= until or s.phase is not Phase.STANDBY:
+        return _disbelieve(replace(s, give_back_at=q.asked_at + s.timing.lock_delay), now)
+    delay = s.timing.lock_delay if q.how is How.EXPIRED else 0.0
+    term = Term(event.term, event.nonce, event.origin, q.asked_at, until, now + delay, q.how)
+    s = replace(s, term=term, floor=max(s.floor, event.term), killed=False, reason=None)
+    if s.stopping:
+        return replace(s, phase=Phase.RELEASING, reason=Reason.GIVEN_BACK)
+    return replace(s, phase=Phase.HOLDING)
+
+
+def _denied(s: State, q: Question, now: float, out: list[Action]) -> State:
+    if q.verb is Verb.RENEW:
+        return _term_over(s, Reason.LOST, now, out)
+    if q.verb is Verb.RELEASE:
+        return _done(s, q, now)  # the term is not ours any more: just as good
+    return replace(s, view=None, look_at=now)
+
+
+def _renewed(s: State, q: Question, event: Renewed, now: float, out: list[Action]) -> State:
+    t = s.term
+    if t is None or q.held != (t.number, t.nonce) or now >= t.trusted_until:
+        return s  # it came after the end of trust: it counts for nothing
+    if event.origin != t.origin:
+        return _term_over(replace(s, origin=event.origin), Reason.CHANGED, now, out)
+    t = replace(t, asked_at=q.asked_at, trusted_until=q.asked_at + s.timing.trust)
+    s = replace(s, term=t)
+    if s.phase in (Phase.WORKING, Phase.DRAINING) and not s.killed:
+        out.append(Arm(t.trusted_until))
+    return s if event.assigned else _unassigned(s, event.vacant, now, out)
+
+
+def _done(s: State, q: Question, now: float) -> State:
+    if q.verb is Verb.TOUCH:
+        return replace(s, touch_at=now + s.timing.ttl)
+    if q.verb is Verb.LEAVE or q.leave:
+        return replace(s, phase=Phase.ENDED, term=None)
+    if q.verb is Verb.RELEASE:
+        phase = Phase.STANDBY if s.phase is Phase.RELEASING else s.phase
+        return replace(s, phase=phase, term=None, view=None, look_at=now, give_back_at=0.0)
+    return s
+
+
+# Planning --------------------------------------------------------------------------------------------
+
+
+def _plan(s: State, now: float, out: list[Action]) -> State:
+    """Look at the facts and do the next thing that is due."""
+    t = s.term
+    if s.phase is Phase.HOLDING and t is not None and now >= t.start_at:
+        out.append(Arm(t.trusted_until))
+        out.append(Start(t.number, t.nonce, t.trusted_until))
+        s = replace(s, phase=Phase.WORKING, was_active=True, look_at=now + 3600.0)
+    if s.phase is Phase.ENDED:
+        out.append(End(s.reason or Reason.STOPPED))
+        return s
+    if s.stopping and now >= s.leave_by and s.phase in (Phase.JOINING, Phase.STANDBY, Phase.LEAVING, Phase.RELEASING):
+        # The database does not answer. No work runs; the lease, if any, runs out by itself.
+        out.append(End(s.reason or Reason.STOPPED))
+        return replace(s, phase=Phase.ENDED, asking=None)
+    if s.asking is not None or now < s.ask_after:
+        return s
+    match s.phase:
+        case Phase.JOINING:
+            return _finish(s, now, out) if s.stopping else _ask(s, now, out, Verb.REGISTER)
+        case Phase.STANDBY:
+            return _plan_standby(s, now, out)
+        case Phase.HOLDING | Phase.WORKING | Phase.DRAINING:
+            return _plan_hold(s, now, out)
+        case Phase.RELEASING:
+            assert t is not None
+            last = s.stopping
+            return _ask(
+                s,
+                now,
+                out,
+                Verb.RELEASE,
+                held=(t.number, t.nonce),
+                reason=s.reason or Reason.STOPPED,
+                pass_on=last,
+                leave=last,
+            )
+        case Phase.LEAVING:
+            return _finish(s, now, out)
+    return s
+
+
+def _ask(s: State, now: float, out: list[Action], verb: Verb, **fields: object) -> State:
+    q = Question(verb, s.serial + 1, now, **fields)  # type: ignore[arg-type]
+    out.append(Ask(q))
+    return replace(s, asking=q, serial=q.serial)
+
+
+def _finish(s: State, now: float, out: list[Action]) -> State:
+    return _ask(replace(s, phase=Phase.LEAVING), now, out, Verb.LEAVE, reason=s.reason or Reason.STOPPED, pass_on=True)
+
+
+def _plan_hold(s: State, now: float, out: list[Action]) -> State:
+    t = s.term
+    assert t is not None
+    if now >= t.asked_at + s.timing.renew_every and not s.killed:
+        return _ask(s, now, out, Verb.RENEW, held=(t.number, t.nonce))
+    if now >= s.look_at and s.phase is not Phase.DRAINING:
+        return _ask(s, now, out, Verb.READ)
+    if now >= s.touch_at and s.phase is Phase.WORKING:
+        return _ask(s, now, out, Verb.TOUCH, label=s.label)
+    return s
+
+
+def _plan_standby(s: State, now: float, out: list[Action]) -> State:
+    view = s.view
+    if view is None or now >= s.look_at:
+        return _ask(s, now, out, Verb.READ)
+    lease = view.lease
+    if lease is None or not view.generation:
+        # The lease row or our own row vanished. Registering puts back what is missing, in doubt, never free.
+        return _finish(s, now, out) if s.stopping else _ask(s, now, out, Verb.REGISTER)
+    if lease.holder == s.me.instance_id:
+        if now >= s.give_back_at:
+            reason = Reason.GIVEN_BACK if s.reason is None else s.reason
+            return _ask(s, now, out, Verb.RELEASE, held=(lease.term, lease.nonce), reason=reason)
+        return s
+    if s.stopping:
+        return _finish(s, now, out)
+    if s.me.mode is Mode.REFUSE and _somebody_lives(s, view, now):
+        return _finish(replace(s, stopping=True, leave_by=now + s.timing.attempt * 2, reason=Reason.REFUSED), now, out)
+    if view.assigned is not None and view.assigned.instance_id == s.me.instance_id:
+        s = replace(s, claimed=True)
+        how = _vacancy(s, lease, now)
+        if how is not None:
+            floor = max(s.floor, lease.term)
+            if lease.origin != view.origin:
+                floor = max(floor + TERM_GAP, view.era)
+            return _ask(s, now, out, Verb.ACQUIRE, key=lease.key, floor=floor, how=how)
+    elif _may_claim(s, view, lease, now):
+        source = view.assigned.instance_id if view.assigned else None
+        return _ask(s, now, out, Verb.CLAIM, source=source)
+    if now >= s.touch_at:
+        return _ask(s, now, out, Verb.TOUCH, label=s.label)
+    return s
+
+
+def _vacancy(s: State, lease: Lease, now: float) -> How | None:
+    """Rule R3: the evidence that nobody can be working under this row, or None."""
+    if lease.holder is None and not s.doubted:
+        return How.RELEASED
+    if lease.holder is not None and s.proved == (lease.term, lease.nonce) and not s.doubted:
+        return How.DIED
+    if now >= s.key_since + s.timing.patience(lease.ttl):
+        return How.EXPIRED
+    return None
+
+
+def _somebody_lives(s: State, view: View, now: float) -> bool:
+    lease, peer = view.lease, view.assigned
+    assert lease is not None
+    if lease.holder is not None and _vacancy(s, lease, now) is None:
+        return view.renewed_ago < s.timing.patience(lease.ttl)
+    if peer is None or peer.instance_id in (s.me.instance_id, lease.holder):
+        return False  # whoever held it is dead or gone
+    return not peer.ended and peer.age < 2 * s.timing.ttl
+
+
+def _may_claim(s: State, view: View, lease: Lease, now: float) -> bool:
+    peer = view.assigned
+    if peer is None:
+        # Nobody is assigned: the first start, or the operator's will. Only a deployment that has not
+        # had its turn may end that; nobody promotes himself back.
+        return s.me.mode is not Mode.WAIT and not s.claimed and view.generation > lease.served
+    if s.me.mode is Mode.PREEMPT and not s.claimed and view.generation > peer.generation:
+        return True
+    return now >= _failover_at(s, view, lease, peer)
+
+
+def _failover_at(s: State, view: View, lease: Lease, peer: Peer) -> float:
+    """When the assigned instance counts as dead for us. Only a matter of liveness: the lease decides safety."""
+    wait = view.ahead * s.timing.renew_every
+    if peer.ended:
+        return s.key_since + wait
+    if lease.holder == peer.instance_id:
+        if s.proved == (lease.term, lease.nonce) and not s.doubted:
+            return s.key_since + wait
+        # After an outage of the database the assigned one gets a moment to come back first.
+        back = s.contact_since + 2 * s.timing.renew_every
+        return max(s.key_since + s.timing.patience(lease.ttl), back) + wait
+    return max(s.peer_since, s.contact_since) + 2.5 * s.timing.ttl + wait
+
+
+# When to wake ----------------------------------------------------------------------------------------
+
+
+def next_wakeup(s: State) -> float | None:
+    """The next moment at which :func:`step` has something to do without an event, or None."""
+    if s.phase is Phase.ENDED:
+        return None
+    due: list[float] = []
+    t = s.term
+    if t is not None:
+        if s.phase is Phase.HOLDING:
+            due += [t.start_at, t.trusted_until]
+        elif s.phase is Phase.WORKING:
+            due += [t.asked_at + s.timing.drain_after, t.trusted_until]
+        elif s.phase is Phase.DRAINING and not s.killed:
+            due += [s.drain_until, t.trusted_until]
+    if s.stopping and s.phase in (Phase.JOINING, Phase.STANDBY, Phase.LEAVING, Phase.RELEASING):
+        due.append(s.leave_by)
+    if s.asking is None:
+        ask = _next_question(s)
+        if ask is not None:
+            due.append(max(ask, s.ask_after))
+    return min(due) if due else None
+
+
+def _next_question(s: State) -> float | None:
+    t = s.term
+    if s.phase in (Phase.HOLDING, Phase.WORKING, Phase.DRAINING):
+        assert t is not None
+        due = [] if s.killed else [t.asked_at + s.timing.renew_every]
+        if s.phase is not Phase.DRAINING:
+            due.append(s.look_at)
+        if s.phase is Phase.WORKING:
+            due.append(s.touch_at)
+        return min(due) if due else None
+    view = s.view
+    if s.phase is not Phase.STANDBY or view is None or view.lease is None or not view.generation:
+        return s.ask_after
+    due = [s.look_at]
+    if view.lease.holder == s.me.instance_id:
+        due.append(s.give_back_at)
+        return min(due)
+    due.append(s.touch_at)
+    if view.assigned is not None and view.assigned.instance_id == s.me.instance_id:
+        due.append(s.key_since + s.timing.patience(view.lease.ttl))
+    elif view.assigned is not None:
+        due.append(_failover_at(s, view, view.lease, view.assigned))
+    return min(due)

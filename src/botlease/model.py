@@ -1,0 +1,336 @@
+"""What is said: the timings, what a store answers, the questions, events and actions of :mod:`botlease.core`.
+
+Only values; nothing here decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+TERM_GAP: Final = 1000
+"""Terms skipped when the database is not the one the row was written in: a fail-over can lose the last
+commits, and with them terms that were already handed out. Nobody acquires 1,000 times in a lost tail;
+:attr:`View.era` covers a second fail-over that loses the first one's terms too."""
+
+
+class TimingError(ValueError):
+    """The timings contradict each other; the message shows the arithmetic."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Every duration in seconds. Checked when made, refused with the arithmetic, never adjusted in silence."""
+
+    ttl: float = 10.0
+    renew_every: float = 2.0
+    attempt: float = 1.5
+    """How long one store call may take, whatever the driver does."""
+    lock_delay: float = 1.0
+    """Wait after an expiry before working: what the dead holder had in flight arrives in this time."""
+    kill_budget: float = 1.0
+    """From the end of trust to the last process of the tree being gone."""
+    stop_grace: float = 10.0
+    """From SIGTERM to SIGKILL in a planned drain."""
+    rho: float = 0.01
+    """Bound on the difference of clock rates. Kernels slew by at most 500 ppm; the rest is reserve."""
+
+    @classmethod
+    def for_ttl(cls, ttl: float, *, stop_grace: float = 10.0) -> Timing:
+        """The defaults scaled to ``ttl``: they are 20 %, 15 % and 10 % of it, kill_budget between 0.1 and 1 s."""
+        return cls(
+            ttl=ttl, renew_every=ttl * 0.2, attempt=ttl * 0.15, kill_budget=min(1.0, ttl / 6), stop_grace=stop_grace
+        )
+
+    @property
+    def trust(self) -> float:
+        return self.ttl * (1 - self.rho) - self.kill_budget
+
+    @property
+    def drain_after(self) -> float:
+        """Without a confirmed renewal the work is asked to stop this long after the last one was sent."""
+        return self.ttl * 0.6
+
+    def patience(self, row_ttl: float) -> float:
+        """How long a challenger must see the row unchanged. The longer ttl counts where two differ."""
+        return max(self.ttl, row_ttl) * (1 + self.rho)
+
+    def __post_init__(self) -> None:
+        for name in ("ttl", "renew_every", "attempt", "lock_delay", "kill_budget", "stop_grace", "rho"):
+            value = getattr(self, name)
+            if not 0 <= value < 86_400:
+                raise TimingError(f"{name} is {value:g}; it must be between 0 and 86400 seconds")
+        if self.ttl < 1:
+            raise TimingError(f"ttl is {self.ttl:g} s; it must be at least 1 s")
+        if not 0 < self.rho < 0.5 or self.kill_budget < 0.1:
+            raise TimingError(
+                f"rho is {self.rho:g} and kill_budget {self.kill_budget:g} s; need 0 < rho < 0.5, kill_budget >= 0.1"
+            )
+        if self.renew_every <= 0 or self.attempt <= 0:
+            raise TimingError("renew_every and attempt must be above 0")
+        need = self.renew_every + 2 * self.attempt
+        if need > self.drain_after + 1e-9:
+            raise TimingError(
+                f"renew_every + 2*attempt = {self.renew_every:g} + 2*{self.attempt:g} = {need:g} s, "
+                f"but it must fit into 0.6*ttl = {self.drain_after:g} s, or one slow answer ends a term"
+            )
+        if self.drain_after >= self.trust:
+            raise TimingError(
+                f"0.6*ttl = {self.drain_after:g} s must be below ttl*(1-rho) - kill_budget = "
+                f"{self.ttl:g}*{1 - self.rho:g} - {self.kill_budget:g} = {self.trust:g} s, or no time is left to drain"
+            )
+
+
+class Reason(StrEnum):
+    """Why a term ended or an instance stopped: the closed list of the journal."""
+
+    STOPPED = "stopped"  # a stop signal reached the instance
+    SUPERSEDED = "superseded"  # another instance has the assignment
+    DEACTIVATED = "deactivated"  # the operator took the assignment away, nobody has it
+    WORK_ENDED = "work_ended"  # the work came to an end by itself (or used up its crash budget)
+    SILENT = "store_silent"  # no renewal was confirmed in time
+    LOST = "lease_lost"  # the row says that the term is over
+    CHANGED = "store_changed"  # another database, timeline or file answered
+    EXPIRED = "expired"  # written by the successor: the term ran out
+    DIED = "died"  # written by the successor: the kernel proved the holder dead
+    GIVEN_BACK = "given_back"  # granted, but never believed in: no work ran
+    REFUSED = "refused"  # another instance is running and this one was told not to wait
+
+
+class Mode(StrEnum):
+    PREEMPT = "preempt"  # a strictly newer generation asks for the handover
+    WAIT = "wait"  # only ever fills a vacancy
+    REFUSE = "refuse"  # leaves if another instance is alive: a second start by hand
+
+
+class How(StrEnum):
+    """The evidence an acquire rests on."""
+
+    RELEASED = "released"
+    EXPIRED = "expired"
+    DIED = "died"
+
+
+# What the store says ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The occupancy row: who may still be running."""
+
+    term: int
+    beat: int
+    nonce: str
+    holder: str | None
+    ttl: float
+    origin: str  # the database (system, timeline) under which the row was written
+    proof: str = ""  # where the owner of the work runs: boot id, pid namespace, pid, start time
+    served: int = 0  # the highest generation that ever acquired it
+
+    @property
+    def key(self) -> tuple[int, int, str, str | None]:
+        return (self.term, self.beat, self.nonce, self.holder)
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The instance that has the assignment."""
+
+    instance_id: str
+    generation: int
+    ended: bool
+    beat: int
+    age: float  # seconds since its last heartbeat by the database's clock: never for safety
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One read of the database, as one statement saw it."""
+
+    lease: Lease | None
+    origin: str
+    assigned: Peer | None
+    generation: int  # ours; 0: our row is not there
+    ahead: int = 0  # live standbys that come before us in a fail-over
+    renewed_ago: float = 0.0  # by the database's clock, for display and refusals only
+    era: int = 0  # rises from one incarnation of the database to the next; terms of a new one begin above it
+
+
+# Questions, events, actions --------------------------------------------------------------------------
+
+
+class Verb(StrEnum):
+    REGISTER = "register"
+    READ = "read"
+    CLAIM = "claim"
+    ACQUIRE = "acquire"
+    RENEW = "renew"
+    RELEASE = "release"
+    TOUCH = "touch"
+    LEAVE = "leave"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One store call. ``serial`` is what its answer names."""
+
+    verb: Verb
+    serial: int
+    asked_at: float
+    key: tuple[int, int, str, str | None] | None = None  # acquire: the row as we saw it
+    floor: int = 0  # acquire: the term must rise above this
+    how: How = How.RELEASED
+    held: tuple[int, str] | None = None  # renew, release: exactly this (term, nonce)
+    source: str | None = None  # claim: who has the assignment now
+    reason: Reason | None = None
+    pass_on: bool = False  # release, leave: give the assignment to the best live standby
+    leave: bool = False  # release: the instance ends with it
+    label: str = ""  # touch: the state for the status table
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    serial: int
+    view: View
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    serial: int
+    view: View
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    serial: int
+    ok: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    serial: int
+    term: int
+    nonce: str
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Denied:
+    """A definite no: acquire, renew or release matched no row."""
+
+    serial: int
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    serial: int
+    assigned: bool
+    vacant: bool  # nobody has the assignment
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Release, touch or leave was confirmed."""
+
+    serial: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The outcome is unknown: an error, a lost connection, or the attempt's deadline."""
+
+    serial: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Woken:
+    """A hint that the database changed. It is never proof of anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopAsked:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class WorkEnded:
+    """The whole process tree of the work is gone and reaped."""
+
+    term: int
+
+
+@dataclass(frozen=True, slots=True)
+class HolderDied:
+    """The kernel of this host proved the owner of this (term, nonce) dead."""
+
+    term: int
+    nonce: str
+
+
+Event = (
+    Registered
+    | Seen
+    | Claimed
+    | Granted
+    | Denied
+    | Renewed
+    | Done
+    | Failed
+    | Tick
+    | Woken
+    | StopAsked
+    | WorkEnded
+    | HolderDied
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    question: Question
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """Set the kernel fence of the work to this moment."""
+
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    term: int
+    nonce: str
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    until: float
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """A new holder was seen: if its proof is of this host, watch it die."""
+
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    reason: Reason
+
+
+Action = Ask | Arm | Start | Drain | Kill | Watch | End

@@ -1,0 +1,221 @@
+"""The store protocol: where the lease lives, in eight verbs.
+
+A store is a class with the verbs below. What each must keep:
+
+* every verb is atomic, and a verb that changes something is guarded on exactly what the caller saw;
+* ``acquire`` gives a term above every term ever used for this bot; rows of leases are never deleted;
+* ``renew`` and ``release`` touch exactly one ``(term, nonce)``;
+* no verb outlasts ``deadline`` seconds, whatever the driver does: it raises :class:`StoreError` and
+  the outcome is then unknown;
+* times of the database are written for people; no verb decides by them.
+
+:mod:`botlease.testing` has the conformance suite. To add a store: one file, one line in ``open_store``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from botlease.model import How, Lease, Peer, Reason, View
+
+SCHEMA_VERSION: Final = 1
+SEED_COLUMNS: Final = ("instance_id", "started_at", "last_heartbeat", "is_active")
+KEEP_ENDED_DAYS: Final = 30
+"""Rows of ended instances and terms older than this are pruned when somebody registers."""
+
+T = TypeVar("T")
+
+
+class StoreError(Exception):
+    """The store did not answer as it should: the outcome of the call is unknown."""
+
+
+class StoreRefused(StoreError):
+    """The store can be reached but must not be used as it is; the message names the cure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """One start of one instance."""
+
+    instance_id: str
+    bot: str
+    deployment: str
+    host: str
+    pid: int
+    version: str
+    ttl: float
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    assigned: bool
+    vacant: bool
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    term: int
+    origin: str
+
+
+class Store(Protocol):
+    url: str  # without a password: fit for people's eyes
+    on_change: Callable[[], None] | None
+    """Called from the event loop when the database changed, as a hint; may never be called."""
+
+    async def open(self, deadline: float) -> None:
+        """Connect, create or migrate the schema, or refuse."""
+
+    async def aclose(self) -> None: ...
+
+    async def register(self, me: Registration, deadline: float) -> View:
+        """Insert our row, our deployment and the bot's lease where they are missing. Idempotent."""
+
+    async def read(self, bot: str, instance_id: str, deadline: float) -> View: ...
+
+    async def claim(self, bot: str, instance_id: str, source: str | None, deadline: float) -> bool:
+        """Take the assignment from exactly ``source`` (None: from nobody)."""
+
+    async def acquire(
+        self,
+        bot: str,
+        instance_id: str,
+        key: tuple[int, int, str, str | None],
+        *,
+        nonce: str,
+        floor: int,
+        how: How,
+        ttl: float,
+        proof: str,
+        deadline: float,
+    ) -> Grant | None:
+        """Begin a term above ``floor`` if the row is still exactly ``key`` and we are assigned and not ended."""
+
+    async def renew(self, bot: str, instance_id: str, term: int, nonce: str, deadline: float) -> Renewal | None: ...
+
+    async def release(
+        self,
+        bot: str,
+        instance_id: str,
+        term: int,
+        nonce: str,
+        *,
+        reason: Reason,
+        pass_on: bool,
+        leave: bool,
+        deadline: float,
+    ) -> bool:
+        """End the term, journal it, notify; with ``pass_on`` hand our assignment to the best live standby."""
+
+    async def touch(self, instance_id: str, state: str, deadline: float) -> None:
+        """One heartbeat of the instance row."""
+
+    async def leave(self, bot: str, instance_id: str, *, reason: Reason, pass_on: bool, deadline: float) -> None:
+        """Mark the instance ended: from then on no acquire of its can match."""
+
+    async def overview(self, deadline: float) -> dict[str, Any]:
+        """Leases and instances as plain values, for ``status``."""
+
+    async def promote(self, instance_id: str, deadline: float) -> None:
+        """What the operator's UPDATE does. Raises :class:`StoreRefused` for an unknown or ended instance."""
+
+    def guard_fd(self, bot: str) -> int | None:
+        """A lock that the owner of the work keeps as long as it lives, where the store has one."""
+
+
+def make_view(row: Any, origin: str, era: int) -> View:
+    """Build a :class:`View` from one row of a READ statement, whose columns both dialects name alike."""
+    lease = None
+    if row["term"] is not None:
+        lease = Lease(
+            term=row["term"],
+            beat=row["beat"],
+            nonce=row["nonce"],
+            holder=row["holder"],
+            ttl=float(row["ttl"]),
+            origin=row["origin"],
+            proof=row["proof"],
+            served=row["served"],
+        )
+    peer = None
+    if row["a_id"] is not None:
+        peer = Peer(
+            row["a_id"], row["a_generation"] or 0, bool(row["a_ended"]), row["a_beat"] or 0, float(row["a_age"] or 0)
+        )
+    return View(
+        lease=lease,
+        origin=origin,
+        assigned=peer,
+        generation=row["my_generation"] or 0,
+        ahead=row["ahead"],
+        renewed_ago=float(row["renewed_ago"] or 0),
+        era=era,
+    )
+
+
+async def within(deadline: float, work: Coroutine[Any, Any, T], abandon: Callable[[], None]) -> T:
+    """Await ``work`` for at most ``deadline`` seconds, even if it does not react to being cancelled.
+
+    ``asyncio.wait_for`` waits for the cancelled task; a driver on a black-holed connection can keep it
+    waiting for ever (measured: 11 s with one, 20 s with another). ``asyncio.wait`` does not wait.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=max(deadline, 0.001))
+    except asyncio.CancelledError:
+        task.cancel()
+        abandon()
+        raise
+    if done:
+        return task.result()
+    task.add_done_callback(_forget)
+    abandon()
+    task.cancel()
+    raise StoreError(f"no answer within {deadline:.2g} s")
+
+
+def _forget(task: asyncio.Future[Any]) -> None:
+    if not task.cancelled():
+        task.exception()  # its outcome is of no interest any more; do not log "never retrieved"
+
+
+def redact(text: str) -> str:
+    """Blot out passwords of URLs and bot tokens in anything that people may see."""
+    text = re.sub(r"(?<=://)([^/@\s:]*):[^@\s]*(?=@)", r"\1:***", text)
+    text = re.sub(r"(?i)(password|passwd|pwd)=[^&\s'\"]+", r"\1=***", text)
+    return re.sub(r"\b(\d{5,}):[A-Za-z0-9_-]{20,}", r"\1:***", text)
+
+
+def open_store(url: str) -> Store:
+    """The store for a database URL. Raises :class:`StoreRefused` with the cure for one we do not know."""
+    scheme = urlsplit(url).scheme if "://" in url else ""
+    if scheme in ("postgres", "postgresql"):
+        try:
+            from botlease.stores.postgres import PostgresStore
+        except ImportError as e:
+            if (e.name or "").split(".")[0] != "asyncpg":
+                raise
+            raise StoreRefused("PostgreSQL needs the driver asyncpg: pip install 'botlease[postgres]'") from None
+        return PostgresStore(url)
+    if scheme == "sqlite":
+        from botlease.stores.sqlite import SqliteStore
+
+        path = url.removeprefix("sqlite://")
+        if path.startswith("/"):
+            path = path[1:]  # sqlite:///relative, sqlite:////absolute
+        path = unquote(path.split("?", 1)[0])
+        if not path or path == ":memory:":
+            raise StoreRefused(
+                "a lease in memory protects nobody; name a file: sqlite:///bot.db or sqlite:////var/lib/bot.db"
+            )
+        return SqliteStore(path)
+    raise StoreRefused(
+        f"do not know the database URL {redact(url)!r}: use postgresql://user@host/name or sqlite:///path/to/file.db"
+    )

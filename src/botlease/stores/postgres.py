@@ -1,0 +1,535 @@
+"""PostgreSQL 13 or newer, directly or behind PgBouncer in transaction mode.
+
+One connection, no pool, no session state that safety depends on: every verb is one autocommitted
+statement. Behind a transaction pooler there is no LISTEN, so waking is by polling; whether there is a
+pooler is found out by itself: it answers with a process id that is not the server's own.
+
+No call outlasts its deadline: asyncpg is awaited by :func:`botlease.stores.within` and the connection is
+``terminate()``d, since a driver's own cancellation can wait for a dead peer (asyncpg issue 1326).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
+
+import asyncpg
+
+from botlease import clock
+from botlease.model import How, Reason, View
+from botlease.stores import (
+    KEEP_ENDED_DAYS,
+    SCHEMA_VERSION,
+    SEED_COLUMNS,
+    Grant,
+    Registration,
+    Renewal,
+    StoreError,
+    StoreRefused,
+    make_view,
+    redact,
+    within,
+)
+
+T = TypeVar("T")
+Key = tuple[int, int, str, str | None]
+CHANNEL: Final = "botlease"
+MIGRATION_LOCK: Final = 0x626F746C  # "botl": only so that two first starts do not create the tables at once
+
+INSTANCE_COLUMNS: Final = {
+    "bot": "text",
+    "deployment": "text",
+    "generation": "bigint",
+    "host": "text",
+    "pid": "integer",
+    "state": "text",
+    "term": "bigint",
+    "version": "text",
+    "stop_reason": "text",
+    "beat": "bigint NOT NULL DEFAULT 0",
+    "ended_at": "timestamptz",
+}
+
+CREATE_INSTANCES: Final = """
+CREATE TABLE bot_instances (
+  instance_id text PRIMARY KEY, started_at timestamptz NOT NULL, last_heartbeat timestamptz NOT NULL,
+  is_active boolean NOT NULL DEFAULT FALSE
+) WITH (fillfactor = 50)"""
+
+# Heartbeat columns are in no index, so that renewals and touches are HOT updates (measured: no bloat).
+CREATE_REST: Final = """
+CREATE UNIQUE INDEX bot_instances_one_active ON bot_instances (bot) WHERE is_active;
+CREATE INDEX bot_instances_live ON bot_instances (bot) WHERE ended_at IS NULL;
+CREATE TABLE bot_leases (
+  bot text PRIMARY KEY, term bigint NOT NULL, beat bigint NOT NULL, nonce text NOT NULL, holder text,
+  ttl double precision NOT NULL, origin text NOT NULL, proof text NOT NULL, served bigint NOT NULL,
+  renewed_at timestamptz NOT NULL
+) WITH (fillfactor = 50);
+CREATE TABLE bot_deployments (
+  generation bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, bot text NOT NULL, deployment text NOT NULL,
+  first_seen timestamptz NOT NULL, UNIQUE (bot, deployment)
+);
+CREATE TABLE bot_terms (
+  bot text NOT NULL, term bigint NOT NULL, instance_id text NOT NULL, deployment text, how text NOT NULL,
+  acquired_at timestamptz NOT NULL, released_at timestamptz, reason text, PRIMARY KEY (bot, term)
+);
+CREATE TABLE botlease_schema (version integer NOT NULL, origin text NOT NULL);
+CREATE OR REPLACE FUNCTION botlease_one_active() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  EXECUTE format('UPDATE %I.%I SET is_active = FALSE WHERE bot = $1 AND instance_id <> $2 AND is_active',
+                 TG_TABLE_SCHEMA, TG_TABLE_NAME) USING NEW.bot, NEW.instance_id;
+  RETURN NEW;
+END $$;
+CREATE OR REPLACE FUNCTION botlease_notify() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  PERFORM pg_notify('botlease', coalesce(CASE WHEN TG_OP = 'DELETE' THEN OLD.bot ELSE NEW.bot END, ''));
+  RETURN NULL;
+END $$;
+CREATE TRIGGER botlease_one_active BEFORE UPDATE OF is_active ON bot_instances FOR EACH ROW
+  WHEN (NEW.is_active AND NOT OLD.is_active AND NEW.bot IS NOT NULL) EXECUTE FUNCTION botlease_one_active();
+CREATE TRIGGER botlease_assignment AFTER UPDATE ON bot_instances FOR EACH ROW
+  WHEN (OLD.is_active IS DISTINCT FROM NEW.is_active) EXECUTE FUNCTION botlease_notify();
+CREATE TRIGGER botlease_removal AFTER DELETE ON bot_instances FOR EACH ROW EXECUTE FUNCTION botlease_notify();
+CREATE TRIGGER botlease_occupancy AFTER UPDATE ON bot_leases FOR EACH ROW
+  WHEN (OLD.holder IS DISTINCT FROM NEW.holder) EXECUTE FUNCTION botlease_notify();
+"""
+
+# Which incarnation of the database answers. The timeline changes with every promotion, and the function fails
+# on a standby, so a stale replica can never be believed. Some hosted PostgreSQL do not have it.
+TIMELINE: Final = "left(pg_walfile_name(pg_current_wal_lsn()), 8)"
+
+READ: Final = """
+SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served,
+       extract(epoch FROM clock_timestamp() - l.renewed_at)::float8 AS renewed_ago,
+       a.instance_id AS a_id, a.generation AS a_generation, a.ended_at IS NOT NULL AS a_ended, a.beat AS a_beat,
+       extract(epoch FROM clock_timestamp() - a.last_heartbeat)::float8 AS a_age,
+       me.generation AS my_generation, {timeline} AS timeline,
+       (SELECT count(*) FROM bot_instances o WHERE o.bot = $1 AND o.ended_at IS NULL AND NOT o.is_active
+          AND o.instance_id <> $2
+          AND (o.generation > me.generation OR (o.generation = me.generation AND o.started_at < me.started_at))
+          AND extract(epoch FROM clock_timestamp() - o.last_heartbeat)::float8 < 3 * coalesce(l.ttl, 10)) AS ahead
+FROM (SELECT 1) x LEFT JOIN bot_leases l ON l.bot = $1
+     LEFT JOIN bot_instances a ON a.bot = $1 AND a.is_active
+     LEFT JOIN bot_instances me ON me.instance_id = $2
+"""
+
+# A lease that is missing although the journal knows terms of this bot was lost, and on a database that is not
+# the one the schema was made in anything may have been lost: then it is put back as held by nobody we know,
+# to be waited out in full (R6, R7).
+REGISTER: Final = """
+WITH deployed AS (
+  INSERT INTO bot_deployments (bot, deployment, first_seen) VALUES ($1, $3, clock_timestamp())
+  ON CONFLICT (bot, deployment) DO UPDATE SET first_seen = bot_deployments.first_seen RETURNING generation
+), instance AS (
+  INSERT INTO bot_instances (instance_id, started_at, last_heartbeat, is_active, bot, deployment, generation, host,
+                             pid, state, version)
+  SELECT $2, clock_timestamp(), clock_timestamp(), FALSE, $1, $3, generation, $4, $5, 'standby', $6 FROM deployed
+  ON CONFLICT (instance_id) DO NOTHING
+), lease AS (
+  INSERT INTO bot_leases (bot, term, beat, nonce, holder, ttl, origin, proof, served, renewed_at)
+  SELECT $1, greatest(coalesce(max(term), 0), CASE WHEN $7 || {timeline} = (SELECT origin FROM botlease_schema)
+                                              THEN 0 ELSE {era} END),
+         0, $8, CASE WHEN max(term) IS NULL AND $7 || {timeline} = (SELECT origin FROM botlease_schema)
+                THEN NULL ELSE 'unknown' END,
+         $9, $7 || {timeline}, '', 0, clock_timestamp()
+  FROM bot_terms WHERE bot = $1
+  ON CONFLICT (bot) DO NOTHING
+), old_instances AS (
+  DELETE FROM bot_instances WHERE ended_at < clock_timestamp() - make_interval(days => $10) AND NOT is_active
+), old_terms AS (
+  DELETE FROM bot_terms t WHERE released_at < clock_timestamp() - make_interval(days => $10)
+    AND term < (SELECT l.term FROM bot_leases l WHERE l.bot = t.bot)
+) SELECT generation FROM deployed
+"""
+
+CLAIM: Final = """
+UPDATE bot_instances SET is_active = TRUE
+WHERE instance_id = $2 AND ended_at IS NULL
+  AND (SELECT a.instance_id FROM bot_instances a WHERE a.bot = $1 AND a.is_active) IS NOT DISTINCT FROM $3
+RETURNING 1
+"""
+
+# The compare-and-set that begins a term, with its journal, in one statement.
+ACQUIRE: Final = """
+WITH got AS (
+  UPDATE bot_leases SET
+    term = greatest($7::bigint, term, (SELECT coalesce(max(t.term), 0) FROM bot_terms t WHERE t.bot = $1)) + 1,
+    beat = 0, nonce = $8, holder = $2, ttl = $9, origin = $10 || {timeline}, proof = $11,
+    renewed_at = clock_timestamp(),
+    served = greatest(served, (SELECT generation FROM bot_instances WHERE instance_id = $2))
+  WHERE bot = $1 AND term = $3 AND beat = $4 AND nonce = $5 AND holder IS NOT DISTINCT FROM $6
+    AND EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = $2 AND bot = $1 AND is_active AND ended_at IS NULL)
+  RETURNING term, origin
+), closed AS (
+  UPDATE bot_terms SET released_at = clock_timestamp(), reason = $12
+  WHERE bot = $1 AND released_at IS NULL AND EXISTS (SELECT 1 FROM got)
+), opened AS (
+  INSERT INTO bot_terms (bot, term, instance_id, deployment, how, acquired_at)
+  SELECT $1, got.term, $2, i.deployment, $12, clock_timestamp() FROM got, bot_instances i WHERE i.instance_id = $2
+), shown AS (
+  UPDATE bot_instances SET term = (SELECT term FROM got), state = 'active', last_heartbeat = clock_timestamp(),
+    beat = beat + 1
+  WHERE instance_id = $2 AND EXISTS (SELECT 1 FROM got)
+) SELECT term, origin FROM got
+"""
+
+RENEW: Final = """
+UPDATE bot_leases SET beat = beat + 1, renewed_at = clock_timestamp()
+WHERE bot = $1 AND term = $3 AND nonce = $4 AND holder = $2
+RETURNING EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = $2 AND is_active) AS assigned,
+          NOT EXISTS (SELECT 1 FROM bot_instances a WHERE a.bot = $1 AND a.is_active) AS vacant,
+          {timeline} AS timeline
+"""
+
+# The best live standby gets the assignment, if it is ours to give. With nobody to take it, it stays: a
+# vacancy would mean that the operator wants nobody to run. It reads from "me" so that our own row is
+# written first: the trigger that takes our assignment away must find it so.
+HAND_ON: Final = """
+handed_on AS (
+  UPDATE bot_instances SET is_active = TRUE WHERE {when} AND (SELECT bool_or(is_active) FROM me) AND instance_id = (
+    SELECT o.instance_id FROM bot_instances o
+    WHERE o.bot = $1 AND o.ended_at IS NULL AND o.instance_id <> $2
+      AND extract(epoch FROM clock_timestamp() - o.last_heartbeat)::float8
+          < 3 * coalesce((SELECT ttl FROM bot_leases WHERE bot = $1), 10)
+    ORDER BY o.generation DESC, o.started_at LIMIT 1)
+)"""
+
+RELEASE: Final = (
+    """
+WITH gone AS (
+  UPDATE bot_leases SET holder = NULL, proof = '', beat = beat + 1, renewed_at = clock_timestamp()
+  WHERE bot = $1 AND term = $3 AND nonce = $4 AND holder = $2 RETURNING 1
+), closed AS (
+  UPDATE bot_terms SET released_at = clock_timestamp(), reason = $5
+  WHERE bot = $1 AND term = $3 AND EXISTS (SELECT 1 FROM gone)
+), me AS (
+  UPDATE bot_instances SET last_heartbeat = clock_timestamp(), beat = beat + 1,
+    state = CASE WHEN $7 THEN 'stopped' ELSE 'passive' END,
+    stop_reason = CASE WHEN $7 THEN $5 END, ended_at = CASE WHEN $7 THEN clock_timestamp() END
+  WHERE instance_id = $2 AND ended_at IS NULL RETURNING is_active
+), """
+    + HAND_ON.format(when="$6")
+    + " SELECT EXISTS (SELECT 1 FROM gone) AS released"
+)
+
+LEAVE: Final = (
+    """
+WITH me AS (
+  UPDATE bot_instances SET state = 'stopped', stop_reason = $3, ended_at = clock_timestamp(),
+    last_heartbeat = clock_timestamp()
+  WHERE instance_id = $2 AND ended_at IS NULL RETURNING is_active
+), """
+    + HAND_ON.format(when="$4")
+    + " SELECT 1"
+)
+
+TOUCH: Final = """
+UPDATE bot_instances SET last_heartbeat = clock_timestamp(), beat = beat + 1, state = $2
+WHERE instance_id = $1 AND ended_at IS NULL
+"""
+LEASES: Final = "SELECT bot, term, beat, holder, ttl, renewed_at FROM bot_leases ORDER BY bot"
+INSTANCES: Final = """
+SELECT bot, instance_id, is_active, state, term, deployment, generation, host, pid, started_at,
+       last_heartbeat, stop_reason, ended_at, version
+FROM bot_instances ORDER BY bot, started_at
+"""
+
+
+class PostgresStore:
+    """The store protocol on one PostgreSQL connection."""
+
+    def __init__(self, url: str) -> None:
+        self._dsn = url
+        self.url = redact(url)
+        self.on_change: Callable[[], None] | None = None
+        self.pooled = False
+        self._connection: asyncpg.Connection | None = None
+        self._lock = asyncio.Lock()
+        self._system = ""
+        self._timeline = TIMELINE
+
+    # Connection --------------------------------------------------------------------------------------------------
+
+    async def _call(self, deadline: float, call: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
+        async def work() -> T:
+            connection = self._connection
+            if connection is None or connection.is_closed():
+                connection = await self._connect(deadline)
+            return await call(connection)
+
+        began = clock.now()
+        try:
+            async with asyncio.timeout(deadline):
+                await self._lock.acquire()
+        except TimeoutError:
+            raise StoreError(f"no answer within {deadline:.2g} s") from None
+        try:
+            return await within(deadline - (clock.now() - began), work(), self._drop)
+        except StoreError:
+            raise
+        except Exception as e:
+            # asyncpg has errors of its own outside PostgresError when a connection dies under a query.
+            if not isinstance(e, asyncpg.PostgresError) or (self._connection and self._connection.is_closed()):
+                self._drop()
+            raise _explain(e, self.url) from None
+        finally:
+            self._lock.release()
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None and not connection.is_closed():
+            connection.terminate()
+
+    async def _connect(self, deadline: float) -> asyncpg.Connection:
+        connection = await asyncpg.connect(
+            self._dsn,
+            timeout=deadline,
+            statement_cache_size=0,  # prepared statements break behind a transaction pooler (measured)
+            server_settings={"application_name": "botlease", "timezone": "UTC"},
+        )
+        self._connection = connection
+        row = await connection.fetchrow("SELECT pg_backend_pid() AS pid, current_setting('server_version_num') AS v")
+        assert row is not None
+        if int(row["v"]) < 130_000:
+            raise StoreRefused(f"PostgreSQL {int(row['v']) // 10_000} is too old: 13 or newer is needed")
+        self.pooled = row["pid"] != connection.get_server_pid()
+        if not self.pooled:
+            # A lock wait must end before we give up, so that a late statement cannot succeed behind our back.
+            ms = int(deadline * 1000)
+            await connection.execute(f"SET lock_timeout = {ms}; SET statement_timeout = {ms}")
+            await connection.add_listener(CHANNEL, self._notified)
+        await self._identify(connection)
+        return connection
+
+    async def _identify(self, connection: asyncpg.Connection) -> None:
+        try:
+            self._system = f"{await connection.fetchval('SELECT system_identifier FROM pg_control_system()')}/"
+        except asyncpg.PostgresError:
+            self._system = f"{await connection.fetchval('SELECT current_database()')}/"
+        try:
+            await connection.fetchval(f"SELECT {TIMELINE}")
+            self._timeline = TIMELINE
+        except asyncpg.ObjectNotInPrerequisiteStateError:
+            raise StoreError(f"{self.url} is a standby server: connect to the primary") from None
+        except asyncpg.PostgresError:
+            self._timeline = "'00000001'::text"
+
+    def _notified(self, *_: object) -> None:
+        if self.on_change is not None:
+            self.on_change()
+
+    def _sql(self, text: str) -> str:
+        era = f"('x' || {self._timeline})::bit(32)::bigint * 1000000"
+        return text.replace("{timeline}", self._timeline).replace("{era}", era)
+
+    async def open(self, deadline: float) -> None:
+        async def work(connection: asyncpg.Connection) -> None:
+            try:
+                version = await connection.fetchval("SELECT version FROM botlease_schema")
+            except asyncpg.UndefinedTableError:
+                version = None
+            if version is None:
+                await self._migrate(connection)
+            elif version > SCHEMA_VERSION:
+                raise StoreRefused(
+                    f"{self.url} was set up by a newer botlease (schema {version}, this one knows {SCHEMA_VERSION}): "
+                    "upgrade this one"
+                )
+
+        await self._call(deadline, work)
+
+    async def aclose(self) -> None:
+        self.on_change = None
+        connection, self._connection = self._connection, None
+        if connection is not None and not connection.is_closed():
+            with contextlib.suppress(Exception):
+                # close() alone can wait for ever on a dead peer
+                await within(0.5, connection.close(timeout=0.4), connection.terminate)
+
+    # Schema ------------------------------------------------------------------------------------------------------
+
+    async def _migrate(self, connection: asyncpg.Connection) -> None:
+        async with connection.transaction():
+            await connection.execute(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
+            if await connection.fetchval("SELECT to_regclass('botlease_schema') IS NOT NULL"):
+                return  # another first start was quicker
+            kind = await connection.fetchval(
+                "SELECT relkind::text FROM pg_class WHERE oid = to_regclass('bot_instances')"
+            )
+            if kind is None:
+                await connection.execute(CREATE_INSTANCES)
+            await self._adopt(connection, kind or "r")
+            await connection.execute(CREATE_REST)
+            await connection.execute(
+                f"INSERT INTO botlease_schema VALUES ({SCHEMA_VERSION}, $1 || {self._timeline})", self._system
+            )
+
+    async def _adopt(self, connection: asyncpg.Connection, kind: str) -> None:
+        """Take over a table of an earlier system by adding columns; refuse one that is something else."""
+        rows = await connection.fetch(
+            "SELECT attname, format_type(atttypid, NULL) AS type FROM pg_attribute "
+            "WHERE attrelid = to_regclass('bot_instances') AND attnum > 0 AND NOT attisdropped"
+        )
+        columns = {r["attname"]: r["type"] for r in rows}
+        missing = [c for c in SEED_COLUMNS if c not in columns]
+        wrong = ""
+        if kind != "r":
+            wrong = "is not a plain table"
+        elif missing:
+            wrong = f"has no column {', '.join(missing)}"
+        elif columns["is_active"] != "boolean":
+            wrong = f"has is_active as {columns['is_active']}, not boolean"
+        elif columns["instance_id"] not in ("text", "character varying"):
+            wrong = f"has instance_id as {columns['instance_id']}, not text"
+        if wrong:
+            raise StoreRefused(
+                f"bot_instances in {self.url} belongs to something else (it {wrong}); nothing was changed: "
+                "use a schema of your own: CREATE SCHEMA botlease; and add ?options=-csearch_path%3Dbotlease to the "
+                "database URL"
+            )
+        double = await connection.fetchval(
+            "SELECT count(*) - count(DISTINCT instance_id) FROM bot_instances HAVING count(*) > 0"
+        )
+        if double:
+            raise StoreRefused(
+                f"bot_instances in {self.url} has {double} rows with the same instance_id, or none; "
+                "nothing was changed: delete those rows and start again"
+            )
+        for name, kind in INSTANCE_COLUMNS.items():
+            if name not in columns:
+                await connection.execute(f"ALTER TABLE bot_instances ADD COLUMN {name} {kind}")
+        # Rows of the earlier system stay as history. Their instances are told to stop, as the seed does.
+        await connection.execute("UPDATE bot_instances SET is_active = FALSE WHERE bot IS NULL AND is_active")
+        await connection.execute("CREATE UNIQUE INDEX IF NOT EXISTS bot_instances_id ON bot_instances (instance_id)")
+
+    # Verbs -------------------------------------------------------------------------------------------------------
+
+    async def _view(self, connection: asyncpg.Connection, bot: str, instance_id: str) -> View:
+        row = await connection.fetchrow(self._sql(READ), bot, instance_id)
+        assert row is not None
+        return make_view(row, self._system + row["timeline"], int(row["timeline"], 16) * 1_000_000)
+
+    async def register(self, me: Registration, deadline: float) -> View:
+        async def work(c: asyncpg.Connection) -> View:
+            await c.execute(
+                self._sql(REGISTER),
+                *(me.bot, me.instance_id, me.deployment, me.host, me.pid, me.version, self._system),
+                *(secrets.token_hex(8), me.ttl, KEEP_ENDED_DAYS),
+            )
+            return await self._view(c, me.bot, me.instance_id)
+
+        return await self._call(deadline, work)
+
+    async def read(self, bot: str, instance_id: str, deadline: float) -> View:
+        return await self._call(deadline, lambda c: self._view(c, bot, instance_id))
+
+    async def claim(self, bot: str, instance_id: str, source: str | None, deadline: float) -> bool:
+        async def work(c: asyncpg.Connection) -> bool:
+            try:
+                return await c.fetchval(CLAIM, bot, instance_id, source) is not None
+            except asyncpg.UniqueViolationError:
+                return False  # another claim was quicker
+
+        return await self._call(deadline, work)
+
+    async def acquire(
+        self,
+        bot: str,
+        instance_id: str,
+        key: Key,
+        *,
+        nonce: str,
+        floor: int,
+        how: How,
+        ttl: float,
+        proof: str,
+        deadline: float,
+    ) -> Grant | None:
+        row = await self._call(
+            deadline,
+            lambda c: c.fetchrow(
+                self._sql(ACQUIRE), bot, instance_id, *key, floor, nonce, ttl, self._system, proof, str(how)
+            ),
+        )
+        return Grant(row["term"], row["origin"]) if row else None
+
+    async def renew(self, bot: str, instance_id: str, term: int, nonce: str, deadline: float) -> Renewal | None:
+        row = await self._call(deadline, lambda c: c.fetchrow(self._sql(RENEW), bot, instance_id, term, nonce))
+        return Renewal(row["assigned"], row["vacant"], self._system + row["timeline"]) if row else None
+
+    async def release(
+        self,
+        bot: str,
+        instance_id: str,
+        term: int,
+        nonce: str,
+        *,
+        reason: Reason,
+        pass_on: bool,
+        leave: bool,
+        deadline: float,
+    ) -> bool:
+        return bool(
+            await self._call(
+                deadline,
+                lambda c: c.fetchval(RELEASE, bot, instance_id, term, nonce, str(reason), pass_on, leave),
+            )
+        )
+
+    async def touch(self, instance_id: str, state: str, deadline: float) -> None:
+        await self._call(deadline, lambda c: c.execute(TOUCH, instance_id, state))
+
+    async def leave(self, bot: str, instance_id: str, *, reason: Reason, pass_on: bool, deadline: float) -> None:
+        await self._call(deadline, lambda c: c.execute(LEAVE, bot, instance_id, str(reason), pass_on))
+
+    async def overview(self, deadline: float) -> dict[str, Any]:
+        async def work(c: asyncpg.Connection) -> dict[str, Any]:
+            return {
+                "leases": [dict(r) for r in await c.fetch(LEASES)],
+                "instances": [dict(r) for r in await c.fetch(INSTANCES)],
+            }
+
+        return await self._call(deadline, work)
+
+    async def promote(self, instance_id: str, deadline: float) -> None:
+        async def work(c: asyncpg.Connection) -> None:
+            row = await c.fetchrow("SELECT ended_at FROM bot_instances WHERE instance_id = $1", instance_id)
+            if row is None:
+                raise StoreRefused(f"no instance {instance_id!r}: see `botlease status`")
+            if row["ended_at"] is not None:
+                raise StoreRefused(f"instance {instance_id!r} has stopped: see `botlease status` for those that live")
+            await c.execute("UPDATE bot_instances SET is_active = TRUE WHERE instance_id = $1", instance_id)
+
+        await self._call(deadline, work)
+
+    def guard_fd(self, bot: str) -> int | None:
+        return None
+
+
+def _explain(e: Exception, url: str) -> StoreError:
+    parts = urlsplit(url)
+    where = f"{parts.hostname or 'localhost'}:{parts.port or 5432}{parts.path}"
+    match e:
+        case asyncpg.InvalidPasswordError() | asyncpg.InvalidAuthorizationSpecificationError():
+            return StoreRefused(f"PostgreSQL at {where} refused the login: check user and password in the database URL")
+        case asyncpg.InvalidCatalogNameError():
+            return StoreRefused(f"PostgreSQL at {where} has no such database: create it, or correct the database URL")
+        case asyncpg.InsufficientPrivilegeError():
+            return StoreRefused(f'PostgreSQL at {where}: {e}: grant it, see docs/design.md, "Privileges"')
+        case asyncpg.ReadOnlySQLTransactionError():
+            return StoreError(f"PostgreSQL at {where} is read-only: connect to the primary")
+        case OSError():
+            return StoreError(f"cannot reach PostgreSQL at {where}: {_first(e)}")
+        case ValueError():
+            return StoreRefused(f"the database URL is not valid: {_first(e)}")
+    return StoreError(f"PostgreSQL at {where}: {_first(e)}")
+
+
+def _first(e: Exception) -> str:
+    text = re.sub(r"\s+", " ", redact(str(e))).strip()
+    return text.split(" HINT")[0] or type(e).__name__

@@ -1,0 +1,269 @@
+"""Public helpers for tests: the conformance suite every store must pass, against the real thing.
+
+.. code-block:: python
+
+    from botlease.testing import StoreContract
+
+    class TestMyStore(StoreContract):
+        @pytest.fixture
+        async def stores(self): yield await open_two_connections_to_one_empty_database()
+
+The suite needs pytest with pytest-asyncio in auto mode; nothing else of botlease imports this module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from botlease.model import How, Lease, Reason, View
+from botlease.stores import Registration, Store
+
+DEADLINE = 5.0
+
+
+def registration(instance_id: str, deployment: str = "d1", bot: str = "bot") -> Registration:
+    return Registration(instance_id, bot, deployment, "host", 1, "1", 10.0)
+
+
+async def acquire(store: Store, me: str, lease: Lease, *, bot: str = "bot", floor: int = 0, nonce: str = "") -> Any:
+    return await store.acquire(
+        bot,
+        me,
+        lease.key,
+        nonce=nonce or f"nonce-{me}",
+        floor=floor,
+        how=How.RELEASED,
+        ttl=10.0,
+        proof="proof",
+        deadline=DEADLINE,
+    )
+
+
+def lease_of(view: View) -> Lease:
+    assert view.lease is not None
+    return view.lease
+
+
+class StoreContract:
+    """What :class:`botlease.stores.Store` promises. The fixture ``stores`` gives two on one database,
+    and ``execute`` a function that runs one statement of an operator."""
+
+    async def held(self, a: Store, me: str = "a") -> Any:
+        view = await a.register(registration(me), DEADLINE)
+        assert await a.claim("bot", me, None, DEADLINE)
+        grant = await acquire(a, me, lease_of(view))
+        assert grant is not None
+        return grant
+
+    async def test_a_new_bot_has_a_free_lease(self, stores: Sequence[Store]) -> None:
+        view = await stores[0].register(registration("a"), DEADLINE)
+
+        assert lease_of(view).holder is None and view.assigned is None and view.generation > 0
+
+    async def test_registering_twice_changes_nothing(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        first = await a.register(registration("a"), DEADLINE)
+        again = await b.register(registration("a"), DEADLINE)
+
+        assert first.lease == again.lease and first.generation == again.generation
+
+    async def test_generations_follow_the_first_sight_of_a_deployment(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        one = await a.register(registration("a1", "z-first"), DEADLINE)
+        two = await b.register(registration("b1", "a-second"), DEADLINE)
+        again = await a.register(registration("a2", "z-first"), DEADLINE)
+
+        assert one.generation == again.generation < two.generation
+
+    async def test_acquire_needs_the_assignment(self, stores: Sequence[Store]) -> None:
+        view = await stores[0].register(registration("a"), DEADLINE)
+
+        assert await acquire(stores[0], "a", lease_of(view)) is None
+
+    async def test_acquire_is_a_compare_and_set(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        view = await a.register(registration("a"), DEADLINE)
+        await b.register(registration("b"), DEADLINE)
+        await a.claim("bot", "a", None, DEADLINE)
+        assert await acquire(a, "a", lease_of(view)) is not None
+        assert await b.claim("bot", "b", "a", DEADLINE)
+
+        for wrong in (
+            lease_of(view),
+            replace(lease_of(await b.read("bot", "b", DEADLINE)), beat=7),
+            replace(lease_of(await b.read("bot", "b", DEADLINE)), nonce="?"),
+            replace(lease_of(await b.read("bot", "b", DEADLINE)), holder=None),
+        ):
+            assert await acquire(b, "b", wrong) is None
+
+    async def test_of_many_acquires_at_once_one_is_granted(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        view = await a.register(registration("a"), DEADLINE)
+        await a.claim("bot", "a", None, DEADLINE)
+        grants = await asyncio.gather(
+            *(acquire(s, "a", lease_of(view), nonce=f"n{i}") for i, s in enumerate((a, b) * 4)), return_exceptions=True
+        )
+
+        assert sum(g is not None and not isinstance(g, BaseException) for g in grants) == 1
+
+    async def test_terms_rise_above_the_floor_and_above_the_journal(self, stores: Sequence[Store]) -> None:
+        a, _ = stores
+        grant = await self.held(a)
+        await a.release(
+            "bot", "a", grant.term, "nonce-a", reason=Reason.STOPPED, pass_on=False, leave=False, deadline=DEADLINE
+        )
+        lease = lease_of(await a.read("bot", "a", DEADLINE))
+        again = await acquire(a, "a", lease, floor=500)
+
+        assert again.term == 501
+
+    async def test_renew_touches_exactly_one_term(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        grant = await self.held(a)
+
+        assert await a.renew("bot", "a", grant.term, "nonce-a", DEADLINE) is not None
+        assert await b.renew("bot", "a", grant.term, "other", DEADLINE) is None
+        assert await b.renew("bot", "a", grant.term + 1, "nonce-a", DEADLINE) is None
+        assert await b.renew("bot", "b", grant.term, "nonce-a", DEADLINE) is None
+        assert lease_of(await b.read("bot", "a", DEADLINE)).beat == 1
+
+    async def test_a_released_term_cannot_be_renewed(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        grant = await self.held(a)
+        assert await a.release(
+            "bot", "a", grant.term, "nonce-a", reason=Reason.STOPPED, pass_on=False, leave=False, deadline=DEADLINE
+        )
+
+        assert await b.renew("bot", "a", grant.term, "nonce-a", DEADLINE) is None
+        assert lease_of(await b.read("bot", "a", DEADLINE)).holder is None
+
+    async def test_release_is_scoped_to_one_term(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        grant = await self.held(a)
+        kinds: Any = {"reason": Reason.STOPPED, "pass_on": False, "leave": False, "deadline": DEADLINE}
+
+        assert not await b.release("bot", "a", grant.term - 1, "nonce-a", **kinds)
+        assert not await b.release("bot", "a", grant.term, "other", **kinds)
+        assert lease_of(await b.read("bot", "a", DEADLINE)).holder == "a"
+
+    async def test_a_claim_takes_the_assignment_from_exactly_one(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        await self.held(a)
+        await b.register(registration("b", "d2"), DEADLINE)
+
+        assert not await b.claim("bot", "b", None, DEADLINE)
+        assert not await b.claim("bot", "b", "somebody", DEADLINE)
+        assert await b.claim("bot", "b", "a", DEADLINE)
+        renewal = await a.renew("bot", "a", 1, "nonce-a", DEADLINE)
+        assert renewal is not None and not renewal.assigned and not renewal.vacant
+
+    async def test_of_many_claims_at_once_one_wins(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        for name in ("a", "b"):
+            await a.register(registration(name), DEADLINE)
+        won = await asyncio.gather(a.claim("bot", "a", None, DEADLINE), b.claim("bot", "b", None, DEADLINE))
+
+        assert sorted(won) == [False, True]
+
+    async def test_an_instance_that_left_never_acquires(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        view = await a.register(registration("a"), DEADLINE)
+        await a.claim("bot", "a", None, DEADLINE)
+        await a.leave("bot", "a", reason=Reason.STOPPED, pass_on=True, deadline=DEADLINE)
+
+        assert await acquire(b, "a", lease_of(view)) is None
+
+    async def test_stopping_passes_the_assignment_to_the_newest_live_standby(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        grant = await self.held(a)
+        for name, deployment in (("old", "d1"), ("new", "d2"), ("gone", "d3")):
+            await b.register(registration(name, deployment), DEADLINE)
+        await b.leave("bot", "gone", reason=Reason.STOPPED, pass_on=True, deadline=DEADLINE)
+        assert await a.release(
+            "bot", "a", grant.term, "nonce-a", reason=Reason.STOPPED, pass_on=True, leave=True, deadline=DEADLINE
+        )
+        view = await b.read("bot", "new", DEADLINE)
+
+        assert view.assigned is not None and view.assigned.instance_id == "new"
+        assert lease_of(view).holder is None
+
+    async def test_with_nobody_to_pass_it_to_the_assignment_stays(self, stores: Sequence[Store]) -> None:
+        a, _ = stores
+        grant = await self.held(a)
+        await a.release(
+            "bot", "a", grant.term, "nonce-a", reason=Reason.STOPPED, pass_on=True, leave=True, deadline=DEADLINE
+        )
+        view = await a.read("bot", "a", DEADLINE)
+
+        assert view.assigned is not None and view.assigned.instance_id == "a" and view.assigned.ended
+
+    async def test_a_lease_row_that_vanished_is_put_back_as_held(
+        self, stores: Sequence[Store], execute: Callable[[str], Any]
+    ) -> None:
+        a, _ = stores
+        grant = await self.held(a)
+        await execute("DELETE FROM bot_leases")
+        assert (await a.read("bot", "a", DEADLINE)).lease is None
+        assert await a.renew("bot", "a", grant.term, "nonce-a", DEADLINE) is None
+        view = await a.register(registration("a"), DEADLINE)
+
+        assert lease_of(view).holder is not None and lease_of(view).term >= grant.term
+
+    async def test_the_operators_statements_keep_at_most_one_active(
+        self, stores: Sequence[Store], execute: Callable[[str], Any]
+    ) -> None:
+        a, b = stores
+        await self.held(a)
+        await b.register(registration("b", "d2"), DEADLINE)
+        await execute("UPDATE bot_instances SET is_active = TRUE WHERE instance_id = 'b'")
+        rows = await execute("SELECT * FROM bot_instances WHERE is_active = TRUE")
+        assert [r["instance_id"] for r in rows] == ["b"]
+        await execute("UPDATE bot_instances SET is_active = FALSE")
+        renewal = await a.renew("bot", "a", 1, "nonce-a", DEADLINE)
+
+        assert renewal is not None and renewal.vacant and not renewal.assigned
+
+    async def test_bots_do_not_disturb_one_another(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        await self.held(a)
+        odd = "naïve '\"; DROP TABLE bot_leases; -- \U0001f916"
+        view = await b.register(registration("b", bot=odd), DEADLINE)
+        assert await b.claim(odd, "b", None, DEADLINE)
+        assert await acquire(b, "b", lease_of(view), bot=odd) is not None
+
+        assert await a.renew("bot", "a", 1, "nonce-a", DEADLINE) is not None
+
+    async def test_a_change_of_assignment_or_holder_is_noticed_by_the_others(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        noticed = asyncio.Event()
+        b.on_change = noticed.set
+        await self.held(a)
+
+        if not getattr(b, "pooled", False):
+            await asyncio.wait_for(noticed.wait(), 5)
+
+    async def test_every_term_is_journalled(self, stores: Sequence[Store], execute: Callable[[str], Any]) -> None:
+        a, b = stores
+        await self.held(a)
+        view = await b.register(registration("b", "d2"), DEADLINE)
+        await b.claim("bot", "b", "a", DEADLINE)
+        await b.acquire(
+            "bot",
+            "b",
+            lease_of(view).key,
+            nonce="nb",
+            floor=0,
+            how=How.EXPIRED,
+            ttl=10,
+            proof="",
+            deadline=DEADLINE,
+        )
+        rows = await execute("SELECT term, instance_id, reason FROM bot_terms ORDER BY term")
+
+        assert [tuple(r.values()) if isinstance(r, dict) else tuple(r) for r in rows] == [
+            (1, "a", "expired"),
+            (2, "b", None),
+        ]

@@ -1,0 +1,252 @@
+"""Planted bugs: each takes one safety rule away. The simulation must find every one of them.
+
+A bug is a context manager that patches the production code; nothing here runs in production.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+from botlease import core
+from botlease.stores import sqlite
+
+Bug = Callable[[], Any]
+BUGS: dict[str, Bug] = {}
+
+
+def bug(f: Callable[[], Iterator[None]]) -> Callable[[], Iterator[None]]:
+    BUGS[f.__name__] = contextmanager(f)
+    return f
+
+
+@contextmanager
+def sql(name: str, old: str, new: str) -> Iterator[None]:
+    text = getattr(sqlite, name)
+    assert old in text, f"{name} does not contain {old!r} any more"
+    with patch.object(sqlite, name, text.replace(old, new)):
+        yield
+
+
+@bug
+def renewed_trust_counts_from_the_answer() -> Iterator[None]:
+    real = core._renewed
+
+    def wrong(s: Any, q: Any, event: Any, now: float, out: Any) -> Any:
+        return real(s, replace(q, asked_at=now), event, now, out)
+
+    with patch.object(core, "_renewed", wrong):
+        yield
+
+
+@bug
+def granted_trust_counts_from_the_answer() -> Iterator[None]:
+    real = core._granted
+
+    def wrong(s: Any, q: Any, event: Any, now: float, out: Any) -> Any:
+        return real(s, replace(q, asked_at=now), event, now, out)
+
+    with patch.object(core, "_granted", wrong):
+        yield
+
+
+@bug
+def no_margin_for_clock_rates() -> Iterator[None]:
+    with (
+        patch.object(core.Timing, "trust", property(lambda t: t.ttl - t.kill_budget)),
+        patch.object(core.Timing, "patience", lambda t, row_ttl: max(t.ttl, row_ttl)),
+    ):
+        yield
+
+
+@bug
+def no_time_to_kill_in() -> Iterator[None]:
+    with patch.object(core.Timing, "trust", property(lambda t: t.ttl * (1 - t.rho))):
+        yield
+
+
+@bug
+def release_before_reap() -> Iterator[None]:
+    real = core._drain
+
+    def wrong(s: Any, until: float, reason: Any, out: Any) -> Any:
+        return replace(real(s, until, reason, out), phase=core.Phase.RELEASING)
+
+    with patch.object(core, "_drain", wrong):
+        yield
+
+
+@bug
+def renew_by_name() -> Iterator[None]:
+    with sql("RENEW", "WHERE bot = :bot AND term = :term AND nonce = :nonce AND holder = :me", "WHERE bot = :bot"):
+        yield
+
+
+@bug
+def takeover_by_the_clock_of_the_database_alone() -> Iterator[None]:
+    real = core._vacancy
+
+    def wrong(s: Any, lease: Any, now: float) -> Any:
+        if lease.holder is not None and s.view.renewed_ago > lease.ttl:
+            return core.How.EXPIRED
+        return real(s, lease, now)
+
+    with patch.object(core, "_vacancy", wrong):
+        yield
+
+
+@bug
+def acquire_without_compare_and_set() -> Iterator[None]:
+    with sql("ACQUIRE", "AND term = :term AND beat = :beat AND nonce = :nonce AND holder IS :holder", ""):
+        yield
+
+
+@bug
+def answers_do_not_name_their_question() -> Iterator[None]:
+    real = core._absorb
+
+    def wrong(s: Any, event: Any, now: float, out: Any) -> Any:
+        if s.asking is not None and hasattr(event, "serial") and not isinstance(event, core.Failed):
+            fits = {
+                core.Granted: (core.Verb.ACQUIRE, core.Verb.RENEW),
+                core.Renewed: (core.Verb.RENEW, core.Verb.ACQUIRE),
+                core.Seen: (core.Verb.READ,),
+                core.Done: (core.Verb.RELEASE, core.Verb.LEAVE, core.Verb.TOUCH),
+                core.Denied: (core.Verb.RENEW, core.Verb.ACQUIRE, core.Verb.RELEASE),
+            }.get(type(event), ())
+            if s.asking.verb in fits:
+                event = replace(event, serial=s.asking.serial)
+        return real(s, event, now, out)
+
+    with patch.object(core, "_absorb", wrong):
+        yield
+
+
+@bug
+def a_grant_that_comes_too_late_is_believed() -> Iterator[None]:
+    real = core._granted
+
+    def wrong(s: Any, q: Any, event: Any, now: float, out: Any) -> Any:
+        late = now >= q.asked_at + s.timing.trust
+        return real(s, replace(q, asked_at=now) if late else q, event, now, out)
+
+    with patch.object(core, "_granted", wrong):
+        yield
+
+
+@bug
+def a_renewal_that_comes_too_late_counts() -> Iterator[None]:
+    real_step, real_renewed = core.step, core._renewed
+
+    def lax(s: Any, event: Any, now: float) -> Any:
+        t = s.term
+        if t is not None and isinstance(event, core.Renewed) and s.asking and s.asking.serial == event.serial:
+            s = replace(s, term=replace(t, asked_at=now, trusted_until=now + 1))
+        return real_step(s, event, now)
+
+    def wrong(s: Any, q: Any, event: Any, now: float, out: Any) -> Any:
+        late = s.term is not None and now >= q.asked_at + s.timing.trust
+        return real_renewed(s, replace(q, asked_at=now) if late else q, event, now, out)
+
+    with patch.object(core, "step", lax), patch.object(core, "_renewed", wrong):
+        yield
+
+
+@bug
+def acquire_after_a_stop_signal() -> Iterator[None]:
+    def wrong(s: Any, now: float, out: Any) -> Any:
+        return s
+
+    with patch.object(core, "_stop", wrong):
+        yield
+
+
+@bug
+def no_lock_delay() -> Iterator[None]:
+    real = core._granted
+
+    def wrong(s: Any, q: Any, event: Any, now: float, out: Any) -> Any:
+        return real(s, replace(q, how=core.How.RELEASED), event, now, out)
+
+    with patch.object(core, "_granted", wrong):
+        yield
+
+
+@bug
+def a_missing_row_is_free() -> Iterator[None]:
+    with sql("ADD_LEASE", "ELSE 'unknown' END", "ELSE NULL END"):
+        yield
+
+
+@bug
+def another_timeline_is_not_doubted() -> Iterator[None]:
+    real = core._saw
+
+    def wrong(s: Any, view: Any, now: float, out: Any) -> Any:
+        s = replace(real(s, view, now, out), doubted=False)
+        if s.phase is core.Phase.STANDBY and view.lease is not None and view.lease.origin != view.origin:
+            s = replace(s, key_since=-1e9)
+        return s
+
+    with patch.object(core, "_saw", wrong):
+        yield
+
+
+@bug
+def terms_of_a_lost_tail_are_used_again() -> Iterator[None]:
+    real = core._ask
+
+    def wrong(s: Any, now: float, out: Any, verb: Any, **fields: Any) -> Any:
+        return real(s, now, out, verb, **({**fields, "floor": 0} if "floor" in fields else fields))
+
+    with patch.object(core, "_ask", wrong):
+        yield
+
+
+@bug
+def terms_do_not_rise() -> Iterator[None]:
+    with (
+        sql("ACQUIRE", "WHERE t.bot = :bot)) + 1", "WHERE t.bot = :bot))"),
+        sql("OPEN_TERM", "INSERT INTO", "INSERT OR REPLACE INTO"),
+    ):
+        yield
+
+
+@bug
+def watching_begins_when_the_read_is_asked() -> Iterator[None]:
+    real = core._saw
+
+    def wrong(s: Any, view: Any, now: float, out: Any) -> Any:
+        before = s.key_since
+        s = real(s, view, now, out)
+        if s.key_since == now and before != now:
+            s = replace(s, key_since=now - s.timing.attempt * 1.9)
+        return s
+
+    with patch.object(core, "_saw", wrong):
+        yield
+
+
+@bug
+def the_own_ttl_counts_and_not_the_longer_one() -> Iterator[None]:
+    with patch.object(core.Timing, "patience", lambda t, row_ttl: t.ttl * (1 + t.rho)):
+        yield
+
+
+@bug
+def an_unbelieved_hold_is_worked_under() -> Iterator[None]:
+    real = core._plan_standby
+
+    def wrong(s: Any, now: float, out: Any) -> Any:
+        view = s.view
+        if view is not None and view.lease is not None and view.lease.holder == s.me.instance_id and now < s.look_at:
+            lease = view.lease
+            term = core.Term(lease.term, lease.nonce, lease.origin, now, now + s.timing.trust, now)
+            return replace(s, phase=core.Phase.HOLDING, term=term)
+        return real(s, now, out)
+
+    with patch.object(core, "_plan_standby", wrong):
+        yield

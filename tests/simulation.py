@@ -1,0 +1,631 @@
+"""A deterministic world that drives the production core and the production SQL of the SQLite store.
+
+N candidates, one database, one true time. Each node has its own clock (rate 0.99 to 1.01), its own
+network, may be paused for far longer than the ttl, and may crash at any step. Answers are lost, late,
+repeated and reordered; requests may be applied long after their sender gave up. The database's clock
+steps, an operator edits rows by hand, the database fails over and loses its last commits.
+
+Latencies are extreme on purpose (almost zero, or just around the attempt's deadline): gentle random
+ones catch almost nothing.
+
+Invariants, checked as it runs: no two works of one bot at once; terms only rise; nothing begins after
+a stop signal; what a dead holder had in flight has landed before a successor works after an expiry.
+Afterwards: exactly one works within the bound, counted from the last fault.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from botlease import core
+from botlease.model import How, Mode, Timing
+from botlease.stores import Registration
+from botlease.stores.sqlite import SqliteFile
+
+BOT = "bot"
+
+
+class Violation(AssertionError):
+    """An invariant was broken; the message carries the seed that shows it."""
+
+
+@dataclass
+class Plan:
+    """Which faults a run has, drawn from its seed."""
+
+    nodes: int
+    length: float
+    timings: list[Timing]
+    loss: float
+    late: float
+    partitions: bool
+    crashes: bool
+    pauses: bool
+    clock_steps: bool
+    operator: bool
+    vandal: bool
+    failover: bool
+    same_host: bool
+    deaf_work: bool
+    ambush: float  # how often the worst happens at the worst moment: just after asking or being answered
+    watching: bool  # every commit wakes everybody, as inotify on an SQLite file does
+
+    sharp: bool = False
+    """Everything at its bound: clocks at opposite rates, work that is deaf and dies at the last moment."""
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> Plan:
+        plan = cls._draw(rng)
+        if rng.random() < 0.3:
+            timings = [replace(t, lock_delay=0.0) for t in plan.timings[:1]]
+            plan = replace(
+                plan, sharp=True, timings=timings, loss=0.0, deaf_work=True, ambush=0.1, watching=True, failover=False
+            )
+        return plan
+
+    @classmethod
+    def _draw(cls, rng: random.Random) -> Plan:
+        ttl = rng.choice([3.0, 3.0, 5.0, 10.0])
+        timings = [replace(Timing.for_ttl(ttl, stop_grace=ttl / 2), lock_delay=rng.choice([0.0, 1.0]))]
+        if rng.random() < 0.25:
+            timings.append(Timing.for_ttl(rng.choice([3.0, 12.0]), stop_grace=2.0))
+        return cls(
+            nodes=rng.choice([2, 3, 3, 4]),
+            length=rng.choice([8, 12, 16]) * ttl,
+            timings=timings,
+            loss=rng.choice([0.0, 0.1, 0.4]),
+            late=rng.choice([0.0, 0.2, 0.5]),
+            partitions=rng.random() < 0.6,
+            crashes=rng.random() < 0.6,
+            pauses=rng.random() < 0.6,
+            clock_steps=rng.random() < 0.4,
+            operator=rng.random() < 0.5,
+            vandal=rng.random() < 0.15,
+            failover=rng.random() < 0.2,
+            same_host=rng.random() < 0.3,
+            deaf_work=rng.random() < 0.4,
+            ambush=rng.choice([0.0, 0.02, 0.1]),
+            watching=rng.random() < 0.5,
+        )
+
+
+@dataclass(eq=False)
+class Work:
+    node: Node
+    term: int
+    drained: bool = False
+    alive: bool = True
+
+
+@dataclass(eq=False)
+class Node:
+    world: World
+    number: int
+    deployment: str
+    rate: float
+    offset: float
+    timing: Timing
+    host: str
+    incarnation: int = 0
+    state: core.State = field(init=False)
+    alive: bool = True
+    paused_until: float = 0.0
+    cut_until: float = 0.0
+    inbox: list[tuple[core.Event, core.Question | None]] = field(default_factory=list)
+    wake: int = 0
+    work: Work | None = None
+    fence: float = 0.0
+    armed: tuple[int, float] = (0, 0.0)
+    stopped_at: float | None = None
+    watched: set[str] = field(default_factory=set)
+    hows: dict[int, How] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"n{self.number}.{self.incarnation}"
+
+    @property
+    def proof(self) -> str:
+        return f"{self.host}/{self.name}"
+
+    def local(self) -> float:
+        return self.offset + self.rate * self.world.time
+
+    def true(self, local: float) -> float:
+        return (local - self.offset) / self.rate
+
+    def boot(self) -> None:
+        self.state = core.start(core.Candidate(self.name, Mode.PREEMPT), self.timing, self.local())
+        self.world.trace(f"{self.name} starts ({self.deployment})")
+        self.feed(core.Tick())
+
+    # The keeper in small: one inbox, one timer -----------------------------------------------------------------
+
+    def feed(self, event: core.Event) -> None:
+        if not self.alive:
+            return
+        if self.world.time < self.paused_until:
+            self.inbox.append((event, None))
+            return
+        self.state, actions = core.step(self.state, event, self.local())
+        for action in actions:
+            self.act(action)
+            if not self.alive:
+                return
+        self.wake += 1
+        at = core.next_wakeup(self.state)
+        if at is not None:
+            token = self.wake
+            self.world.at(max(self.true(at), self.world.time) + 1e-6, lambda: self._tick(token))
+
+    def _tick(self, token: int) -> None:
+        if token == self.wake:
+            self.feed(core.Tick())
+
+    def resume(self) -> None:
+        if not self.alive or self.world.time < self.paused_until:
+            return
+        events, self.inbox = [e for e, _ in self.inbox], []
+        if self.world.rng.random() < 0.5:
+            events.insert(0, core.Tick())
+        for event in events:
+            self.feed(event)
+        self.feed(core.Tick())
+
+    def act(self, action: core.Action) -> None:
+        match action:
+            case core.Ask(question=q):
+                self.world.call(self, q)
+                if q.verb in (core.Verb.ACQUIRE, core.Verb.RENEW):
+                    self.world.ambush(self)
+            case core.Arm(until=until):
+                self.arm(until)
+            case core.Start(term=term, until=until):
+                self.arm(until)
+                self.begin(term, until)
+            case core.Drain():
+                if self.work is not None and not self.world.plan.deaf_work:
+                    work = self.work
+                    work.drained = True
+                    self.world.at(
+                        self.world.time + self.world.rng.choice([0.01, 0.5, self.timing.stop_grace * 1.5]),
+                        lambda: self.world.gone(work),
+                    )
+            case core.Kill():
+                if self.work is not None:
+                    self.world.kill(self.work, planned=True)
+            case core.Watch(lease=lease):
+                self.watched.add(lease.proof)
+            case core.End():
+                self.alive = False
+                self.world.trace(f"{self.name} ends")
+
+    def arm(self, until: float) -> None:
+        if self.world.no_fence:
+            return
+        term = self.state.term.number if self.state.term else 0
+        if self.armed[0] == term and self.local() >= self.armed[1]:
+            raise Violation(f"seed {self.world.seed}: {self.name} moves its fence after the end of trust")
+        self.armed = (term, until)
+        self.fence = until
+        self.world.at(self.true(until), lambda: self._fence(until))
+
+    def _fence(self, until: float) -> None:
+        """The kernel's timer. It does not ask whether the supervisor runs."""
+        if self.fence == until and self.work is not None:
+            self.world.trace(f"{self.name} fenced by the kernel")
+            if self.world.rng.random() < 0.5:
+                self.alive = False  # the supervisor's own timer
+                self.world.later_restart(self)
+            self.world.kill(self.work)
+
+    def begin(self, term: int, until: float) -> None:
+        world = self.world
+        if self.stopped_at is not None:
+            raise Violation(f"{self.name} begins work after its stop signal")
+        work = self.work = Work(self, term)
+        delay = 0.0 if world.plan.sharp else world.rng.choice([0.0, 0.001, 0.2])
+
+        def go() -> None:
+            if not work.alive:
+                return
+            if self.world.time < self.paused_until and self.local() < until:
+                world.at(self.paused_until, go)
+            elif self.local() >= until and not world.no_fence:
+                world.gone(work)  # the reaper refuses to start what its fence would kill
+            else:
+                world.begin(work, self.hows.get(term, How.RELEASED))
+
+        world.at(world.time + delay, go)
+
+
+class World:
+    def __init__(self, seed: int, plan: Plan | None = None, *, no_fence: bool = False, tracing: bool = False) -> None:
+        self.seed = seed
+        self.rng = random.Random(seed)
+        self.plan = plan or Plan.draw(self.rng)
+        self.no_fence = no_fence
+        self.time = 1000.0
+        self.heap: list[tuple[float, int, Callable[[], Any]]] = []
+        self.count = 0
+        self.db_offset = 0.0
+        self.db = SqliteFile(":memory:", wall=lambda: 1.7e9 + self.time + self.db_offset)
+        self.db.era = lambda: self.db.origin.count("+") * 1_000_000  # what a PostgreSQL timeline gives
+        self.snapshots: list[tuple[float, bytes]] = []
+        self.lines: list[str] | None = [] if tracing else None
+        self.running: set[Work] = set()
+        self.last_term = 0
+        self.in_flight_until: dict[int, float] = {}
+        self.nodes: list[Node] = []
+        self.calm = False
+        self.deployments = 0
+        self.steps = 0
+        self.faults = 0
+        self.handovers = 0
+        self.settled_after = 0.0
+        self.dead_proofs: set[str] = set()
+        self.host_of: dict[str, str] = {}
+
+    def trace(self, text: str) -> None:
+        if self.lines is not None:
+            self.lines.append(f"{self.time - 1000:9.4f} {text}")
+
+    def at(self, when: float, what: Callable[[], Any]) -> None:
+        self.count += 1
+        heapq.heappush(self.heap, (max(when, self.time), self.count, what))
+
+    def run_until(self, end: float) -> None:
+        while self.heap and self.heap[0][0] <= end:
+            self.time, _, what = heapq.heappop(self.heap)
+            self.steps += 1
+            if self.steps > 200_000:
+                raise Violation(f"seed {self.seed}: livelock, 200,000 steps")
+            what()
+        self.time = end
+
+    # The oracle ------------------------------------------------------------------------------------------------
+
+    def begin(self, work: Work, how: How) -> None:
+        self.trace(f"{work.node.name} WORKS in term {work.term} ({how})")
+        if self.running:
+            others = ", ".join(f"{w.node.name} (term {w.term})" for w in self.running)
+            raise Violation(f"seed {self.seed}: two at work: {work.node.name} (term {work.term}) beside {others}")
+        if work.term <= self.last_term:
+            raise Violation(f"seed {self.seed}: term {work.term} after term {self.last_term}")
+        if how is How.EXPIRED:
+            for term, until in self.in_flight_until.items():
+                if self.time < until:
+                    raise Violation(
+                        f"seed {self.seed}: term {work.term} works while term {term} has requests in flight"
+                    )
+        self.last_term = work.term
+        self.handovers += 1
+        self.running.add(work)
+        if self.rng.random() < 0.05 and not self.calm:
+            self.at(self.time + self.rng.uniform(0.1, 20), lambda: None if self.calm else self.gone(work))
+
+    def kill(self, work: Work, planned: bool = False) -> None:
+        budget = work.node.timing.kill_budget * 0.98
+        wait = budget if self.plan.sharp else self.rng.choice([0.001, 0.05, budget])
+        self.at(self.time + wait, lambda: self.gone(work, killed=True))
+
+    def gone(self, work: Work, killed: bool = False) -> None:
+        if not work.alive:
+            return
+        work.alive = False
+        self.trace(f"{work.node.name} work of term {work.term} is gone")
+        if work in self.running and not work.drained:
+            self.in_flight_until[work.term] = self.time + work.node.timing.lock_delay * 0.9
+        self.running.discard(work)
+        node = work.node
+        node.fence = 0.0
+        node.work = None
+        if node.alive:
+            node.feed(core.WorkEnded(work.term))
+        else:
+            self.prove_dead(node)
+
+    def prove_dead(self, node: Node) -> None:
+        if node.alive or node.work is not None:
+            return
+        self.dead_proofs.add(node.proof)
+        for other in self.nodes:
+            if other.alive and other.host == node.host and node.proof in other.watched:
+                self.tell_dead(other, node.proof)
+
+    def tell_dead(self, node: Node, proof: str) -> None:
+        view = node.state.view
+        if view is not None and view.lease is not None and view.lease.proof == proof:
+            node.feed(core.HolderDied(view.lease.term, view.lease.nonce))
+
+    # The network and the database ---------------------------------------------------------------------------------
+
+    def delay(self, node: Node, *, answer: bool = False) -> float | None:
+        """None: lost. Extreme values, since those are what catches bugs."""
+        if self.time < node.cut_until:
+            return None
+        if self.calm:
+            return 0.002
+        attempt = node.timing.attempt
+        if self.plan.sharp:
+            return attempt * 0.97 if answer and self.rng.random() < self.plan.late else 0.0
+        if self.rng.random() < self.plan.loss:
+            return None
+        if self.rng.random() < self.plan.late:
+            return self.rng.choice([attempt * 0.49, attempt * 0.97, attempt * 1.5, attempt * 8])
+        return self.rng.choice([0.0, 0.0001, 0.003])
+
+    def call(self, node: Node, q: core.Question) -> None:
+        there = self.delay(node)
+        if there is not None:
+            self.at(self.time + there, lambda: self.serve(node, q))
+        deadline = node.true(node.local() + node.timing.attempt)
+        self.at(deadline, lambda: node.feed(core.Failed(q.serial)))
+
+    def serve(self, node: Node, q: core.Question) -> None:
+        try:
+            event = self.answer(node, q)
+        except sqlite3.Error:
+            event = core.Failed(q.serial)
+        back = self.delay(node, answer=True)
+        if back is not None:
+            self.at(self.time + back, lambda: self.deliver(node, event))
+            if not self.calm and self.rng.random() < 0.05:
+                self.at(self.time + back * 2 + 0.5, lambda: self.deliver(node, event))
+
+    def deliver(self, node: Node, event: core.Event) -> None:
+        if isinstance(event, core.Registered | core.Seen) and event.view.lease is not None:
+            proof = event.view.lease.proof
+            if proof in self.dead_proofs and self.host_of.get(proof) == node.host:
+                node.feed(core.HolderDied(event.view.lease.term, event.view.lease.nonce))
+        if isinstance(event, core.Renewed | core.Granted):
+            self.at(self.time + 1e-5, lambda: self.ambush(node))
+        node.feed(event)
+
+    def ambush(self, node: Node) -> None:
+        if self.calm or not node.alive or self.rng.random() >= self.plan.ambush:
+            return
+        self.faults += 1
+        if self.rng.random() < 0.5:
+            self.pause(node)
+        else:
+            node.cut_until = self.time + 30
+            self.trace(f"{node.name} cut off")
+
+    def answer(self, node: Node, q: core.Question) -> core.Event:
+        db, me = self.db, node.name
+        match q.verb:
+            case core.Verb.REGISTER:
+                me_row = Registration(me, BOT, node.deployment, node.host, 1, "1", node.timing.ttl)
+                return core.Registered(q.serial, db.register(me_row))
+            case core.Verb.READ:
+                return core.Seen(q.serial, db.read(BOT, me))
+            case core.Verb.CLAIM:
+                ok = db.claim(BOT, me, q.source)
+                self.trace(f"{me} claims from {q.source}: {ok}")
+                return self.changed(core.Claimed(q.serial, ok))
+            case core.Verb.ACQUIRE:
+                assert q.key is not None
+                nonce = f"{me}#{q.serial}"
+                self.host_of[node.proof] = node.host
+                row = db.read(BOT, me).lease
+                grant = db.acquire(
+                    BOT, me, q.key, nonce=nonce, floor=q.floor, how=q.how, ttl=node.timing.ttl, proof=node.proof
+                )
+                self.trace(f"{me} acquires ({q.how}): {grant}")
+                if grant is None:
+                    return core.Denied(q.serial)
+                if row is None or row.key != q.key:
+                    raise Violation(f"seed {self.seed}: {me} acquired {row} which it had seen as {q.key}")
+                node.hows[grant.term] = q.how
+                return self.changed(core.Granted(q.serial, grant.term, nonce, grant.origin))
+            case core.Verb.RENEW:
+                assert q.held is not None
+                renewal = db.renew(BOT, me, *q.held)
+                if renewal is None:
+                    return core.Denied(q.serial)
+                row = db.read(BOT, me).lease
+                if row is None or (row.term, row.nonce, row.holder) != (*q.held, me):
+                    raise Violation(f"seed {self.seed}: {me} renewed {row} as if it were its own term {q.held}")
+                if self.plan.watching:
+                    self.changed(core.Woken())
+                return core.Renewed(q.serial, renewal.assigned, renewal.vacant, renewal.origin)
+            case core.Verb.RELEASE:
+                assert q.held is not None and q.reason is not None
+                ok = db.release(BOT, me, *q.held, reason=q.reason, pass_on=q.pass_on, leave=q.leave)
+                self.trace(f"{me} releases {q.held} ({q.reason}): {ok}")
+                return self.changed(core.Done(q.serial) if ok else core.Denied(q.serial))
+            case core.Verb.TOUCH:
+                db.touch(me, q.label)
+                return core.Done(q.serial)
+            case core.Verb.LEAVE:
+                assert q.reason is not None
+                db.leave(BOT, me, reason=q.reason, pass_on=q.pass_on)
+                return self.changed(core.Done(q.serial))
+        raise AssertionError(q)
+
+    def changed(self, event: core.Event) -> core.Event:
+        """Notifications: a hint that is lost now and then."""
+        for node in self.nodes:
+            wait = self.delay(node)
+            if wait is not None and self.rng.random() < 0.8:
+                self.at(self.time + wait, lambda n=node: n.feed(core.Woken()))  # type: ignore[misc]
+        return event
+
+    # Faults ---------------------------------------------------------------------------------------------------------
+
+    def deploy(self, deployment: str | None = None, number: int | None = None) -> Node:
+        if deployment is None:
+            self.deployments += 1
+            deployment = f"d{self.deployments}"
+        rng = self.rng
+        number = len(self.nodes) if number is None else number
+        node = Node(
+            self,
+            number,
+            deployment,
+            rate=rng.choice([0.9901, 1.0099] if self.plan.sharp else [0.9901, 1.0, 1.0099]),
+            offset=rng.uniform(0, 1e5),
+            timing=rng.choice(self.plan.timings),
+            host="h0" if self.plan.same_host else f"h{number}",
+        )
+        self.nodes.append(node)
+        node.boot()
+        return node
+
+    def later_restart(self, node: Node) -> None:
+        self.at(self.time + self.rng.choice([0.05, 1.0, 5.0]), lambda: self.restart(node))
+
+    def restart(self, node: Node) -> None:
+        if node not in self.nodes:
+            return
+        self.nodes.remove(node)
+        fresh = Node(
+            self, node.number, node.deployment, node.rate, node.offset, node.timing, node.host, node.incarnation + 1
+        )
+        self.nodes.append(fresh)
+        fresh.boot()
+
+    def crash(self, node: Node) -> None:
+        if not node.alive:
+            return
+        self.trace(f"{node.name} crashes")
+        node.alive = False
+        if node.work is not None:
+            work = node.work
+            self.at(self.time + 0.004, lambda: self.gone(work))  # death with the parent
+        else:
+            self.prove_dead(node)
+        self.later_restart(node)
+
+    def pause(self, node: Node) -> None:
+        span = self.rng.choice([0.3, 1.0, 1.5, 3.0]) * node.timing.ttl
+        self.trace(f"{node.name} paused for {span:.1f}")
+        node.paused_until = self.time + span
+        self.at(node.paused_until, node.resume)
+
+    def stop(self, node: Node) -> None:
+        if node.alive and node.stopped_at is None:
+            self.trace(f"{node.name} gets a stop signal")
+            # A signal that arrives while it is paused is handled after the pause.
+            self.at(max(self.time, node.paused_until), lambda: self._stop(node))
+
+    def _stop(self, node: Node) -> None:
+        if node.alive and self.time >= node.paused_until and not self.calm:
+            node.feed(core.StopAsked())
+            node.stopped_at = self.time
+
+    def edit(self) -> None:
+        rng, db = self.rng, self.db.db
+        ids = [r[0] for r in db.execute("SELECT instance_id FROM bot_instances")]
+        live = [n.name for n in self.nodes if n.alive]
+        choice = rng.random()
+        try:
+            if choice < 0.3:
+                db.execute("UPDATE bot_instances SET is_active = FALSE")
+                self.trace("operator: all FALSE")
+            elif choice < 0.9 and ids:
+                who = rng.choice(live if live and rng.random() < 0.7 else ids)
+                if rng.random() < 0.5:
+                    db.execute("UPDATE bot_instances SET is_active = FALSE")
+                db.execute("UPDATE bot_instances SET is_active = TRUE WHERE instance_id = ?", (who,))
+                self.trace(f"operator: TRUE for {who}")
+            elif ids:
+                db.execute("DELETE FROM bot_instances WHERE instance_id = ?", (rng.choice(ids),))
+                self.trace("operator: deletes a row")
+        except sqlite3.Error:
+            pass
+        self.changed(core.Woken())
+
+    def fail_over(self) -> None:
+        """The database comes back as another one, without its last commits."""
+        if self.snapshots:
+            age = self.rng.choice([0.0, 1.0, 5.0])
+            fitting = [s for t, s in self.snapshots if t <= self.time - age]
+            if fitting:
+                self.db.db.deserialize(fitting[-1])
+        self.db.origin += "+"
+        self.trace("the database fails over")
+
+    def snapshot(self) -> None:
+        self.snapshots.append((self.time, self.db.db.serialize()))
+        if not self.calm:
+            self.at(self.time + 0.7, self.snapshot)
+
+    def disturb(self) -> None:
+        if self.calm:
+            return
+        rng, plan = self.rng, self.plan
+        self.faults += 1
+        node = rng.choice(self.nodes)
+        options: list[Callable[[], Any]] = [lambda: self.deploy() if len(self.nodes) < plan.nodes + 3 else None]
+        options.append(lambda: self.stop(node) if len([n for n in self.nodes if n.alive]) > 1 else None)
+        if plan.partitions:
+            options += [lambda: setattr(node, "cut_until", self.time + rng.choice([1, 5, 30]))] * 2
+        if plan.crashes:
+            options += [lambda: self.crash(node)] * 2
+        if plan.pauses:
+            options += [lambda: self.pause(node)] * 3
+        if plan.clock_steps:
+            options.append(lambda: setattr(self, "db_offset", rng.choice([0, 3600, -3600, 30, -30])))
+        if plan.operator:
+            options += [self.edit] * 2
+        if plan.vandal:
+            options.append(lambda: self.db.db.execute("DELETE FROM bot_leases"))
+        if plan.failover:
+            options.append(self.fail_over)
+        rng.choice(options)()
+        self.at(self.time + rng.choice([0.05, 0.5, 2.0, 6.0]), self.disturb)
+
+    # A whole run -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        if self.plan.failover:
+            self.snapshot()
+        for _ in range(self.plan.nodes):
+            self.at(self.time + self.rng.choice([0.0, 0.0, 1.0, 8.0]), self.deploy)
+        self.at(self.time + 0.5, lambda: self.disturb() if self.nodes else self.at(self.time + 9, self.disturb))
+        self.run_until(self.time + self.plan.length)
+        self.settle()
+
+    def bound(self) -> float:
+        """From the last fault to exactly one at work: see docs/design.md, "How long it takes"."""
+        t = max(self.plan.timings, key=lambda t: t.ttl)
+        return 5.5 * t.ttl * (1 + t.rho) + t.lock_delay + 2 * t.stop_grace
+
+    def settle(self) -> None:
+        """Faults end; exactly one must work in bounded time, and go on to."""
+        self.calm = True
+        self.trace("calm")
+        for node in self.nodes:
+            node.cut_until = 0.0
+            if node.paused_until > self.time:
+                node.paused_until = self.time
+                self.at(self.time, node.resume)
+        self.run_until(self.time + 5.001)  # the last restarts
+        if not any(n.alive and not n.state.stopping for n in self.nodes):
+            self.deploy()
+            self.run_until(self.time + 1)
+        rows = self.db.db.execute("SELECT count(*) FROM bot_instances WHERE is_active").fetchone()
+        if rows[0] == 0:
+            # The operator wanted nobody to run. Now he wants somebody.
+            who = next(n for n in self.nodes if n.alive and not n.state.stopping)
+            done = self.db.db.execute("UPDATE bot_instances SET is_active = TRUE WHERE instance_id = ?", (who.name,))
+            if done.rowcount == 0:
+                self.deploy()
+        begun = self.time
+        self.run_until(begun + self.bound())
+        if len(self.running) != 1:
+            raise Violation(f"seed {self.seed}: {len(self.running)} at work {self.bound():.1f} s after the last fault")
+        only = next(iter(self.running))
+        self.run_until(self.time + 3 * only.node.timing.ttl)
+        if self.running != {only}:
+            raise Violation(f"seed {self.seed}: the work did not go on in calm weather")
+        working = [n.name for n in self.nodes if n.alive and n.state.phase is core.Phase.WORKING]
+        if len(working) != 1:
+            raise Violation(f"seed {self.seed}: {working} believe that they work")

@@ -1,0 +1,339 @@
+"""The decisions, one at a time. Names are the behaviour."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from botlease import core
+from botlease.core import Candidate, Phase, State
+from botlease.model import (
+    Arm,
+    Ask,
+    Claimed,
+    Denied,
+    Done,
+    Drain,
+    End,
+    Failed,
+    Granted,
+    HolderDied,
+    How,
+    Kill,
+    Lease,
+    Mode,
+    Peer,
+    Reason,
+    Registered,
+    Renewed,
+    Seen,
+    Start,
+    StopAsked,
+    Tick,
+    Timing,
+    TimingError,
+    Verb,
+    View,
+    Woken,
+    WorkEnded,
+)
+
+TIMING = Timing()
+FREE = Lease(3, 0, "x", None, 10.0, "db")
+HELD = Lease(4, 7, "y", "other", 10.0, "db", "proof")
+ME = Peer("me", 5, False, 0, 0.0)
+OTHER = Peer("other", 4, False, 3, 0.5)
+
+
+class Driver:
+    """Feeds the core and remembers what it asked for."""
+
+    def __init__(self, mode: Mode = Mode.PREEMPT, timing: Timing = TIMING) -> None:
+        self.now = 100.0
+        self.state: State = core.start(Candidate("me", mode), timing, self.now)
+        self.actions: list[core.Action] = []
+        self.feed(Tick())
+
+    def feed(self, event: core.Event, after: float = 0.0) -> list[core.Action]:
+        self.now += after
+        self.state, actions = core.step(self.state, event, self.now)
+        self.actions += actions
+        return actions
+
+    @property
+    def question(self) -> core.Question:
+        assert self.state.asking is not None, self.state
+        return self.state.asking
+
+    def answer(self, make: object, *args: object, after: float = 0.0) -> list[core.Action]:
+        return self.feed(make(self.question.serial, *args), after)  # type: ignore[operator]
+
+    def joined(self, view: View) -> Driver:
+        assert self.question.verb is Verb.REGISTER
+        self.answer(Registered, view)
+        return self
+
+    def working(self) -> Driver:
+        self.joined(View(FREE, "db", ME, 5))
+        assert self.question.verb is Verb.ACQUIRE
+        self.answer(Granted, 4, "n", "db")
+        assert self.state.phase is Phase.WORKING
+        return self
+
+
+def verbs(actions: list[core.Action]) -> list[Verb]:
+    return [a.question.verb for a in actions if isinstance(a, Ask)]
+
+
+def test_a_first_start_claims_acquires_and_works() -> None:
+    d = Driver().joined(View(FREE, "db", None, 5))
+    assert d.question.verb is Verb.CLAIM and d.question.source is None
+    d.answer(Claimed, True)
+    assert d.question.verb is Verb.READ
+    d.answer(Seen, View(FREE, "db", ME, 5))
+    assert d.question.verb is Verb.ACQUIRE and d.question.how is How.RELEASED
+    asked = d.question.asked_at
+    actions = d.answer(Granted, 4, "n", "db", after=0.5)
+
+    assert [type(a) for a in actions] == [Arm, Start]
+    assert actions[0] == Arm(asked + TIMING.trust)
+
+
+def test_trust_counts_from_the_asking_not_from_the_answer() -> None:
+    d = Driver().working()
+    d.feed(Tick(), after=TIMING.renew_every)
+    asked = d.now
+    actions = d.answer(Renewed, True, False, "db", after=1.4)
+
+    assert Arm(asked + TIMING.trust) in actions
+
+
+def test_a_grant_that_arrives_after_the_end_of_trust_is_given_back_and_never_worked_under() -> None:
+    d = Driver().joined(View(FREE, "db", ME, 5))
+    actions = d.answer(Granted, 4, "n", "db", after=TIMING.trust)
+    assert not [a for a in actions if isinstance(a, Start)]
+    assert d.question.verb is Verb.READ
+    d.answer(Seen, View(replace(HELD, holder="me", nonce="n"), "db", ME, 5))
+    assert d.question.verb is Verb.RELEASE and d.question.held == (4, "n")
+
+
+def test_a_renewal_that_arrives_after_the_end_of_trust_counts_for_nothing() -> None:
+    d = Driver().working()
+    d.feed(Tick(), after=TIMING.renew_every)
+    serial = d.question.serial
+    actions = d.feed(Renewed(serial, True, False, "db"), after=TIMING.trust)
+
+    assert [type(a) for a in actions] == [Kill]
+
+
+def test_an_answer_to_another_question_is_dropped() -> None:
+    d = Driver().joined(View(FREE, "db", ME, 5))
+    before = d.state
+    assert d.feed(Granted(d.question.serial - 1, 9, "z", "db")) == []
+    assert d.state == before
+
+
+def test_the_release_is_asked_only_after_the_work_is_gone() -> None:
+    d = Driver().working()
+    actions = d.feed(StopAsked())
+    assert [type(a) for a in actions] == [Drain]
+    d.feed(Tick(), after=3)
+    assert Verb.RELEASE not in verbs(d.actions)
+    actions = d.feed(WorkEnded(4))
+    assert verbs(actions) == [Verb.RELEASE]
+    assert d.question.leave and d.question.pass_on and d.question.reason is Reason.STOPPED
+    assert d.answer(Done) == [End(Reason.STOPPED)]
+
+
+def test_a_drain_that_takes_too_long_is_killed() -> None:
+    d = Driver().working()
+    d.feed(StopAsked())
+    for _ in range(5):
+        d.feed(Tick(), after=TIMING.renew_every)
+        if d.state.asking:
+            d.answer(Renewed, True, False, "db")
+    assert Kill(Reason.STOPPED) in d.actions
+
+
+def test_without_renewals_the_work_is_drained_then_killed_in_time() -> None:
+    d = Driver().working()
+    began = d.now
+    while Kill(Reason.SILENT) not in d.actions:
+        at = core.next_wakeup(d.state)
+        assert at is not None
+        d.feed(Tick(), after=max(0.0, at - d.now) + 1e-6)
+        if d.state.asking:
+            d.answer(Failed, after=0.01)
+    drains = [a for a in d.actions if isinstance(a, Drain)]
+    assert drains == [Drain(began + TIMING.trust, Reason.SILENT)]
+    assert d.now == pytest.approx(began + TIMING.trust, abs=0.5) and d.now <= began + TIMING.trust + 1e-3
+
+
+def test_a_released_lease_of_somebody_else_is_acquired_without_a_lock_delay() -> None:
+    assert Driver().working().now == 100.0
+
+
+def test_an_expired_lease_is_acquired_after_the_patience_and_worked_under_after_the_lock_delay() -> None:
+    d = Driver().joined(View(HELD, "db", ME, 5))
+    first_seen = d.now
+    while d.state.asking is None or d.question.verb is not Verb.ACQUIRE:
+        at = core.next_wakeup(d.state)
+        assert at is not None
+        d.feed(Tick(), after=at - d.now)
+        if d.state.asking and d.question.verb is Verb.READ:
+            d.answer(Seen, View(HELD, "db", ME, 5))
+        elif d.state.asking and d.question.verb is Verb.TOUCH:
+            d.answer(Done)
+    assert d.now >= first_seen + TIMING.ttl * (1 + TIMING.rho)
+    assert d.question.how is How.EXPIRED and d.question.key == HELD.key
+    assert not [a for a in d.answer(Granted, 5, "n", "db") if isinstance(a, Start)]
+    assert [a for a in d.feed(Tick(), after=TIMING.lock_delay) if isinstance(a, Start)]
+
+
+def test_a_beat_starts_the_patience_anew() -> None:
+    d = Driver().joined(View(HELD, "db", ME, 5))
+    d.feed(Woken(), after=9)
+    d.answer(Seen, View(replace(HELD, beat=8), "db", ME, 5))
+    d.feed(Woken(), after=9)
+    d.answer(Seen, View(replace(HELD, beat=8), "db", ME, 5))
+    assert Verb.ACQUIRE not in verbs(d.actions)
+
+
+def test_a_holder_that_the_kernel_proved_dead_is_followed_at_once() -> None:
+    d = Driver().joined(View(HELD, "db", ME, 5))
+    actions = d.feed(HolderDied(4, "y"))
+    assert verbs(actions) == [Verb.ACQUIRE] and d.question.how is How.DIED
+    assert [a for a in d.answer(Granted, 5, "n", "db") if isinstance(a, Start)]
+
+
+def test_the_proof_of_another_term_proves_nothing() -> None:
+    d = Driver().joined(View(HELD, "db", ME, 5))
+    assert verbs(d.feed(HolderDied(3, "y"))) == []
+
+
+def test_a_missing_row_is_put_back_and_never_taken_for_free() -> None:
+    d = Driver().joined(View(None, "db", ME, 5))
+    assert d.question.verb is Verb.REGISTER
+    unknown = Lease(4, 0, "q", "unknown", 10.0, "db")
+    d.answer(Registered, View(unknown, "db", ME, 5))
+    assert Verb.ACQUIRE not in verbs(d.actions)
+
+
+@pytest.mark.parametrize(
+    "lease",
+    [replace(FREE, origin="old"), replace(FREE, term=1)],
+    ids=["written under another timeline", "a term that went backwards"],
+)
+def test_a_released_row_in_doubt_is_waited_out(lease: Lease) -> None:
+    d = Driver().joined(View(HELD, "db", ME, 5))
+    d.feed(Woken())
+    d.answer(Seen, View(lease, "db", ME, 5))
+    assert Verb.ACQUIRE not in verbs(d.actions)
+    d.feed(Tick(), after=TIMING.ttl * 1.01)
+    d.answer(Seen, View(lease, "db", ME, 5))
+    assert d.question.verb is Verb.ACQUIRE and d.question.how is How.EXPIRED and d.question.floor >= 4
+
+
+def test_a_holder_that_meets_another_database_stops_at_once() -> None:
+    d = Driver().working()
+    d.feed(Tick(), after=TIMING.renew_every)
+    assert d.answer(Renewed, True, False, "db2") == [Kill(Reason.CHANGED)]
+
+
+def test_a_lost_term_ends_without_grace() -> None:
+    d = Driver().working()
+    d.feed(Tick(), after=TIMING.renew_every)
+    assert d.answer(Denied) == [Kill(Reason.LOST)]
+
+
+@pytest.mark.parametrize(("assigned", "reason"), [(OTHER, Reason.SUPERSEDED), (None, Reason.DEACTIVATED)])
+def test_a_holder_that_is_not_assigned_any_more_drains(assigned: Peer | None, reason: Reason) -> None:
+    d = Driver().working()
+    d.feed(Woken(), after=0.1)
+    mine = Lease(4, 0, "n", "me", 10.0, "db")
+    actions = d.answer(Seen, View(mine, "db", assigned, 5))
+    assert actions == [Drain(d.now + TIMING.stop_grace, reason)]
+
+
+def test_a_strictly_newer_generation_claims_once() -> None:
+    d = Driver().joined(View(HELD, "db", OTHER, 5))
+    assert d.question.verb is Verb.CLAIM and d.question.source == "other"
+    d.answer(Claimed, True)
+    d.answer(Seen, View(HELD, "db", OTHER, 5))  # the operator gave it back to the other one
+    assert d.state.asking is None
+
+
+@pytest.mark.parametrize("generation", [4, 3])
+def test_an_equal_or_older_generation_never_claims_from_a_living_one(generation: int) -> None:
+    d = Driver().joined(View(HELD, "db", OTHER, generation))
+    assert d.state.asking is None
+
+
+def test_after_the_operator_deactivated_everybody_nobody_promotes_himself() -> None:
+    served = replace(FREE, served=5)
+    d = Driver().joined(View(served, "db", None, 5))
+    assert d.state.asking is None
+    assert Driver().joined(View(served, "db", None, 6)).question.verb is Verb.CLAIM
+
+
+def test_a_second_start_by_hand_leaves_when_the_first_one_lives() -> None:
+    d = Driver(Mode.REFUSE).joined(View(HELD, "db", OTHER, 5, renewed_ago=1.0))
+    assert d.question.verb is Verb.LEAVE
+    assert d.answer(Done) == [End(Reason.REFUSED)]
+
+
+def test_after_a_stop_signal_nothing_is_acquired() -> None:
+    d = Driver()
+    d.feed(StopAsked())
+    d.answer(Registered, View(FREE, "db", ME, 5))
+    assert d.question.verb is Verb.LEAVE
+
+
+def test_a_grant_that_crosses_a_stop_signal_is_released_without_work() -> None:
+    d = Driver().joined(View(FREE, "db", ME, 5))
+    d.feed(StopAsked())
+    actions = d.answer(Granted, 4, "n", "db")
+    assert verbs(actions) == [Verb.RELEASE] and not [a for a in actions if isinstance(a, Start)]
+
+
+def test_an_acquire_with_an_unknown_outcome_is_read_back_before_anything_else() -> None:
+    d = Driver().joined(View(FREE, "db", ME, 5))
+    d.answer(Failed)
+    d.feed(Tick(), after=1)
+    assert d.question.verb is Verb.READ
+
+
+def test_work_that_ends_by_itself_ends_the_instance_and_passes_the_assignment_on() -> None:
+    d = Driver().working()
+    d.feed(WorkEnded(4))
+    assert d.question.verb is Verb.RELEASE and d.question.pass_on and d.question.reason is Reason.WORK_ENDED
+
+
+def test_a_stop_ends_even_when_the_database_never_answers() -> None:
+    d = Driver().joined(View(HELD, "db", OTHER, 3))
+    d.feed(StopAsked())
+    for _ in range(50):
+        if d.state.phase is Phase.ENDED:
+            break
+        d.feed(Failed(d.question.serial) if d.state.asking else Tick(), after=0.2)
+    assert d.state.phase is Phase.ENDED
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"ttl": 0.5}, "at least 1 s"),
+        ({"renew_every": 6.0}, r"renew_every \+ 2\*attempt = 6 \+ 2\*1.5 = 9 s"),
+        ({"kill_budget": 4.0}, r"10\*0.99 - 4 = 5.9 s"),
+        ({"lock_delay": -1.0}, "between 0 and 86400"),
+    ],
+)
+def test_timings_that_contradict_each_other_are_refused_with_the_arithmetic(wrong: dict[str, float], says: str) -> None:
+    with pytest.raises(TimingError, match=says):
+        Timing(**wrong)  # type: ignore[arg-type]
+
+
+def test_every_ttl_has_timings_that_agree() -> None:
+    for tenths in range(10, 6000, 7):
+        assert Timing.for_ttl(tenths / 10).trust > 0

@@ -1,0 +1,458 @@
+"""Both stores pass the public conformance suite against the real thing, and what only one of them can do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import shutil
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+from servers import PgBouncer, has_pgbouncer
+
+from botlease.model import Reason
+from botlease.stores import Store, StoreError, StoreRefused, open_store, redact
+from botlease.stores.postgres import PostgresStore
+from botlease.stores.sqlite import NETWORK_FILE_SYSTEMS, SqliteStore
+from botlease.testing import DEADLINE, StoreContract, acquire, lease_of, registration
+
+
+async def two(url: str) -> AsyncIterator[list[Store]]:
+    stores = [open_store(url), open_store(url)]
+    # both at once: creating the schema must survive that
+    await asyncio.gather(*(s.open(DEADLINE) for s in stores))
+    yield stores
+    for s in stores:
+        await s.aclose()
+
+
+def sqlite_execute(url: str) -> Callable[[str], Any]:
+    async def execute(sql: str) -> Any:
+        with sqlite3.connect(url.removeprefix("sqlite:///")) as db:
+            db.row_factory = sqlite3.Row
+            rows = [dict(r) for r in db.execute(sql).fetchall()]
+        db.close()
+        return rows
+
+    return execute
+
+
+class TestSqlite(StoreContract):
+    @pytest.fixture
+    async def stores(self, sqlite_url: str) -> AsyncIterator[list[Store]]:
+        async for s in two(sqlite_url):
+            # two processes would not share the side-car lock, two stores of one process must not either
+            s[1]._guards = s[0]._guards  # type: ignore[attr-defined]
+            yield s
+            s[1]._guards = {}  # type: ignore[attr-defined]
+
+    @pytest.fixture
+    def execute(self, sqlite_url: str) -> Callable[[str], Any]:
+        return sqlite_execute(sqlite_url)
+
+
+class TestPostgres(StoreContract):
+    @pytest.fixture
+    async def stores(self, postgres_url: str) -> AsyncIterator[list[Store]]:
+        async for s in two(postgres_url):
+            yield s
+
+    @pytest.fixture
+    def execute(self, postgres_url: str) -> Callable[[str], Any]:
+        async def execute(sql: str) -> Any:
+            connection = await asyncpg.connect(postgres_url)
+            try:
+                return [dict(r) for r in await connection.fetch(sql)]
+            finally:
+                await connection.close()
+
+        return execute
+
+
+@pytest.mark.skipif(not has_pgbouncer(), reason="PgBouncer is not installed (Debian: apt-get install pgbouncer)")
+class TestThroughPgBouncer(TestPostgres):
+    """Transaction pooling: no LISTEN, another server process for every statement. Found out by itself."""
+
+    @pytest.fixture(params=[1, 2])
+    async def stores(self, postgres_url: str, request: pytest.FixtureRequest) -> AsyncIterator[list[Store]]:
+        port = int(postgres_url.split(":")[-1].split("/")[0])
+        pooler = PgBouncer(port, request.param)
+        try:
+            async for s in two(postgres_url.replace(f":{port}/", f":{pooler.port}/")):
+                assert all(isinstance(x, PostgresStore) and x.pooled for x in s)
+                yield s
+        finally:
+            pooler.stop()
+
+
+async def test_a_direct_connection_is_not_taken_for_a_pooler(postgres_url: str) -> None:
+    store = PostgresStore(postgres_url)
+    await store.open(DEADLINE)
+    assert not store.pooled
+    await store.aclose()
+
+
+async def test_a_dozen_first_starts_at_once_create_one_schema(any_url: str) -> None:
+    stores = [open_store(any_url) for _ in range(12)]
+    await asyncio.gather(*(s.open(20) for s in stores))
+    views = await asyncio.gather(*(s.register(registration(f"i{n}", "same"), 20) for n, s in enumerate(stores)))
+
+    assert len({v.generation for v in views}) == 1
+    for s in stores:
+        await s.aclose()
+
+
+SEED_TABLE = """CREATE TABLE bot_instances (instance_id VARCHAR(64) PRIMARY KEY, started_at TIMESTAMP, last_heartbeat
+TIMESTAMP, is_active BOOLEAN DEFAULT TRUE)"""
+
+
+async def run_sql(url: str, *statements: str) -> list[Any]:
+    out: list[Any] = []
+    if url.startswith("sqlite"):
+        with sqlite3.connect(url.removeprefix("sqlite:///")) as db:
+            for s in statements:
+                out = db.execute(s).fetchall()
+        db.close()
+    else:
+        connection = await asyncpg.connect(url)
+        for s in statements:
+            out = [tuple(r) for r in await connection.fetch(s)]
+        await connection.close()
+    return out
+
+
+async def test_a_table_of_an_earlier_system_is_adopted_and_its_rows_are_kept(any_url: str) -> None:
+    old = "INSERT INTO bot_instances VALUES ('old1', '2024-01-01', '2024-01-01', TRUE)"
+    await run_sql(any_url, SEED_TABLE, old, old.replace("old1", "old2"))
+    store = open_store(any_url)
+    await store.open(DEADLINE)
+    view = await store.register(registration("a"), DEADLINE)
+    assert await store.claim("bot", "a", None, DEADLINE)
+    assert await acquire(store, "a", lease_of(view)) is not None
+    await store.aclose()
+
+    rows = await run_sql(any_url, "SELECT instance_id FROM bot_instances WHERE NOT is_active ORDER BY instance_id")
+    assert [r[0] for r in rows] == ["old1", "old2"]
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "CREATE TABLE bot_instances (id INTEGER PRIMARY KEY, name TEXT)",
+        "CREATE VIEW bot_instances AS SELECT 1 AS instance_id, 2 AS started_at, 3 AS last_heartbeat, 4 AS is_active",
+    ],
+)
+async def test_a_foreign_table_is_refused_with_the_cure_and_left_alone(any_url: str, table: str) -> None:
+    await run_sql(any_url, table)
+    store = open_store(any_url)
+    with pytest.raises(StoreRefused, match=r"belongs to something else .* nothing was changed: use"):
+        await store.open(DEADLINE)
+    await store.aclose()
+
+    names = (
+        "SELECT name FROM sqlite_master WHERE name LIKE 'bot%'"
+        if any_url.startswith("sqlite")
+        else "SELECT relname FROM pg_class WHERE relname LIKE 'bot%' AND relkind IN ('r','v')"
+    )
+    assert await run_sql(any_url, names) == [("bot_instances",)]
+
+
+async def test_a_schema_from_the_future_is_refused(any_url: str) -> None:
+    store = open_store(any_url)
+    await store.open(DEADLINE)
+    await store.aclose()
+    await run_sql(any_url, "UPDATE botlease_schema SET version = 99")
+    store = open_store(any_url)
+    with pytest.raises(StoreRefused, match="newer botlease .schema 99"):
+        await store.open(DEADLINE)
+    await store.aclose()
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("mysql://x/y", "use postgresql://"),
+        ("", "use postgresql://"),
+        ("sqlite://", "name a file"),
+        ("sqlite:///:memory:", "name a file"),
+    ],
+)
+def test_an_unknown_url_is_refused_with_the_cure(url: str, says: str) -> None:
+    with pytest.raises(StoreRefused, match=says):
+        open_store(url)
+
+
+def test_passwords_and_tokens_are_blotted_out() -> None:
+    text = redact("postgresql://me:s3cret@db/x?password=s3cret token 123456789:AAabcdefghijklmnopqrstuvwxyz012345678")
+
+    assert "s3cret" not in text and "AAabc" not in text and "123456789:***" in text
+
+
+# PostgreSQL --------------------------------------------------------------------------------------------------------
+
+
+class Proxy:
+    """A TCP proxy that can freeze (accept and forward nothing) or cut."""
+
+    def __init__(self, port: int) -> None:
+        self.target = port
+        self.frozen = asyncio.Event()
+        self.frozen.set()
+        self.port = 0
+        self.writers: list[asyncio.StreamWriter] = []
+
+    async def __aenter__(self) -> Proxy:
+        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+        self.port = self.server.sockets[0].getsockname()[1]
+        return self
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self.target)
+        self.writers += [writer, up_writer]
+        await asyncio.gather(self.pump(reader, up_writer), self.pump(up_reader, writer), return_exceptions=True)
+
+    async def pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            await self.frozen.wait()
+            writer.write(data)
+        writer.close()
+
+    async def __aexit__(self, *_: object) -> None:
+        self.frozen.set()
+        self.server.close()
+        for w in self.writers:
+            w.transport.abort()
+        await asyncio.sleep(0)
+
+
+async def test_no_call_outlasts_its_deadline_behind_a_connection_that_swallows_everything(postgres_url: str) -> None:
+    port = int(postgres_url.split(":")[-1].split("/")[0])
+    async with Proxy(port) as proxy:
+        store = PostgresStore(postgres_url.replace(str(port), str(proxy.port)))
+        await store.open(DEADLINE)
+        await store.register(registration("a"), DEADLINE)
+        for _ in range(2):  # on an open connection, then while connecting
+            proxy.frozen.clear()
+            for call in (
+                lambda: store.read("bot", "a", 0.3),
+                lambda: store.touch("a", "x", 0.3),
+                lambda: store.renew("bot", "a", 1, "n", 0.3),
+            ):
+                began = time.monotonic()
+                with pytest.raises(StoreError, match="no answer within"):
+                    await call()
+                assert time.monotonic() - began < 0.6
+        proxy.frozen.set()
+        assert (await store.read("bot", "a", DEADLINE)).generation > 0
+        await store.aclose()
+
+
+async def test_a_row_lock_does_not_hold_a_call_beyond_its_deadline(postgres_url: str) -> None:
+    store = PostgresStore(postgres_url)
+    await store.open(0.5)
+    view = await store.register(registration("a"), 0.5)
+    await store.claim("bot", "a", None, 0.5)
+    other = await asyncpg.connect(postgres_url)
+    async with other.transaction():
+        await other.execute("SELECT * FROM bot_leases FOR UPDATE")
+        began = time.monotonic()
+        with pytest.raises(StoreError):
+            await store.acquire(
+                "bot", "a", lease_of(view).key, nonce="n", floor=0, how="released", ttl=10, proof="", deadline=0.5
+            )  # type: ignore[arg-type]
+        assert time.monotonic() - began < 1.0
+    await other.close()
+    assert (await store.read("bot", "a", DEADLINE)).lease == view.lease
+    await store.aclose()
+
+
+async def test_the_operators_update_is_noticed_at_once(postgres_url: str) -> None:
+    store = PostgresStore(postgres_url)
+    await store.open(DEADLINE)
+    await store.register(registration("a"), DEADLINE)
+    noticed = asyncio.Event()
+    store.on_change = noticed.set
+    operator = await asyncpg.connect(postgres_url)
+    began = time.monotonic()
+    await operator.execute("UPDATE bot_instances SET is_active = TRUE WHERE instance_id = 'a'")
+    await asyncio.wait_for(noticed.wait(), 2)
+    assert time.monotonic() - began < 0.2
+    await operator.close()
+    await store.aclose()
+
+
+async def test_heartbeats_notify_nobody_and_are_hot_updates(postgres_url: str) -> None:
+    a, b = PostgresStore(postgres_url), PostgresStore(postgres_url)
+    await a.open(DEADLINE)
+    await b.open(DEADLINE)
+    grant = await StoreContract().held(a)
+    await asyncio.sleep(0)
+    await b.read("bot", "b", DEADLINE)
+    count = 0
+
+    def noticed() -> None:
+        nonlocal count
+        count += 1
+
+    b.on_change = noticed
+    for _ in range(50):
+        await a.renew("bot", "a", grant.term, "nonce-a", DEADLINE)
+        await a.touch("a", "active", DEADLINE)
+    await b.read("bot", "b", DEADLINE)
+
+    assert count == 0
+    await a.aclose()
+    await b.aclose()
+    for _ in range(50):  # the statistics arrive when the sessions end
+        rows = await run_sql(
+            postgres_url, "SELECT n_tup_upd - n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'bot_leases'"
+        )
+        done = await run_sql(postgres_url, "SELECT n_tup_upd FROM pg_stat_user_tables WHERE relname = 'bot_leases'")
+        if done[0][0] >= 50:
+            break
+        await asyncio.sleep(0.1)
+    assert rows[0][0] == 0
+
+
+async def test_the_database_going_away_and_coming_back_is_survived(postgres_url: str) -> None:
+    store = PostgresStore(postgres_url)
+    await store.open(DEADLINE)
+    await store.register(registration("a"), DEADLINE)
+    killer = await asyncpg.connect(postgres_url)
+    await killer.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'botlease'")
+    await killer.close()
+    with contextlib.suppress(StoreError):  # at most one call notices
+        await store.read("bot", "a", DEADLINE)
+
+    assert (await store.read("bot", "a", DEADLINE)).generation > 0
+    await store.aclose()
+
+
+# SQLite ------------------------------------------------------------------------------------------------------------
+
+
+async def opened(tmp_path: Path) -> SqliteStore:
+    store = SqliteStore(str(tmp_path / "lease.db"))
+    await store.open(DEADLINE)
+    return store
+
+
+@pytest.mark.parametrize("how", ["delete", "replace", "recreate"])
+async def test_a_file_that_was_deleted_or_replaced_is_noticed_at_the_next_beat(tmp_path: Path, how: str) -> None:
+    store = await opened(tmp_path)
+    grant = await StoreContract().held(store)
+    file = tmp_path / "lease.db"
+    if how == "replace":
+        shutil.copy(file, tmp_path / "copy.db")
+        os.replace(tmp_path / "copy.db", file)
+    else:
+        file.unlink()
+        if how == "recreate":
+            file.touch()
+    with pytest.raises(StoreError, match="gone|replaced"):
+        await store.renew("bot", "a", grant.term, "nonce-a", DEADLINE)
+    await store.aclose()
+
+
+async def test_while_the_work_of_a_deleted_file_runs_nobody_acquires_on_the_new_one(tmp_path: Path) -> None:
+    a = await opened(tmp_path)
+    await StoreContract().held(a)
+    (tmp_path / "lease.db").unlink()
+    b = await opened(tmp_path)
+    view = await b.register(registration("b"), DEADLINE)
+    assert await b.claim("bot", "b", None, DEADLINE)
+
+    assert await acquire(b, "b", lease_of(view)) is None
+    await a.aclose()
+    assert await acquire(b, "b", lease_of(view)) is not None
+    await b.aclose()
+
+
+async def test_a_writer_that_sleeps_inside_its_transaction_cannot_hold_a_call_beyond_its_deadline(
+    tmp_path: Path,
+) -> None:
+    store = await opened(tmp_path)
+    await store.register(registration("a"), DEADLINE)
+    other = sqlite3.connect(tmp_path / "lease.db", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    began = time.monotonic()
+    with pytest.raises(StoreError):
+        await store.touch("a", "x", 0.4)
+    assert time.monotonic() - began < 0.8
+    other.execute("ROLLBACK")
+    other.close()
+    await store.touch("a", "x", DEADLINE)
+    await store.aclose()
+
+
+async def test_a_commit_of_another_process_is_noticed_without_polling(tmp_path: Path) -> None:
+    store = await opened(tmp_path)
+    await store.register(registration("a"), DEADLINE)
+    noticed = asyncio.Event()
+    store.on_change = noticed.set
+    await sqlite_execute(f"sqlite:///{tmp_path}/lease.db")("UPDATE bot_instances SET is_active = TRUE")
+    await asyncio.wait_for(noticed.wait(), 2)
+    await store.aclose()
+
+
+async def test_network_file_systems_links_and_folders_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link.db").symlink_to(tmp_path / "real.db")
+    (tmp_path / "folder.db").mkdir()
+    for name, says in (("link.db", "symbolic link"), ("folder.db", "cannot write")):
+        store = SqliteStore(str(tmp_path / name))
+        with pytest.raises(StoreRefused, match=says):
+            await store.open(DEADLINE)
+        await store.aclose()
+    # No network file system can be mounted here: the kernel's answer for this disk is declared to be one.
+    import botlease.stores.sqlite as module
+
+    monkeypatch.setitem(NETWORK_FILE_SYSTEMS, module._file_system(str(tmp_path)), "NFS")
+    store = SqliteStore(str(tmp_path / "x.db"))
+    with pytest.raises(StoreRefused, match="network file system .NFS."):
+        await store.open(DEADLINE)
+    await store.aclose()
+
+
+async def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.db").write_text("hello, this is a text file and not a database at all\n" * 100)
+    store = SqliteStore(str(tmp_path / "x.db"))
+    with pytest.raises(StoreRefused, match="not an SQLite database"):
+        await store.open(DEADLINE)
+    await store.aclose()
+
+
+async def test_the_file_and_its_lock_are_for_the_owner_only(tmp_path: Path) -> None:
+    store = await opened(tmp_path / "sub")
+    await StoreContract().held(store)
+    modes = {p.name.split("-")[0]: p.stat().st_mode & 0o777 for p in (tmp_path / "sub").iterdir()}
+    await store.aclose()
+
+    assert modes == {"lease.db": 0o600}
+    assert (tmp_path / "sub").stat().st_mode & 0o777 == 0o700
+
+
+async def test_the_side_car_lock_lasts_as_long_as_somebody_keeps_its_descriptor(tmp_path: Path) -> None:
+    store = await opened(tmp_path)
+    grant = await StoreContract().held(store)
+    fd = store.guard_fd("bot")
+    assert fd is not None
+    kept = os.dup(fd)
+    await store.release(
+        "bot", "a", grant.term, "nonce-a", reason=Reason.STOPPED, pass_on=False, leave=False, deadline=DEADLINE
+    )
+    path = next(tmp_path.glob("*.lock"))
+    with open(path) as f:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(kept)
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    await store.aclose()
