@@ -46,3 +46,18 @@ def sqlite_url(tmp_path: Path) -> str:
 @pytest.fixture(params=["sqlite", "postgres"])
 def any_url(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue(f"{request.param}_url"))
+
+
+@pytest.fixture
+def world(tmp_path: Path, any_url: str) -> Iterator[object]:
+    """Real deployments on each store in turn."""
+    import harness
+
+    yield from harness.world(tmp_path, any_url)
+
+
+@pytest.fixture
+def sqlite_world(tmp_path: Path, sqlite_url: str) -> Iterator[object]:
+    import harness
+
+    yield from harness.world(tmp_path, sqlite_url)

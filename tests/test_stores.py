@@ -443,9 +443,8 @@ async def test_the_file_and_its_lock_are_for_the_owner_only(tmp_path: Path) -> N
 async def test_the_side_car_lock_lasts_as_long_as_somebody_keeps_its_descriptor(tmp_path: Path) -> None:
     store = await opened(tmp_path)
     grant = await StoreContract().held(store)
-    fd = store.guard_fd("bot")
-    assert fd is not None
-    kept = os.dup(fd)
+    kept = store.guard_fd("bot")
+    assert kept is not None and store.guard_fd("bot") is None
     await store.release(
         "bot", "a", grant.term, "nonce-a", reason=Reason.STOPPED, pass_on=False, leave=False, deadline=DEADLINE
     )

@@ -1,1 +1,36 @@
-"""At most one copy of your bot works at any time."""
+"""At most one copy of your bot works at any time, across every deployment.
+
+.. code-block:: python
+
+    async with botlease.active("mybot") as term:
+        await run_my_bot(fence=term.number)
+
+The command line (``botlease run -- python bot.py``) needs no change in the bot. See the README.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["ConfigurationError", "LeaseLost", "StoreError", "Term", "active", "exclusive"]
+
+if TYPE_CHECKING:
+    from botlease.inside import LeaseLost, Term, active, exclusive
+    from botlease.settings import ConfigurationError
+    from botlease.stores import StoreError
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first used: the command line must fork its reaper before asyncio and a driver are loaded.
+    import importlib
+
+    if name == "StoreError":
+        return importlib.import_module("botlease.stores").StoreError
+    if name == "ConfigurationError":
+        return importlib.import_module("botlease.settings").ConfigurationError
+    if name in __all__:
+        module = importlib.import_module("botlease.inside")
+        globals().update({n: getattr(module, n) for n in ("LeaseLost", "Term", "active", "exclusive")})
+        return globals()[name]
+    raise AttributeError(f"module 'botlease' has no attribute {name!r}")

@@ -499,7 +499,8 @@ def _may_claim(s: State, view: View, lease: Lease, now: float) -> bool:
     if peer is None:
         # Nobody is assigned: the first start, or the operator's will. Only a deployment that has not
         # had its turn may end that; nobody promotes himself back.
-        return s.me.mode is not Mode.WAIT and not s.claimed and view.generation > lease.served
+        new = lease.served == 0 if s.me.mode is Mode.WAIT else view.generation > lease.served
+        return new and not s.claimed
     if s.me.mode is Mode.PREEMPT and not s.claimed and view.generation > peer.generation:
         return True
     return now >= _failover_at(s, view, lease, peer)

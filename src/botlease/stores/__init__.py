@@ -127,7 +127,8 @@ class Store(Protocol):
         """What the operator's UPDATE does. Raises :class:`StoreRefused` for an unknown or ended instance."""
 
     def guard_fd(self, bot: str) -> int | None:
-        """A lock that the owner of the work keeps as long as it lives, where the store has one."""
+        """A lock for the owner of the work to keep as long as it runs, where the store has one. The caller owns
+        the descriptor from then on."""
 
 
 def make_view(row: Any, origin: str, era: int) -> View:

@@ -512,8 +512,11 @@ class PostgresStore:
 
 
 def _explain(e: Exception, url: str) -> StoreError:
-    parts = urlsplit(url)
-    where = f"{parts.hostname or 'localhost'}:{parts.port or 5432}{parts.path}"
+    try:
+        parts = urlsplit(url)
+        where = f"{parts.hostname or 'localhost'}:{parts.port or 5432}{parts.path}"
+    except ValueError:
+        return StoreRefused("the database URL is not valid: it should read postgresql://user@host:5432/name")
     match e:
         case asyncpg.InvalidPasswordError() | asyncpg.InvalidAuthorizationSpecificationError():
             return StoreRefused(f"PostgreSQL at {where} refused the login: check user and password in the database URL")

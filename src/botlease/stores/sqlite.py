@@ -667,7 +667,8 @@ class SqliteStore:
     # The side-car lock --------------------------------------------------------------------------------------------
 
     def guard_fd(self, bot: str) -> int | None:
-        return self._guards.get(bot)
+        """Hands the lock over: a supervisor that is stopped must not keep it when its work is long dead."""
+        return self._guards.pop(bot, None)
 
     def _take_guard(self, bot: str) -> bool:
         """Lock ``<file>-<bot>.lock`` for the term, and pass it to the owner of the work.

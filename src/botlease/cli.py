@@ -1,0 +1,304 @@
+"""The command line: wiring and exit codes; no decisions.
+
+Nothing heavy is imported here: ``run`` forks the reaper first, then loads asyncio and a driver.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import click
+
+from botlease import __version__, settings
+from botlease.settings import ConfigurationError
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+CONFIG, UNAVAILABLE = 78, 69
+
+
+def fail(text: str, code: int) -> NoReturn:
+    click.echo(f"botlease: {text}", err=True)
+    sys.exit(code)
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="botlease")
+def main() -> None:
+    """At most one copy of your bot works at any time, across every deployment.
+
+    \b
+    botlease run -- python bot.py        put this in front of your bot's start command
+    botlease status                      who runs, who stands by
+    """
+
+
+def database_option(f: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--database",
+        metavar="URL",
+        help="postgresql://... or sqlite:///file. Default: $BOTLEASE_DATABASE_URL, $DATABASE_URL, else SQLite "
+        "in your state folder. Better in the environment than here, where it may hold a password.",
+    )(f)
+
+
+@main.command(context_settings={"allow_interspersed_args": False, **CONTEXT})
+@click.option("--name", metavar="N", help="The bot. Default: $BOTLEASE_NAME, else the digits of its Telegram token.")
+@database_option
+@click.option("--ttl", type=float, metavar="S", help="Seconds a lease lasts without a renewal. Default 10.")
+@click.option("--profile", metavar="P", help="default (ttl 10 s) or fast (ttl 3 s).")
+@click.option("--deployment", metavar="KEY", help="The release. Default: the platform's own variable. New key: newer.")
+@click.option("--stop-grace", type=float, metavar="S", help="Seconds from SIGTERM to SIGKILL for the bot. Default 10.")
+@click.option("--lock-delay", type=float, metavar="S", help="Seconds to wait after an expired lease. Default 1.")
+@click.option("--max-crashes", type=click.IntRange(0, 1000), help="Crashes in a row that end the term. Default 5.")
+@click.option("--take-over", is_flag=True, help="By hand: take over from the one that runs.")
+@click.option("--standby", is_flag=True, help="Wait until the one that runs ends.")
+@click.option("--pass-database", is_flag=True, help="Give the lease's database URL to the bot, too.")
+@click.option("--wait-database", type=float, metavar="S", help="Keep trying to connect at the start for so long.")
+@click.option("--health-port", type=click.IntRange(0, 65535), metavar="N", help="Serve /health /livez /readyz /leader.")
+@click.option("--health-host", default="127.0.0.1", metavar="H", help="Where to listen; 0.0.0.0: everywhere.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def run(
+    name: str | None,
+    database: str | None,
+    ttl: float | None,
+    profile: str | None,
+    deployment: str | None,
+    stop_grace: float | None,
+    lock_delay: float | None,
+    max_crashes: int | None,
+    take_over: bool,
+    standby: bool,
+    pass_database: bool,
+    wait_database: float | None,
+    health_port: int | None,
+    health_host: str,
+    command: tuple[str, ...],
+) -> None:
+    """Run COMMAND while, and only while, this instance holds the lease.
+
+    \b
+    botlease run -- python bot.py
+    botlease run --name mybot --database postgresql://me@db/bots -- node bot.js
+
+    A newer deployment takes over; an equal one stands by. Without a deployment key (on a laptop) a second
+    start is refused, unless --take-over or --standby. SIGTERM and SIGINT stop the bot, then this.
+
+    Exit codes: the bot's own; 0 after a stop signal; 2 usage; 69 no database; 75 refused, another one
+    runs; 78 settings or a database that cannot work; 126 or 127 the command cannot be started.
+    """
+    if not command:
+        raise click.UsageError("no command: botlease run [OPTIONS] -- python bot.py")
+    sys.exit(
+        start(
+            command,
+            name=name,
+            database=database,
+            ttl=ttl,
+            profile=profile,
+            deployment=deployment,
+            stop_grace=stop_grace,
+            lock_delay=lock_delay,
+            max_crashes=max_crashes,
+            take_over=take_over,
+            standby=standby,
+            pass_database=pass_database,
+            wait_database=wait_database,
+            health_port=health_port,
+            health_host=health_host,
+        )
+    )
+
+
+def start(
+    command: tuple[str, ...],
+    *,
+    max_crashes: int | None = None,
+    pass_database: bool = False,
+    wait_database: float | None = None,
+    health_port: int | None = None,
+    health_host: str | None = "127.0.0.1",
+    **options: Any,
+) -> int:
+    """Check everything that can be checked, fork the reaper, supervise. Returns the exit code."""
+    hide_password(options.get("database"))
+    env = os.environ
+    try:
+        made = settings.make(env, pid=os.getpid(), **options)
+        waiting = _number(wait_database, "BOTLEASE_WAIT_DATABASE", 0.0 if made.by_hand else 60.0)
+        crashes = int(_number(max_crashes, "BOTLEASE_MAX_CRASHES", 5))
+        if health_port is None and env.get("BOTLEASE_HEALTH_PORT"):
+            health_port = int(_number(None, "BOTLEASE_HEALTH_PORT", 0))
+    except ConfigurationError as e:
+        fail(str(e), CONFIG)
+    _check_database(made.database)
+    _check_command(command[0])
+    from botlease.work import reaper
+
+    forked = reaper.fork()
+    from botlease.run import Options, say, supervise
+
+    if made.database.startswith("sqlite:") and not made.by_hand:
+        say("SQLite guards this machine only: set DATABASE_URL to PostgreSQL where a deployment gets a new disk")
+    return supervise(
+        made,
+        Options(
+            command,
+            pass_database=pass_database,
+            max_crashes=crashes,
+            wait_database=waiting,
+            health_port=health_port,
+            health_host=health_host,
+        ),
+        forked,
+    )
+
+
+def _number(option: float | None, variable: str, default: float) -> float:
+    value = option if option is not None else settings.number(variable, os.environ.get(variable))
+    if value is None:
+        return default
+    if not 0 <= value <= 86_400:
+        raise ConfigurationError(f"{variable} is {value:g}; it must be between 0 and 86400")
+    return value
+
+
+def _check_database(url: str) -> None:
+    """Refuse a URL nobody can open before anything is started. Cheap: no driver is loaded for it."""
+    scheme = url.split(":", 1)[0]
+    if scheme in ("postgres", "postgresql") and "://" in url:
+        from importlib.util import find_spec
+
+        if find_spec("asyncpg") is None:
+            fail("PostgreSQL needs the driver asyncpg: pip install 'botlease[postgres]'", CONFIG)
+    elif scheme != "sqlite" or "://" not in url:
+        fail(
+            f"do not know the database URL {_redact(url)!r}: use postgresql://user@host/name or "
+            "sqlite:///path/to/file.db (BOTLEASE_DATABASE_URL counts before DATABASE_URL)",
+            CONFIG,
+        )
+
+
+def _redact(url: str) -> str:
+    from botlease.stores import redact
+
+    return redact(url)
+
+
+def _check_command(program: str) -> None:
+    if shutil.which(program) is None:
+        if os.path.exists(program):  # noqa: PTH110
+            fail(f"cannot execute {program}: permission denied: chmod +x it, or name its interpreter first", 126)
+        fail(f"cannot find the command {program}: is it installed, and in PATH?", 127)
+
+
+def hide_password(url: str | None) -> None:
+    """Blot the password out of our own command line, which everybody on this machine can read."""
+    from urllib.parse import urlsplit
+
+    try:
+        secret = (urlsplit(url or "").password or "").encode()
+        if not secret:
+            return
+        import ctypes
+
+        with open("/proc/self/stat", "rb") as f:  # noqa: PTH123
+            fields = f.read().rpartition(b")")[2].split()
+        begin, end = int(fields[45]), int(fields[46])  # arg_start and arg_end
+        text = ctypes.string_at(begin, end - begin)
+        at = text.find(secret)
+        while at >= 0:
+            ctypes.memset(begin + at, ord("*"), len(secret))
+            at = text.find(secret, at + 1)
+    except (OSError, ValueError, IndexError):
+        return
+
+
+def _ask(database: str | None, question: Callable[[Any], Any]) -> Any:
+    """Open the store, ask one thing, close. Errors end the program with one line."""
+    import asyncio
+
+    from botlease.stores import StoreError, StoreRefused, open_store
+
+    hide_password(database)
+
+    async def ask() -> Any:
+        store = open_store(settings.database_url(database, os.environ))
+        try:
+            await store.open(5.0)
+            return await question(store)
+        finally:
+            await store.aclose()
+
+    try:
+        settings.check_environment(os.environ)
+        return asyncio.run(ask())
+    except (StoreRefused, ConfigurationError) as e:
+        fail(str(e), CONFIG)
+    except StoreError as e:
+        fail(str(e), UNAVAILABLE)
+
+
+@main.command(context_settings=CONTEXT)
+@database_option
+@click.option("--name", metavar="N", help="Only this bot.")
+@click.option("--all", "ended", is_flag=True, help="Ended instances, too.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object for each bot, one a line.")
+def status(database: str | None, name: str | None, ended: bool, as_json: bool) -> None:
+    """Show who runs and who stands by."""
+    from botlease import status as show
+
+    overview = _ask(database, lambda store: store.overview(5.0))
+    bots = [b for b in show.by_bot(overview, ended=ended) if name is None or b["bot"] == name]
+    if as_json:
+        for bot in bots:
+            click.echo(json.dumps(bot))
+    else:
+        click.echo(show.table(bots))
+
+
+@main.command(context_settings=CONTEXT)
+@database_option
+@click.argument("instance_id")
+def promote(database: str | None, instance_id: str) -> None:
+    """Make INSTANCE_ID the one that runs. The one that runs now drains first."""
+    _ask(database, lambda store: store.promote(instance_id, 5.0))
+    click.echo(f"{instance_id} has the assignment; it starts when the lease is free (see `botlease status`)")
+
+
+@main.command(context_settings=CONTEXT)
+@click.option("--name", metavar="N", help="Only this bot.")
+@click.option("--force-kill", is_flag=True, help="End what is found: SIGTERM, wait, SIGKILL.")
+@click.option("--json", "as_json", is_flag=True)
+def check(name: str | None, force_kill: bool, as_json: bool) -> None:
+    """Look for instances on this machine. Exit code 0: none (left), 1: some are running."""
+    sys.exit(local_check(name, force_kill, as_json))
+
+
+def local_check(name: str | None, force_kill: bool, as_json: bool) -> int:
+    """The seed's ``check_bot_running.py``."""
+    from dataclasses import asdict
+    from datetime import UTC, datetime
+
+    from botlease import local
+
+    found = local.find(name)
+    if as_json:
+        click.echo(json.dumps([asdict(f) for f in found]))
+    elif not found:
+        click.echo("no instance of the bot is running on this machine")
+    else:
+        for f in found:
+            since = datetime.fromtimestamp(f.started_at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+            click.echo(f"{f.what} pid {f.pid}, started {since}: {f.command}")
+    if not found:
+        return 0
+    if not force_kill:
+        if not as_json:
+            click.echo("refused: the bot is already running; --force-kill ends it", err=True)
+        return 1
+    return 0 if local.force_kill(found, say=lambda text: click.echo(text, err=True)) else 1

@@ -1,0 +1,219 @@
+"""Inside a Python program: ``async with botlease.active(...)`` and ``@botlease.exclusive(...)``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import signal
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from types import TracebackType
+from typing import Any, ParamSpec, TypeVar
+
+from botlease import __version__, clock, settings
+from botlease.core import Candidate
+from botlease.keeper import Keeper, log
+from botlease.model import Mode, Reason
+from botlease.settings import Settings
+from botlease.stores import Registration, Store, open_store
+from botlease.work.body import BodyWork
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class LeaseLost(Exception):
+    """The term is over: another instance may act from now on."""
+
+
+class Term:
+    """One unbroken hold of the lease."""
+
+    def __init__(self, number: int, bot: str, instance_id: str, work: BodyWork) -> None:
+        self.number = number
+        """The fencing token: it only ever rises. Write it beside what you write, and refuse lower ones."""
+        self.bot = bot
+        self.instance_id = instance_id
+        self._work = work
+        self._over = False
+
+    @property
+    def remaining(self) -> float:
+        """Seconds for which the term can be trusted if no further renewal succeeds; 0 when it is over."""
+        return 0.0 if self._over else max(0.0, self._work.until - clock.now())
+
+    def check(self) -> None:
+        """Raise :class:`LeaseLost` if the term is over. Synchronous and cheap (no I/O): call it before each
+        action that must not be done twice. It cannot recall an action that is already on its way."""
+        if self.remaining <= 0:
+            raise LeaseLost(f"term {self.number} of {self.bot} is over")
+
+
+def _registration(s: Settings) -> Registration:
+    return Registration(
+        s.instance_id, s.bot, s.deployment, socket.gethostname(), os.getpid(), __version__, s.timing.ttl
+    )
+
+
+class _Session:
+    """Store and keeper of one in-process instance."""
+
+    def __init__(self, name: str | None, options: dict[str, Any]) -> None:
+        self.settings = settings.make(os.environ, name=name, **options)
+        self.store: Store = open_store(self.settings.database)
+
+    async def open(self, work: BodyWork) -> Keeper:
+        s = self.settings
+        await self.store.open(max(5.0, s.timing.attempt))
+        # A program waits for its turn; only a start at the command line is refused when another one runs.
+        mode = Mode.WAIT if s.mode is Mode.REFUSE else s.mode
+        return Keeper(self.store, _registration(s), Candidate(s.instance_id, mode), s.timing, work, say=log.info)
+
+
+@contextlib.contextmanager
+def _stop_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM and SIGINT stop the instance; the former handlers come back afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in old:
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
+
+
+class active:
+    """Hold the lease for the body of an ``async with``: one term.
+
+    Entering waits until this instance is assigned and holds the lease. When the term ends early (a newer
+    deployment, the operator, no database) the body is cancelled, and :class:`LeaseLost` is raised at its end.
+
+    Args:
+        name: the bot; by default the digits of its Telegram token.
+        database: a URL; by default ``BOTLEASE_DATABASE_URL``, ``DATABASE_URL``, or SQLite in the user's state folder.
+        ttl, stop_grace, lock_delay: seconds. deployment: the key of the release. take_over, standby: as the flags.
+
+    Raises:
+        ConfigurationError: settings that cannot work. StoreError: the database cannot be used.
+    """
+
+    def __init__(self, name: str | None = None, **options: Any) -> None:
+        self._session = _Session(name, options)
+        self._task: asyncio.Task[Any] | None = None
+        self._why: Reason | None = None
+        self._exit = contextlib.ExitStack()
+
+    async def __aenter__(self) -> Term:
+        self._task = asyncio.current_task()
+        begun: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._work = BodyWork(begun.set_result, self._cancel)
+        self._keeper = await self._session.open(self._work)
+        self._running = asyncio.ensure_future(self._keeper.run())
+        self._exit.enter_context(_stop_signals(self._keeper.stop))
+        try:
+            both: set[asyncio.Future[Any]] = {self._running, begun}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if not begun.done():
+                raise LeaseLost(f"stopped before its turn came: {self._running.result()}")
+        except BaseException:
+            await self._finish()
+            raise
+        s = self._session.settings
+        self.term = Term(begun.result(), s.bot, s.instance_id, self._work)
+        return self.term
+
+    def _cancel(self, reason: Reason) -> None:
+        if self._why is None and self._task is not None:
+            self._why = reason
+            self._task.cancel()
+
+    async def _finish(self) -> None:
+        self._exit.close()
+        self._work.ended()
+        if not self._running.done():
+            self._keeper.stop()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.shield(self._running)
+        await self._session.store.aclose()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.term._over = True
+        await self._finish()
+        # Like asyncio.timeout: our own cancellation becomes our own exception, a user's stays what it is.
+        ours = self._why is not None and self._task is not None and self._task.uncancel() <= 0
+        if ours and kind is asyncio.CancelledError:
+            raise LeaseLost(f"term {self.term.number} of {self.term.bot} ended: {self._why}") from e
+
+
+def exclusive(
+    name: str | None = None, **options: Any
+) -> Callable[[Callable[[Term], Awaitable[T]]], Callable[[], Awaitable[T | None]]]:
+    """Run a coroutine whenever this instance holds the lease: standby, run, drain, standby, until it returns
+    or a stop signal arrives. The function gets the :class:`Term`; the options are those of :class:`active`.
+
+    Returns the function's result, or None after a stop signal.
+    """
+
+    def wrap(function: Callable[[Term], Awaitable[T]]) -> Callable[[], Awaitable[T | None]]:
+        @functools.wraps(function)
+        async def run() -> T | None:
+            session = _Session(name, dict(options))
+            loop = asyncio.get_running_loop()
+            task: asyncio.Task[T] | None = None
+            outcome: list[T] = []
+            error: list[BaseException] = []
+            term: Term | None = None
+
+            def begin(number: int) -> None:
+                nonlocal task, term
+                term = Term(number, session.settings.bot, session.settings.instance_id, work)
+                task = loop.create_task(call(term))
+                task.add_done_callback(over)
+
+            async def call(t: Term) -> T:
+                return await function(t)
+
+            def over(done: asyncio.Task[T]) -> None:
+                assert term is not None
+                term._over = True
+                if done.cancelled():
+                    pass
+                elif done.exception() is not None:
+                    error.append(done.exception() or RuntimeError())
+                else:
+                    outcome.append(done.result())
+                work.ended()
+
+            def cancel(reason: Reason) -> None:
+                if task is not None:
+                    task.cancel()
+
+            work = BodyWork(begin, cancel)
+            keeper = await session.open(work)
+            running = asyncio.ensure_future(keeper.run())
+            try:
+                with _stop_signals(keeper.stop):
+                    await running
+            finally:
+                if task is not None and not task.done():
+                    task.cancel()
+                    await asyncio.wait({task})
+                await session.store.aclose()
+            if error:
+                raise error[0]
+            return outcome[0] if outcome else None
+
+        return run
+
+    return wrap

@@ -1,0 +1,277 @@
+"""Do. The only loop: events in, :func:`botlease.core.step`, actions out.
+
+One inbox, one timer. Actions become store calls or words to the work; their answers come back as events.
+Nothing here decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+from collections.abc import Callable
+
+from botlease import clock, core
+from botlease.core import Phase, State
+from botlease.model import (
+    Action,
+    Arm,
+    Ask,
+    Claimed,
+    Denied,
+    Done,
+    Drain,
+    End,
+    Event,
+    Failed,
+    Granted,
+    HolderDied,
+    Kill,
+    Lease,
+    Question,
+    Reason,
+    Registered,
+    Renewed,
+    Seen,
+    Start,
+    StopAsked,
+    Tick,
+    Timing,
+    Verb,
+    Watch,
+    Woken,
+    WorkEnded,
+)
+from botlease.stores import Registration, Store, redact
+from botlease.work import Work, proof
+
+log = logging.getLogger("botlease")
+
+
+class Keeper:
+    """Runs one instance of one bot until it is told to stop or its work has ended."""
+
+    def __init__(
+        self,
+        store: Store,
+        registration: Registration,
+        candidate: core.Candidate,
+        timing: Timing,
+        work: Work,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.store = store
+        self.registration = registration
+        self.timing = timing
+        self.work = work
+        self.say = say
+        self.state: State = core.start(candidate, timing, clock.now())
+        self.on_step: Callable[[State], None] = lambda state: None
+        self.error = ""  # the last thing that the store complained of, fit for people's eyes
+        self._waits_for: str | None = None
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._ended: asyncio.Future[Reason] = self._loop.create_future()
+        self._calls: set[asyncio.Task[None]] = set()
+        self._watched: dict[int, tuple[Lease, proof.Owner]] = {}
+        work.on_ended = lambda term: self.feed(WorkEnded(term))
+        store.on_change = lambda: self.feed(Woken())
+
+    async def run(self) -> Reason:
+        """Until the end of this instance. Returns why it ended."""
+        self.feed(Tick())
+        try:
+            return await self._ended
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            self.store.on_change = None
+            self._unwatch()
+            for task in self._calls:
+                task.cancel()
+
+    def stop(self) -> None:
+        self.feed(StopAsked())
+
+    # The loop ------------------------------------------------------------------------------------------------
+
+    def feed(self, event: Event) -> None:
+        if self._ended.done():
+            return
+        before = self.state.phase
+        self.state, actions = core.step(self.state, event, clock.now())
+        for action in actions:
+            self._act(action)
+        if self.state.phase is not before:
+            log.debug("%s -> %s on %s", before, self.state.phase, type(event).__name__)
+            self._tell()
+        self.on_step(self.state)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        at = core.next_wakeup(self.state)
+        if at is not None and not self._ended.done():
+            # A millisecond late is always safe; early would only make an idle turn.
+            self._timer = self._loop.call_later(max(0.0, at - clock.now()) + 0.001, self.feed, Tick())
+
+    def _act(self, action: Action) -> None:
+        match action:
+            case Ask(question=question):
+                task = self._loop.create_task(self._ask(question))
+                self._calls.add(task)
+                task.add_done_callback(self._calls.discard)
+            case Arm(until=until):
+                self.work.arm(until)
+            case Start(term=term, until=until):
+                self.work.start(term, until, self.store.guard_fd(self.registration.bot))
+            case Drain(until=until, reason=reason):
+                self.say(f"draining: term {self._term}: {_because(reason)}")
+                self.work.drain(until, reason)
+            case Kill(reason=reason):
+                self.say(f"killing the work: term {self._term}: {_because(reason)}")
+                self.work.kill(reason)
+            case Watch(lease=lease):
+                self._watch(lease)
+            case End(reason=reason):
+                if not self._ended.done():
+                    self._ended.set_result(reason)
+
+    @property
+    def _term(self) -> int:
+        return self.state.term.number if self.state.term else 0
+
+    def _tell(self) -> None:
+        s = self.state
+        if s.phase is Phase.HOLDING and s.term is not None and s.term.start_at > clock.now():
+            self.say(
+                f"holding term {s.term.number}; the work starts after the lock-delay of {self.timing.lock_delay:g} s"
+            )
+        elif s.phase is Phase.STANDBY and s.was_active and not s.stopping:
+            self.say(f"passive: {_because(s.reason)}; ready to take back")
+
+    def _standby(self, lease: Lease) -> None:
+        """Said once for each holder we wait for; a first start that finds the lease free says nothing."""
+        if lease.holder not in (None, self.registration.instance_id) and lease.holder != self._waits_for:
+            self._waits_for = lease.holder
+            self.say(f"{self.state.label}: {lease.holder} works in term {lease.term}")
+
+    # Asking the store ------------------------------------------------------------------------------------------
+
+    async def _ask(self, q: Question) -> None:
+        try:
+            event = await self._answer(q)
+        except asyncio.CancelledError:
+            raise
+        except Exception as e:  # whatever a driver raises: the outcome is unknown
+            self.error = redact(str(e)) or type(e).__name__
+            if not self.state.failures:
+                self.say(f"the database does not answer: {self.error}")
+            log.debug("%s failed: %s", q.verb, self.error)
+            event = Failed(q.serial)
+        else:
+            if self.state.failures:
+                self.say("the database answers again")
+            self.error = ""
+        if isinstance(event, Registered | Seen) and event.view.lease is not None:
+            # Before the view itself: a second start must not be refused because of a holder that is dead.
+            lease = event.view.lease
+            if lease.holder not in (None, self.registration.instance_id) and proof.gone(
+                lease.proof, lease.holder or ""
+            ):
+                self.feed(HolderDied(lease.term, lease.nonce))
+        self.feed(event)
+        if isinstance(event, Registered | Seen) and event.view.lease is not None and self.state.phase is Phase.STANDBY:
+            self._standby(event.view.lease)
+
+    async def _answer(self, q: Question) -> Event:
+        store, me, limit = self.store, self.registration, self.timing.attempt
+        match q.verb:
+            case Verb.REGISTER:
+                return Registered(q.serial, await store.register(me, limit))
+            case Verb.READ:
+                return Seen(q.serial, await store.read(me.bot, me.instance_id, limit))
+            case Verb.CLAIM:
+                return Claimed(q.serial, await store.claim(me.bot, me.instance_id, q.source, limit))
+            case Verb.ACQUIRE:
+                assert q.key is not None
+                nonce = secrets.token_hex(8)  # drawn anew for each acquire, so that no late one can be mistaken
+                grant = await store.acquire(
+                    me.bot,
+                    me.instance_id,
+                    q.key,
+                    nonce=nonce,
+                    floor=q.floor,
+                    how=q.how,
+                    ttl=self.timing.ttl,
+                    proof=self.work.proof,
+                    deadline=limit,
+                )
+                return Granted(q.serial, grant.term, nonce, grant.origin) if grant else Denied(q.serial)
+            case Verb.RENEW:
+                assert q.held is not None
+                renewal = await store.renew(me.bot, me.instance_id, *q.held, limit)
+                if renewal is None:
+                    return Denied(q.serial)
+                return Renewed(q.serial, renewal.assigned, renewal.vacant, renewal.origin)
+            case Verb.RELEASE:
+                assert q.held is not None and q.reason is not None
+                released = await store.release(
+                    me.bot,
+                    me.instance_id,
+                    *q.held,
+                    reason=q.reason,
+                    pass_on=q.pass_on,
+                    leave=q.leave,
+                    deadline=limit,
+                )
+                return Done(q.serial) if released else Denied(q.serial)
+            case Verb.TOUCH:
+                await store.touch(me.instance_id, q.label, limit)
+            case Verb.LEAVE:
+                assert q.reason is not None
+                await store.leave(me.bot, me.instance_id, reason=q.reason, pass_on=q.pass_on, deadline=limit)
+        return Done(q.serial)
+
+    # Watching a holder of this host die -----------------------------------------------------------------------
+
+    def _watch(self, lease: Lease) -> None:
+        self._unwatch()
+        if lease.holder == self.registration.instance_id:
+            return
+        for owner in proof.owners(lease.proof):
+            try:
+                fd = os.pidfd_open(owner.pid)
+            except (OSError, AttributeError):
+                continue
+            self._watched[fd] = (lease, owner)
+            self._loop.add_reader(fd, self._died, fd)
+
+    def _died(self, fd: int) -> None:
+        self._loop.remove_reader(fd)
+        lease, _ = self._watched.pop(fd)
+        os.close(fd)
+        if not self._watched and proof.gone(lease.proof, lease.holder or ""):
+            self.feed(HolderDied(lease.term, lease.nonce))
+
+    def _unwatch(self) -> None:
+        for fd in self._watched:
+            self._loop.remove_reader(fd)
+            os.close(fd)
+        self._watched.clear()
+
+
+def _because(reason: Reason | None) -> str:
+    return (
+        {
+            Reason.STOPPED: "a stop signal",
+            Reason.SUPERSEDED: "another instance has the assignment",
+            Reason.DEACTIVATED: "the operator deactivated it",
+            Reason.WORK_ENDED: "the work ended",
+            Reason.SILENT: "no renewal was confirmed in time",
+            Reason.LOST: "the database says that the term is over",
+            Reason.CHANGED: "another database answered",
+        }.get(reason, str(reason))
+        if reason
+        else "unknown"
+    )

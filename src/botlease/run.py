@@ -1,0 +1,229 @@
+"""``botlease run``: supervise a command as the work of one instance."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+
+from botlease import __version__, clock, status
+from botlease.core import Candidate, Phase
+from botlease.keeper import Keeper
+from botlease.model import Reason
+from botlease.settings import Settings
+from botlease.stores import Registration, Store, StoreError, StoreRefused, open_store
+from botlease.web.health import Snapshot, serve
+from botlease.work import tree
+from botlease.work.child import ChildWork, Command
+
+FORWARDED = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
+
+
+class Exit(IntEnum):
+    """Exit codes of our own, from sysexits.h where it has one. Otherwise the bot's own code is passed through
+    (128 + n when signal n killed it; 0 when it ended by the very stop signal it was sent)."""
+
+    OK = 0
+    USAGE = 2  # click's: an unknown option, a missing command
+    UNAVAILABLE = 69  # the database cannot be reached
+    REFUSED = 75  # another instance is running; try again later, or use --take-over or --standby
+    CONFIG = 78  # settings or a database that cannot work
+    NOT_EXECUTABLE = 126
+    NOT_FOUND = 127
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    argv: tuple[str, ...]
+    pass_database: bool = False
+    max_crashes: int = 5
+    wait_database: float = 0.0
+    health_port: int | None = None
+    health_host: str | None = "127.0.0.1"
+
+
+def say(text: str) -> None:
+    """One line of ours on standard error; the bot's own output is inherited and never passes through us."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"botlease: {status.clean(text)}\n")
+        sys.stderr.flush()
+
+
+def child_environment(env: Mapping[str, str], database: str, pass_database: bool) -> dict[str, str]:
+    """The bot gets everything but the lease's own database: what it does not have it cannot leak."""
+    out = {k: v for k, v in env.items() if k != "BOTLEASE_DATABASE_URL"}
+    if pass_database:
+        out["BOTLEASE_DATABASE_URL"] = database
+    return out
+
+
+class Supervisor:
+    def __init__(self, settings: Settings, options: Options, reaper: tuple[int, socket.socket]) -> None:
+        self.settings = settings
+        self.options = options
+        self.reaper = reaper
+        self.keeper: Keeper | None = None
+        self.work: ChildWork | None = None
+        self.stopping = asyncio.Event()
+        self.began = clock.now()
+        self.held_by_other_until = self.began
+
+    async def run(self) -> int:
+        s, o = self.settings, self.options
+        self._handle_signals()
+        server = None
+        if o.health_port is not None:
+            try:
+                server = await serve(self.snapshot, o.health_port, host=o.health_host, window=s.platform.health_window)
+            except OSError as e:
+                say(f"cannot listen on port {o.health_port}: {e.strerror}: choose another --health-port")
+                return Exit.CONFIG
+        try:
+            store = open_store(s.database)
+        except StoreRefused as e:
+            say(str(e))
+            return Exit.CONFIG
+        try:
+            code = await self._open(store)
+            return code if code is not None else await self._keep(store)
+        finally:
+            await store.aclose()
+            if server is not None:
+                server.close()
+
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop, number)
+        for number in FORWARDED:
+            loop.add_signal_handler(number, self._forward, number)
+        # Stopped by Ctrl-Z we could not renew, and the bot would be fenced for a slip of the finger.
+        signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+        # As PID 1 of a container every orphan is ours to bury.
+        loop.add_signal_handler(signal.SIGCHLD, tree.reap)
+
+    def _stop(self, number: signal.Signals) -> None:
+        if not self.stopping.is_set():
+            say(f"{number.name}: stopping")
+        self.stopping.set()
+        if self.work is not None:
+            self.work.stop_signal = number
+        if self.keeper is not None:
+            self.keeper.stop()
+
+    def _forward(self, number: signal.Signals) -> None:
+        if self.work is not None:
+            self.work.forward(number)
+
+    async def _open(self, store: Store) -> int | None:
+        """Connect, trying for as long as we were told to. An exit code if it cannot be."""
+        give_up = clock.now() + self.options.wait_database
+        pause = 0.25
+        told = False
+        while not self.stopping.is_set():
+            try:
+                await store.open(max(5.0, self.settings.timing.attempt))
+            except StoreRefused as e:
+                say(str(e))
+                return Exit.CONFIG
+            except StoreError as e:
+                if clock.now() + pause > give_up:
+                    say(str(e))
+                    return Exit.UNAVAILABLE
+                if not told:
+                    say(f"{e}; trying for {self.options.wait_database:g} s")
+                    told = True
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.stopping.wait(), pause)
+                pause = min(pause * 2, 4.0)
+            else:
+                return None
+        return Exit.OK
+
+    async def _keep(self, store: Store) -> int:
+        s = self.settings
+        command = Command(
+            self.options.argv,
+            child_environment(os.environ, s.database, self.options.pass_database),
+            s.bot,
+            s.instance_id,
+            max_crashes=self.options.max_crashes,
+        )
+        self.work = ChildWork(command, *self.reaper, say)
+        me = Registration(
+            s.instance_id, s.bot, s.deployment, socket.gethostname(), os.getpid(), __version__, s.timing.ttl
+        )
+        self.keeper = Keeper(store, me, Candidate(s.instance_id, s.mode), s.timing, self.work, say)
+        if self.stopping.is_set():
+            self.keeper.stop()
+        try:
+            reason = await self.keeper.run()
+        finally:
+            self.work.close()
+        if reason is Reason.REFUSED:
+            say(await _first(store, s))
+            return Exit.REFUSED
+        return self.work.exit_code
+
+    def snapshot(self) -> Snapshot:
+        k = self.keeper
+        now = clock.now()
+        if k is None:
+            return Snapshot("booting", False, False, 0.0, self.stopping.is_set())
+        state = k.state
+        view = state.view
+        holder = view.lease.holder if view and view.lease else None
+        waits = state.phase is Phase.STANDBY and holder not in (None, self.settings.instance_id)
+        # The database is judged by the attempts that fail, not by how long ago it was asked: a standby asks rarely.
+        ready = state.phase is not Phase.JOINING and state.failures < 3
+        return Snapshot(
+            phase=state.label,
+            ready=ready,
+            leading=state.phase is Phase.WORKING,
+            waiting_for=max(0.001, now - self.began) if waits and not state.was_active else 0.0,
+            stopping=state.stopping,
+            term=state.term.number if state.term else None,
+        )
+
+
+async def _first(store: Store, s: Settings) -> str:
+    """Name the one that runs, and how to end it."""
+    cure = "or start this one with --take-over or --standby"
+    try:
+        bots = status.by_bot(await store.overview(3.0))
+    except StoreError:
+        return f"another instance of {s.bot} is running: stop it, {cure}"
+    for bot in bots:
+        if bot["bot"] != s.bot:
+            continue
+        holder = bot["lease"]["holder"]
+        for i in bot["instances"]:
+            if i["instance_id"] == holder or (holder is None and i["is_active"]):
+                here = i["host"] == socket.gethostname()
+                end = f"end it with `kill {i['pid']}`" if here else f"end it on {i['host']} (pid {i['pid']})"
+                return (
+                    f"refused: {s.bot} is already running: {i['instance_id']}, pid {i['pid']} on {i['host']}, "
+                    f"started {str(i['started_at'])[:19]} UTC: {end}, {cure}"
+                )
+    return f"refused: another instance of {s.bot} was running a moment ago: try again, {cure}"
+
+
+def supervise(settings: Settings, options: Options, reaper: tuple[int, socket.socket]) -> int:
+    """Run until the end. Returns the exit code."""
+
+    async def main() -> int:
+        return await Supervisor(settings, options, reaper).run()
+
+    try:
+        return asyncio.run(main())
+    finally:
+        pid, sock = reaper
+        sock.close()  # the reaper ends when it reads the end of file
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)

@@ -1,0 +1,167 @@
+"""Flags and environment to frozen settings. Pure: takes a mapping, never ``os.environ``."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Final
+
+from botlease.model import Mode, Timing, TimingError
+from botlease.platforms import PLAIN, Platform, deployment_key, detect
+
+TOKEN_VARIABLES: Final = ("TELEGRAM_BOT_TOKEN", "BOT_TOKEN", "TELEGRAM_TOKEN", "TG_BOT_TOKEN")
+OWN_VARIABLES: Final = (
+    "BOTLEASE_DATABASE_URL",
+    "BOTLEASE_NAME",
+    "BOTLEASE_DEPLOYMENT",
+    "BOTLEASE_TTL",
+    "BOTLEASE_STOP_GRACE",
+    "BOTLEASE_LOCK_DELAY",
+    "BOTLEASE_MAX_CRASHES",
+    "BOTLEASE_WAIT_DATABASE",
+    "BOTLEASE_HEALTH_PORT",
+    "BOTLEASE_PROFILE",
+    # set for the bot by a supervisor, so that one may stand in the environment of another
+    "BOTLEASE_TERM",
+    "BOTLEASE_INSTANCE_ID",
+    "BOTLEASE_BOT",
+)
+NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,63}")
+FAST_TTL: Final = 3.0
+
+
+class ConfigurationError(Exception):
+    """The settings are wrong. The message says what is, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    bot: str
+    database: str
+    timing: Timing
+    deployment: str
+    by_hand: bool
+    """No deployment key at all: somebody started it, as on a laptop."""
+    mode: Mode
+    platform: Platform
+    instance_id: str
+
+
+def bot_name(option: str | None, env: Mapping[str, str]) -> str:
+    """The key of the bot: the name given, else the digits of its Telegram token (never the token)."""
+    name = option if option is not None else env.get("BOTLEASE_NAME")
+    if name is not None:
+        if not NAME.fullmatch(name):
+            shown = ascii(name if len(name) < 40 else name[:40] + "...")
+            raise ConfigurationError(
+                f"the bot's name {shown} cannot be used: take 1 to 64 letters, digits or . _ : @ + -, "
+                "beginning with a letter or a digit"
+            )
+        return name
+    for variable in TOKEN_VARIABLES:
+        digits, colon, _ = env.get(variable, "").partition(":")
+        if colon and digits.isdecimal() and digits.isascii():
+            return digits
+    return "bot"
+
+
+def database_url(option: str | None, env: Mapping[str, str]) -> str:
+    """The option, else BOTLEASE_DATABASE_URL, else DATABASE_URL, else SQLite in the user's state folder."""
+    for url in (option, env.get("BOTLEASE_DATABASE_URL"), env.get("DATABASE_URL")):
+        if url is not None and url.strip():
+            return url.strip()
+    state = env.get("XDG_STATE_HOME") or (f"{env['HOME']}/.local/state" if env.get("HOME") else "")
+    if not state:
+        raise ConfigurationError("no database: set BOTLEASE_DATABASE_URL, or HOME for one in your state folder")
+    return f"sqlite:///{PurePosixPath(state) / 'botlease' / 'botlease.db'}"
+
+
+def number(name: str, value: str | float | None) -> float | None:
+    if value is None or value == "":
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        raise ConfigurationError(f"{name} is {value!a}, which is not a number") from None
+
+
+def timing(
+    env: Mapping[str, str],
+    *,
+    ttl: float | None = None,
+    stop_grace: float | None = None,
+    lock_delay: float | None = None,
+    profile: str | None = None,
+) -> Timing:
+    """The timings that belong to these numbers, refused with the arithmetic where they contradict each other."""
+    profile = profile or env.get("BOTLEASE_PROFILE")
+    if profile not in (None, "", "fast", "default"):
+        raise ConfigurationError(f"the profile {profile!a} is not known: use default or fast")
+    ttl = ttl if ttl is not None else number("BOTLEASE_TTL", env.get("BOTLEASE_TTL"))
+    stop_grace = stop_grace if stop_grace is not None else number("BOTLEASE_STOP_GRACE", env.get("BOTLEASE_STOP_GRACE"))
+    lock_delay = lock_delay if lock_delay is not None else number("BOTLEASE_LOCK_DELAY", env.get("BOTLEASE_LOCK_DELAY"))
+    if ttl is None:
+        ttl = FAST_TTL if profile == "fast" else 10.0
+    try:
+        made = Timing.for_ttl(ttl, stop_grace=10.0 if stop_grace is None else stop_grace)
+        if lock_delay is None:
+            return made
+        return Timing(made.ttl, made.renew_every, made.attempt, lock_delay, made.kill_budget, made.stop_grace)
+    except TimingError as e:
+        raise ConfigurationError(f"the timings contradict each other: {e}") from None
+
+
+def check_environment(env: Mapping[str, str]) -> None:
+    """A misspelt variable would be ignored in silence, and the bot run with settings nobody meant."""
+    for name in env:
+        if name.startswith("BOTLEASE_") and name not in OWN_VARIABLES:
+            raise ConfigurationError(
+                f"the environment variable {name} is not known; known are {', '.join(OWN_VARIABLES[:10])}"
+            )
+
+
+def make(
+    env: Mapping[str, str],
+    *,
+    name: str | None = None,
+    database: str | None = None,
+    deployment: str | None = None,
+    ttl: float | None = None,
+    stop_grace: float | None = None,
+    lock_delay: float | None = None,
+    profile: str | None = None,
+    take_over: bool = False,
+    standby: bool = False,
+    pid: int = 0,
+) -> Settings:
+    check_environment(env)
+    if take_over and standby:
+        raise ConfigurationError("--take-over and --standby exclude each other: choose one")
+    bot = bot_name(name, env)
+    platform = detect(env, pid)
+    key = deployment or env.get("BOTLEASE_DEPLOYMENT") or deployment_key(platform, env)
+    if key is not None and (len(key) > 200 or not key.isprintable()):
+        raise ConfigurationError("the deployment key must be printable and at most 200 characters long")
+    instance_id = f"{bot}-{secrets.token_hex(4)}"
+    by_hand = key is None and platform is PLAIN
+    if take_over:
+        mode = Mode.PREEMPT
+    elif by_hand and not standby:
+        mode = Mode.REFUSE
+    elif standby or key is None:
+        mode = Mode.WAIT  # a platform that does not name its deployments: wait for the older one to be stopped
+    else:
+        mode = Mode.PREEMPT
+    return Settings(
+        bot=bot,
+        database=database_url(database, env),
+        timing=timing(env, ttl=ttl, stop_grace=stop_grace, lock_delay=lock_delay, profile=profile),
+        deployment=key or f"start:{instance_id}",
+        by_hand=by_hand,
+        mode=mode,
+        platform=platform,
+        instance_id=instance_id,
+    )

@@ -1,0 +1,69 @@
+"""Work as a coroutine of this very process, under the same fence.
+
+Cancelling is all that can be done to a coroutine. If it does not end in time the kernel ends the whole
+process: that is what the fence is for. Processes which the coroutine starts are its own affair: use
+``botlease run`` where there are any.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+
+from botlease import clock
+from botlease.model import Reason
+from botlease.work import proof
+from botlease.work.fence import Fence
+
+LAST_WORDS = 0.2
+"""Seconds a coroutine has to end after it was told that its term is over, before the kernel ends the process."""
+
+
+class BodyWork:
+    def __init__(self, begin: Callable[[int], None], cancel: Callable[[Reason], None]) -> None:
+        self.begin = begin
+        self.cancel = cancel
+        self.on_ended: Callable[[int], None] = lambda term: None
+        self.proof = proof.make((os.getpid(),))
+        self.until = 0.0
+        self.term = 0
+        self.fence = Fence()
+        self._running = False
+        self._guard = -1
+        self._loop = asyncio.get_running_loop()
+
+    def start(self, term: int, until: float, guard_fd: int | None) -> None:
+        self.term, self.until, self._running = term, until, True
+        self._guard = -1 if guard_fd is None else guard_fd
+        self.fence.arm(until)
+        self.begin(term)
+
+    def arm(self, until: float) -> None:
+        self.until = until
+        if self._running:
+            self.fence.arm(until)
+
+    def drain(self, until: float, reason: Reason) -> None:
+        if self._running:
+            self.cancel(reason)
+
+    def kill(self, reason: Reason) -> None:
+        if self._running:
+            self.until = min(self.until, clock.now() + LAST_WORDS)
+            self.fence.arm(self.until)
+            self.cancel(reason)
+
+    def ended(self) -> None:
+        """Called by the coroutine's owner when nothing of it runs any more."""
+        if not self._running:
+            return
+        self._running = False
+        self.until = 0.0
+        self.fence.disarm()
+        if self._guard >= 0:
+            os.close(self._guard)
+        self.on_ended(self.term)
+
+    def close(self) -> None:
+        self.ended()

@@ -1,0 +1,117 @@
+"""Proof of death by the kernel of the same host (R3).
+
+The lease names who owns the work: boot id, pid namespace, user, and pid with start time of the supervisor
+and of its reaper. Another instance on the same boot, in the same pid namespace and of the same user (or root)
+can then tell beyond doubt that both are dead; whatever is left of their work it finds by the instance id
+in its environment, kills it, and waits until it is gone. Anything else proves nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from botlease import clock
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    pid: int
+    start: str
+
+
+def _host() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115 - a magic link, not a path
+    except OSError:
+        return ""
+
+
+def start_time(pid: int) -> str | None:
+    """Field 22 of ``/proc/PID/stat``; None if there is no such process, or only its zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in (b"Z", b"X") else fields[19].decode()
+
+
+def make(pids: Iterable[int]) -> str:
+    """The proof string for these processes of ours; empty where the kernel has no /proc."""
+    host = _host()
+    if not host:
+        return ""
+    owners = [f"{pid}@{start_time(pid)}" for pid in pids]
+    return " ".join([host, str(os.geteuid()), *owners])
+
+
+def owners(proof: str) -> list[Owner]:
+    """Who would have to be dead; empty if we are not in a position to tell."""
+    parts = proof.split()
+    if len(parts) < 3 or parts[0] != _host() or os.geteuid() not in (0, int(parts[1])):
+        return []
+    found = []
+    for part in parts[2:]:
+        pid, _, start = part.partition("@")
+        found.append(Owner(int(pid), start))
+    return found
+
+
+def alive(owner: Owner) -> bool:
+    return start_time(owner.pid) == owner.start
+
+
+def gone(proof: str, instance_id: str, wait: float = 0.5) -> bool:
+    """True if the owners are proved dead and nothing of their work is left, after killing what was."""
+    those = owners(proof)
+    if not those or any(alive(o) for o in those):
+        return False
+    give_up = clock.now() + wait
+    mark = f"BOTLEASE_INSTANCE_ID={instance_id}".encode()
+    while True:
+        left = _marked(mark)
+        for pid in left:
+            _kill(pid, mark)
+        if not left:
+            return True
+        if clock.now() > give_up:
+            return False
+        with contextlib.suppress(OSError):
+            select.select([], [], [], 0.002)
+
+
+def _marked(mark: bytes) -> list[int]:
+    out = []
+    for name in os.listdir("/proc"):  # noqa: PTH208
+        if name.isdigit() and int(name) != os.getpid() and _has(int(name), mark):
+            out.append(int(name))
+    return out
+
+
+def _has(pid: int, mark: bytes) -> bool:
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as f:  # noqa: PTH123
+            return mark in f.read().split(b"\0")
+    except OSError:
+        return False
+
+
+def _kill(pid: int, mark: bytes) -> None:
+    """Through a pidfd, checked again after opening it: a reused pid must not be hit."""
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError:
+        return
+    try:
+        if _has(pid, mark):
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)

@@ -1,0 +1,273 @@
+"""The reaper: a small process between supervisor and bot that owns the bot's whole process tree.
+
+    supervisor (database, decisions) -- reaper (fence, sub-reaper) -- bot -- whatever the bot starts
+
+It is forked early, before anything heavy is imported, and does four things only: start the bot, pass
+signals on, kill everything below it, say when nothing is left. It kills everything when
+
+* the supervisor says so, or is gone (end of file on the socket), whatever killed it;
+* the end of trust comes near, whether or not the supervisor is scheduled: it does not need to be asked.
+
+If the reaper itself is stopped or stuck, its own kernel timer kills it at the end of trust, the bot dies
+with it (``PR_SET_PDEATHSIG``), and what had daemonised falls to the supervisor, a sub-reaper as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import marshal
+import os
+import select
+import signal
+import socket
+import struct
+from typing import Any, NoReturn
+
+from botlease import clock
+from botlease.work import tree
+from botlease.work.fence import Fence
+
+HEAD = struct.Struct("!I")
+EARLY = 0.25
+"""Seconds before the end of trust at which the reaper begins to kill by itself; bounded by a tenth of what is
+left when the fence is armed. The kernel's timer stands at the end of trust."""
+
+_PASSED_BY = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGTSTP,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGPIPE,
+)
+
+
+def send(sock: socket.socket, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+    data = marshal.dumps(message)
+    packet = HEAD.pack(len(data)) + data
+    if fds:
+        sent = socket.send_fds(sock, [packet], fds)
+        packet = packet[sent:]
+    if packet:
+        sock.sendall(packet)
+
+
+class Inbox:
+    """Cuts the byte stream into messages and collects the descriptors that came along."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.data = b""
+        self.fds: list[int] = []
+
+    def receive(self) -> list[dict[str, Any]] | None:
+        """None at the end of the stream."""
+        try:
+            data, fds, _, _ = socket.recv_fds(self.sock, 1 << 20, 4)
+        except (BlockingIOError, InterruptedError):
+            return []
+        except OSError:
+            return None
+        for fd in fds:
+            os.set_inheritable(fd, False)
+        self.fds += fds
+        if not data:
+            return None
+        self.data += data
+        out = []
+        while len(self.data) >= HEAD.size:
+            (size,) = HEAD.unpack_from(self.data)
+            if len(self.data) < HEAD.size + size:
+                break
+            out.append(marshal.loads(self.data[HEAD.size : HEAD.size + size]))  # noqa: S302 - our own other half
+            self.data = self.data[HEAD.size + size :]
+        return out
+
+
+def _pipe() -> tuple[int, int]:
+    return os.pipe()  # not inheritable, as everything Python opens
+
+
+def fork() -> tuple[int, socket.socket]:
+    """Fork the reaper. Call it from the main thread, before threads and heavy imports."""
+    ours, its = socket.socketpair()
+    supervisor = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            # Nothing of the supervisor's may live on in here: not its database socket, not its side-car lock.
+            os.closerange(3, its.fileno())
+            os.closerange(its.fileno() + 1, 4096)
+            _Reaper(its, supervisor).run()
+        finally:
+            os._exit(70)
+    its.close()
+    return pid, ours
+
+
+class _Reaper:
+    def __init__(self, sock: socket.socket, supervisor: int) -> None:
+        self.sock = sock
+        self.inbox = Inbox(sock)
+        self.supervisor = supervisor
+        self.fence = Fence()
+        self.until: float | None = None
+        self.kill_at: float | None = None
+        self.child = 0
+        self.status: int | None = None
+        self.working = False
+        self.draining = False
+        self.killing = False
+        self.killing_since = 0.0
+
+    def run(self) -> NoReturn:
+        os.setsid()
+        tree.prctl(tree.PR_SET_CHILD_SUBREAPER, 1)
+        tree.prctl(tree.PR_SET_NAME, b"botlease-reaper")
+        for number in _PASSED_BY:
+            signal.signal(number, signal.SIG_IGN)
+        read, write = _pipe()
+        os.set_blocking(read, False)
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self.sock.setblocking(False)
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        poll.register(read, select.POLLIN)
+        while True:
+            ready = poll.poll(self._timeout())
+            with contextlib.suppress(BlockingIOError):
+                os.read(read, 4096)
+            if any(fd == self.sock.fileno() for fd, _ in ready):
+                messages = self.inbox.receive()
+                if messages is None:
+                    self._end()
+                for message in messages or ():
+                    self._obey(message)
+            if self.kill_at is not None and clock.now() >= self.kill_at:
+                self._kill()
+                if not self.working:
+                    self._drop()  # between two starts of the bot, with a supervisor that sleeps
+            self._look()
+
+    def _timeout(self) -> float | None:
+        if self.working and self.killing:
+            # Look again soon; not so soon for ever, should something be stuck in the kernel.
+            return 2.0 if clock.now() < self.killing_since + 1 else 50.0
+        return None if self.kill_at is None else max(0.0, (self.kill_at - clock.now()) * 1000) + 1
+
+    def _tell(self, **message: Any) -> None:
+        try:
+            self.sock.setblocking(True)
+            send(self.sock, message)
+        except OSError:
+            self._end()
+        finally:
+            self.sock.setblocking(False)
+
+    def _obey(self, message: dict[str, Any]) -> None:
+        match message["do"]:
+            case "start":
+                self._start(message)
+            case "arm":
+                self._arm(message["until"])
+            case "signal":
+                self.draining = self.draining or message["drain"]
+                if self.working and self.child:
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        os.killpg(self.child, message["number"])
+            case "kill":
+                self._kill()
+            case "drop":
+                self._drop()
+                self._tell(say="dropped")
+
+    def _drop(self) -> None:
+        """Let the side-car lock go: the term is over and nothing of its work runs."""
+        for fd in self.inbox.fds:
+            os.close(fd)
+        self.inbox.fds.clear()
+        self.until = self.kill_at = None
+
+    def _kill(self) -> None:
+        if self.working and not self.killing:
+            self.killing, self.killing_since = True, clock.now()
+
+    def _arm(self, until: float) -> None:
+        left = until - clock.now()
+        self.until = until
+        self.kill_at = until - max(0.0, min(EARLY, left / 10))
+        self.fence.arm(until)
+
+    def _start(self, message: dict[str, Any]) -> None:
+        self.working, self.draining, self.killing, self.status = True, False, False, None
+        self._arm(message["until"])  # before the fork: if we are stopped right here, the kernel ends us in time
+        assert self.kill_at is not None
+        if clock.now() >= self.kill_at:
+            self.status = 70
+            return
+        pid, problem = self._spawn(message["argv"], message["env"])
+        if problem:
+            self.status = 127 if problem == "No such file or directory" else 126
+            self._tell(say="failed", error=problem)
+        else:
+            self.child = pid
+            self._tell(say="started", pid=pid)
+
+    def _spawn(self, argv: list[str], env: dict[str, str]) -> tuple[int, str]:
+        read, write = _pipe()
+        me = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                tree.prctl(tree.PR_SET_PDEATHSIG, signal.SIGKILL)
+                if os.getppid() != me:  # the reaper died between fork and prctl
+                    os._exit(70)
+                os.setsid()  # the terminal's signals go to the supervisor, which passes them on in order
+                signal.set_wakeup_fd(-1)
+                for number in (*_PASSED_BY, signal.SIGCHLD):
+                    signal.signal(number, signal.SIG_DFL)
+                signal.pthread_sigmask(signal.SIG_SETMASK, [])
+                os.execvpe(argv[0], argv, env)  # noqa: S606 - the user's command, as given
+            except OSError as e:
+                os.write(write, (e.strerror or "cannot be started").encode())
+            finally:
+                os._exit(127)
+        os.close(write)
+        with open(read, "rb") as pipe:  # noqa: PTH123 - a descriptor; it closes when exec succeeded
+            problem = pipe.read().decode()
+        return pid, problem
+
+    def _look(self) -> None:
+        """Collect the dead; kill what should not be; say when nothing is left."""
+        dead, left = tree.reap()
+        for pid, status in dead:
+            if pid == self.child:
+                self.status = status
+                self.child = 0
+                if not self.draining:
+                    self._kill()  # what it left behind is not its own master
+        if not self.working:
+            return
+        if left and self.killing:
+            tree.kill_below(os.getpid(), self.child)
+        if not left and self.child == 0:
+            self.working = False
+            self.fence.disarm()
+            if self.kill_at is not None and clock.now() >= self.kill_at:
+                self._drop()
+            self._tell(say="gone", status=self.status if self.status is not None else -signal.SIGKILL)
+
+    def _end(self) -> NoReturn:
+        """The supervisor is gone. Nothing below us may outlive it."""
+        while True:
+            tree.kill_below(os.getpid())
+            _, left = tree.reap()
+            if not left:
+                os._exit(0)
+            select.select([], [], [], 0.001)

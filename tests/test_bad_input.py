@@ -1,0 +1,142 @@
+"""Bad input: one line that says what is wrong and what to do, an exit code, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import BOTLEASE, World, clean_env, marked
+
+CASES: dict[str, tuple[list[str], dict[str, str], int, str]] = {
+    "no command": ([], {}, 2, "no command: botlease run"),
+    "an unknown option": (["--tll", "5", "--", "true"], {}, 2, "No such option"),
+    "a missing command": (["--", "no-such-program"], {}, 127, "cannot find the command no-such-program"),
+    "a command that cannot be executed": (["--", "./plain.txt"], {}, 126, "permission denied"),
+    "a ttl that is no number": (["--ttl", "soon", "--", "true"], {}, 2, "not a valid float"),
+    "a ttl that is too short": (["--ttl", "0.5", "--", "true"], {}, 78, "at least 1 s"),
+    "a negative lock-delay": (["--lock-delay=-1", "--", "true"], {}, 78, "between 0 and 86400"),
+    "a bot name with odd characters": (["--name", "a b;'\x1b[31m", "--", "true"], {}, 78, "letters, digits"),
+    "an empty name": (["--name", "", "--", "true"], {}, 78, "letters, digits"),
+    "options that exclude each other": (["--take-over", "--standby", "--", "true"], {}, 78, "exclude each other"),
+    "an unknown profile": (["--profile", "slow", "--", "true"], {}, 78, "use default or fast"),
+    "a misspelt variable": (["--", "true"], {"BOTLEASE_TLL": "5"}, 78, "BOTLEASE_TLL is not known"),
+    "a variable that is no number": (["--", "true"], {"BOTLEASE_TTL": "5s"}, 78, "'5s', which is not a number"),
+    "a wrong URL": (["--", "true"], {"BOTLEASE_DATABASE_URL": "mysql://u:secret@h/d"}, 78, "use postgresql://"),
+    "no URL at all": (["--", "true"], {"BOTLEASE_DATABASE_URL": "nonsense"}, 78, "use postgresql://"),
+    "SQLite in memory": (["--", "true"], {"BOTLEASE_DATABASE_URL": "sqlite:///:memory:"}, 78, "name a file"),
+    "a URL with a bad port": (["--", "true"], {"BOTLEASE_DATABASE_URL": "postgresql://h:port/d"}, 78, "not valid"),
+    "an unreachable database": (
+        ["--", "true"],
+        {"BOTLEASE_DATABASE_URL": "postgresql://u:secret@127.0.0.1:1/d"},
+        69,
+        "cannot reach PostgreSQL at 127.0.0.1:1",
+    ),
+    "a host that does not exist": (
+        ["--", "true"],
+        {"BOTLEASE_DATABASE_URL": "postgresql://u:secret@no-such-host.invalid/d"},
+        69,
+        "cannot reach PostgreSQL at no-such-host.invalid",
+    ),
+    "a folder that cannot be made": (
+        ["--", "true"],
+        {"BOTLEASE_DATABASE_URL": "sqlite:////proc/x/y.db"},
+        78,
+        "cannot write",
+    ),
+}
+
+
+def run(args: list[str], cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    mark = f"bad-{os.getpid()}-{cwd.name}"
+    result = subprocess.run(
+        [*BOTLEASE, *args],
+        env=clean_env(**({"BOTLEASE_DATABASE_URL": f"sqlite:///{cwd}/x.db"} | env), MARK=mark),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert marked(mark.encode()) == []
+    return result
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_gets_one_line_and_its_exit_code(tmp_path: Path, case: str) -> None:
+    args, env, code, says = CASES[case]
+    (tmp_path / "plain.txt").write_text("x")
+    result = run(["run", *args], tmp_path, **env)
+
+    assert result.returncode == code, result.stderr
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr and "secret" not in result.stderr and "\x1b" not in result.stderr
+    lines = [x for x in result.stderr.splitlines() if x and not x.startswith(("Usage:", "Try "))]
+    assert len(lines) == 1, lines
+    assert not (tmp_path / "x.db").exists()
+
+
+def test_a_foreign_table_of_the_same_name_is_refused_and_left_alone(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "x.db") as db:
+        db.execute("CREATE TABLE bot_instances (id INTEGER)")
+    db.close()
+    result = run(["run", "--", "true"], tmp_path)
+    assert result.returncode == 78 and "belongs to something else" in result.stderr
+    with sqlite3.connect(tmp_path / "x.db") as db:
+        assert [r[0] for r in db.execute("SELECT name FROM sqlite_master")] == ["bot_instances"]
+    db.close()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_database_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.db").touch(mode=0o400)
+    result = run(["run", "--", "true"], tmp_path)
+    assert result.returncode == 78 and "cannot write" in result.stderr
+
+
+def test_a_database_in_read_only_mode_is_named(postgres_url: str, tmp_path: Path) -> None:
+    url = postgres_url + "?options=-cdefault_transaction_read_only%3Don"
+    result = run(["run", "--", "true"], tmp_path, BOTLEASE_DATABASE_URL=url)
+    assert result.returncode == 69 and "is read-only: connect to the primary" in result.stderr
+
+
+def test_a_wrong_password_and_a_missing_database_are_named(postgres_url: str, tmp_path: Path) -> None:
+    result = run(["run", "--", "true"], tmp_path, BOTLEASE_DATABASE_URL=postgres_url + "_gone")
+    assert result.returncode == 78 and "has no such database" in result.stderr
+
+
+def test_a_missing_driver_is_named_with_the_command_that_installs_it(tmp_path: Path) -> None:
+    block = "import sys; sys.modules['asyncpg'] = None; import importlib.util as u; f = u.find_spec\n"
+    block += "u.find_spec = lambda n, *a: None if n == 'asyncpg' else f(n, *a)\n"
+    block += "from botlease.cli import main; main(['run', '--', 'true'])"
+    result = subprocess.run(
+        [sys.executable, "-c", block],
+        env=clean_env(BOTLEASE_DATABASE_URL="postgresql://h/d"),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 78 and "pip install 'botlease[postgres]'" in result.stderr
+
+
+def test_promoting_nobody_is_an_error(tmp_path: Path) -> None:
+    result = run(["promote", "nobody"], tmp_path)
+    assert result.returncode == 78 and "no instance 'nobody'" in result.stderr
+
+
+def test_a_port_in_use_is_named(sqlite_world: World, tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        result = run(["run", "--health-port", str(s.getsockname()[1]), "--", "true"], tmp_path)
+    assert result.returncode == 78 and "cannot listen on port" in result.stderr
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["status"], ["promote"], ["check"]])
+def test_every_command_has_help(command: list[str], tmp_path: Path) -> None:
+    result = run([*command, "--help"], tmp_path)
+    assert result.returncode == 0 and "Usage:" in result.stdout
+    assert all(len(line) <= 100 for line in result.stdout.splitlines())

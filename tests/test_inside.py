@@ -1,0 +1,210 @@
+"""In-process: the async context manager and the decorator, under the same kernel fence."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from harness import clean_env, until
+
+import botlease
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("BOTLEASE_", "RAILWAY_", "DATABASE_URL")):
+            monkeypatch.delenv(name)
+
+
+async def test_one_body_at_a_time_and_terms_rise(any_url: str) -> None:
+    inside = 0
+    terms = []
+
+    async def one() -> None:
+        nonlocal inside
+        async with botlease.active("mybot", database=any_url, ttl=2.0) as term:
+            inside += 1
+            assert inside == 1
+            term.check()
+            assert 0 < term.remaining <= 2.0
+            terms.append(term.number)
+            await asyncio.sleep(0.05)
+            inside -= 1
+        with pytest.raises(botlease.LeaseLost):
+            term.check()
+
+    await asyncio.gather(*(one() for _ in range(4)))
+    assert terms == sorted(set(terms)) and len(terms) == 4
+
+
+async def test_a_take_over_cancels_the_body_and_raises_lease_lost(any_url: str) -> None:
+    entered = asyncio.Event()
+    cleaned = []
+
+    async def old() -> None:
+        with pytest.raises(botlease.LeaseLost, match="superseded"):
+            async with botlease.active("b", database=any_url, ttl=2.0, deployment="v1"):
+                entered.set()
+                try:
+                    await asyncio.sleep(60)
+                finally:
+                    cleaned.append("old")
+
+    task = asyncio.create_task(old())
+    await asyncio.wait_for(entered.wait(), 10)
+    async with botlease.active("b", database=any_url, ttl=2.0, deployment="v2") as term:
+        assert cleaned == ["old"]
+        assert term.number == 2
+    await task
+
+
+async def test_a_users_own_cancellation_is_not_swallowed(sqlite_url: str) -> None:
+    entered = asyncio.Event()
+
+    async def body() -> None:
+        async with botlease.active("b", database=sqlite_url, ttl=2.0):
+            entered.set()
+            await asyncio.sleep(60)
+
+    task = asyncio.create_task(body())
+    await asyncio.wait_for(entered.wait(), 10)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    async with botlease.active("b", database=sqlite_url, ttl=2.0):
+        pass  # it was released
+
+
+async def test_an_error_of_the_body_comes_out_as_it_is(sqlite_url: str) -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with botlease.active("b", database=sqlite_url, ttl=2.0):
+            _ = 1 / 0
+
+
+async def test_exclusive_returns_the_result_of_the_function(sqlite_url: str) -> None:
+    @botlease.exclusive("b", database=sqlite_url, ttl=2.0)
+    async def main(term: botlease.Term) -> int:
+        """Trade."""
+        return term.number * 10
+
+    assert await main() == 10
+    assert await main() == 20
+    assert main.__doc__ == "Trade."
+
+
+async def test_exclusive_runs_again_when_it_gets_the_assignment_back(any_url: str) -> None:
+    runs: list[int] = []
+    changed = asyncio.Event()
+
+    @botlease.exclusive("b", database=any_url, ttl=2.0, deployment="v1")
+    async def main(term: botlease.Term) -> str:
+        runs.append(term.number)
+        changed.set()
+        if len(runs) == 2:
+            return "done"
+        await asyncio.sleep(60)
+        return "?"
+
+    task = asyncio.create_task(main())
+    await asyncio.wait_for(changed.wait(), 10)
+    async with botlease.active("b", database=any_url, ttl=2.0, deployment="v2") as term:
+        assert term.number == 2
+    assert await asyncio.wait_for(task, 15) == "done"
+    assert runs == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"ttl": 0.1}, "at least 1 s"),
+        ({"database": "mysql://x"}, "use postgresql://"),
+        ({"take_over": True, "standby": True}, "exclude each other"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_happens(options: dict[str, object], says: str) -> None:
+    with pytest.raises((botlease.ConfigurationError, botlease.StoreError), match=says):
+        botlease.active("b", **options)
+
+
+STUCK = {
+    "sleeps": "time.sleep(60)",
+    "holds the GIL in C code": "re.match('(a*)*b', 'a' * 60)",
+    "blocks every signal": "signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65)); time.sleep(60)",
+}
+
+
+def program(tmp_path: Path, url: str, body: str) -> subprocess.Popen[bytes]:
+    path = tmp_path / "program.py"
+    path.write_text(
+        textwrap.dedent(f"""
+        import asyncio, os, re, signal, time, botlease
+        async def main():
+            async with botlease.active("b", database={url!r}, ttl=1.5) as term:
+                open({str(tmp_path / "begun")!r}, "w").write(str(time.clock_gettime(time.CLOCK_BOOTTIME)))
+                {body}
+        asyncio.run(main())
+        """)
+    )
+    return subprocess.Popen([sys.executable, str(path)], env=clean_env())
+
+
+@pytest.mark.parametrize("how", STUCK)
+def test_a_program_that_is_stuck_is_killed_by_the_kernel_at_the_end_of_trust(
+    tmp_path: Path, sqlite_url: str, how: str
+) -> None:
+    process = program(tmp_path, sqlite_url, STUCK[how])
+    assert process.wait(20) == -signal.SIGKILL
+    begun = float((tmp_path / "begun").read_text())
+
+    assert time.clock_gettime(time.CLOCK_BOOTTIME) - begun < 1.5
+
+
+def test_a_stopped_program_is_killed_by_the_kernel_and_another_takes_over(tmp_path: Path, any_url: str) -> None:
+    process = program(tmp_path, any_url, "await asyncio.sleep(60)")
+    until(lambda: (tmp_path / "begun").exists() and (tmp_path / "begun").read_text())
+    process.send_signal(signal.SIGSTOP)
+    assert process.wait(20) == -signal.SIGKILL
+
+    async def next_one() -> int:
+        async with botlease.active("b", database=any_url, ttl=1.5) as term:
+            return term.number
+
+    assert asyncio.run(next_one()) == 2
+
+
+def test_sigterm_ends_the_body_and_releases(tmp_path: Path, sqlite_url: str) -> None:
+    process = program(
+        tmp_path,
+        sqlite_url,
+        "\n".join(
+            ["try:", "    " * 5 + "await asyncio.sleep(60)", "    " * 4 + "finally: print('cleaned', flush=True)"]
+        ),
+    )
+    until((tmp_path / "begun").exists)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 1  # LeaseLost, as the program did not catch it
+
+
+def test_the_check_is_cheap_enough_for_every_order() -> None:
+    from botlease.inside import Term
+
+    class Work:
+        until = 1e12
+
+    term = Term(1, "b", "i", Work())  # type: ignore[arg-type]
+    began = time.perf_counter()
+    for _ in range(20_000):
+        term.check()
+    each = (time.perf_counter() - began) / 20_000
+    began = time.perf_counter()
+    for _ in range(20_000):
+        sum((1, 2, 3))
+    assert each < 100 * (time.perf_counter() - began) / 20_000  # no system call that waits, no I/O

@@ -1,0 +1,315 @@
+"""``botlease run`` with real supervisors, real bots and real signals. The witness is the judge."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from harness import BOTLEASE, WITNESS, World, clean_env, marked, until
+
+from botlease.work.tree import descendants
+
+
+def test_the_newer_deployment_takes_over_without_overlap_and_the_old_one_turns_passive(world: World) -> None:
+    old = world.run("--deployment", "v1")
+    world.works(1)
+    new = world.run("--deployment", "v2")
+    world.works(2)
+    old.says("passive")
+    new.says("active: term 2")
+
+    assert world.overlap() == 0
+    assert old.process.poll() is None
+
+
+def test_an_equal_deployment_stands_by_and_takes_over_when_the_first_is_stopped(world: World) -> None:
+    first = world.run("--deployment", "v1")
+    world.works(1)
+    second = world.run("--deployment", "v1")
+    second.says("standby: ")
+    first.signal(signal.SIGTERM)
+    assert first.wait() == 0
+    world.works(2)
+
+    assert world.overlap() == 0
+
+
+def test_a_second_start_by_hand_is_refused_and_names_the_first(world: World) -> None:
+    first = world.run()
+    world.works(1)
+    second = world.run()
+
+    assert second.wait() == 75
+    assert f"pid {first.pid} " in second.text() and f"`kill {first.pid}`" in second.text()
+    assert len(world.stamps()) == 1
+
+
+def test_take_over_and_standby_are_the_ways_around_a_refusal(world: World) -> None:
+    first = world.run()
+    world.works(1)
+    waiting = world.run("--standby")
+    waiting.says("standby: ")
+    world.run("--take-over")
+    world.works(2)
+    first.says("passive")
+
+    assert world.overlap() == 0
+
+
+def test_after_a_kill_of_everything_the_next_start_by_hand_works_at_once(world: World) -> None:
+    first = world.run(ttl="10")
+    world.works(1)
+    for pid in [first.pid, *first.children()]:
+        os.kill(pid, signal.SIGKILL)
+    first.wait()
+    began = time.monotonic()
+    world.run(ttl="10")
+    world.works(2)
+
+    # the kernel proves the first one dead: nobody waits for its ttl of 10 s
+    assert time.monotonic() - began < 5
+    assert world.overlap() == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "options"), [(0, ()), (3, ("--max-crashes", "0")), (77, ("--max-crashes", "0"))], ids=str
+)
+def test_the_exit_code_of_the_bot_is_passed_through(sqlite_world: World, code: int, options: tuple[str, ...]) -> None:
+    run = sqlite_world.run(*options, bot=("sh", "-c", f"exit {code}"))
+    assert run.wait() == code
+
+
+def test_a_bot_killed_by_a_signal_gives_128_plus_n(sqlite_world: World) -> None:
+    assert sqlite_world.run("--max-crashes", "0", bot=("sh", "-c", "kill -9 $$")).wait() == 137
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_is_forwarded_and_a_clean_stop_is_0(sqlite_world: World, number: int) -> None:
+    run = sqlite_world.run(bot=("sleep", "100"))
+    run.says("active")
+    run.signal(number)
+    assert run.wait() == 0
+
+
+def test_what_the_bot_says_to_sigterm_is_passed_through(sqlite_world: World) -> None:
+    witness = (sys.executable, "-S", WITNESS, str(sqlite_world.witness), "--stop-code", "9")
+    run = sqlite_world.run(bot=witness)
+    sqlite_world.works(1)
+    run.signal(signal.SIGTERM)
+    assert run.wait() == 9
+
+
+def test_other_signals_reach_the_bot(sqlite_world: World) -> None:
+    script = "trap 'echo got-usr1; exit 5' USR1; echo ready; while :; do sleep 0.05; done"
+    run = sqlite_world.run("--max-crashes", "0", bot=("sh", "-c", script))
+    run.says("ready")
+    run.signal(signal.SIGUSR1)
+    assert run.wait() == 5
+    assert "got-usr1" in run.text()
+
+
+def test_a_bot_that_ignores_sigterm_is_killed_after_the_grace(world: World) -> None:
+    witness = (sys.executable, "-S", WITNESS, str(world.witness), "--deaf", "1")
+    run = world.run("--stop-grace", "0.7", bot=witness)
+    world.works(1)
+    began = time.monotonic()
+    run.signal(signal.SIGTERM)
+    assert run.wait() == 137
+    assert time.monotonic() - began >= 0.6
+
+
+def test_a_deaf_old_bot_does_not_overlap_with_the_new_one(world: World) -> None:
+    witness = (sys.executable, "-S", WITNESS, str(world.witness), "--deaf", "1")
+    world.run("--deployment", "v1", "--stop-grace", "0.7", bot=witness)
+    world.works(1)
+    world.run("--deployment", "v2")
+    world.works(2)
+    assert world.overlap() == 0
+
+
+def test_a_slow_bot_is_given_its_grace_while_the_lease_is_renewed(world: World) -> None:
+    witness = (sys.executable, "-S", WITNESS, str(world.witness), "--slow", "2.5")  # longer than the ttl of 1.5
+    world.run("--deployment", "v1", bot=witness)
+    world.works(1)
+    world.run("--deployment", "v2")
+    world.works(2)
+    spans = sorted(world.stamps().values())
+
+    assert world.overlap() == 0
+    assert spans[1][0] - spans[0][0] > 2.4
+
+
+def test_a_grandchild_that_daemonised_goes_with_the_bot(world: World) -> None:
+    witness = (sys.executable, "-S", WITNESS, str(world.witness), "--daemon", "1")
+    run = world.run("--stop-grace", "0.5", bot=witness)
+    world.works(2)
+    below = run.children()
+    run.signal(signal.SIGTERM)
+    run.wait()
+    assert [p for p in below if Path(f"/proc/{p}/environ").exists()] == []
+
+
+def test_the_bot_gets_its_term_and_not_the_database_of_the_lease(sqlite_world: World) -> None:
+    run = sqlite_world.run("--name", "mybot", bot=("env",), env={"DATABASE_URL": "postgresql://bots-own/db"})
+    assert run.wait() == 0
+    lines = run.text().splitlines()
+    assert {"BOTLEASE_TERM=1", "BOTLEASE_BOT=mybot", "DATABASE_URL=postgresql://bots-own/db"} <= set(lines)
+    assert any(line.startswith("BOTLEASE_INSTANCE_ID=mybot-") for line in lines)
+    assert not any(line.startswith("BOTLEASE_DATABASE_URL") for line in lines)
+
+
+def test_the_bot_gets_the_database_of_the_lease_when_asked(sqlite_world: World) -> None:
+    run = sqlite_world.run("--pass-database", bot=("env",))
+    run.wait()
+    assert f"BOTLEASE_DATABASE_URL={sqlite_world.url}" in run.text()
+
+
+def test_the_bots_descriptors_are_its_three_standard_ones(world: World) -> None:
+    run = world.run(bot=("sh", "-c", "ls /proc/self/fd | tr '\\n' ' '"))
+    run.wait()
+    fds = next(line for line in run.text().splitlines() if line.startswith("0 1 2"))
+    assert len(fds.split()) <= 4  # ls itself opens the folder
+
+
+def test_a_bot_that_crashes_is_restarted_within_the_term(sqlite_world: World) -> None:
+    marker = sqlite_world.folder / "crashed"
+    script = f"echo term $BOTLEASE_TERM; test -e {marker} && exit 0; touch {marker}; exit 1"
+    run = sqlite_world.run(bot=("sh", "-c", script))
+    assert run.wait() == 0
+    assert run.text().count("term 1\n") == 2
+
+
+def test_a_stop_signal_between_a_crash_and_the_restart_ends_it(sqlite_world: World) -> None:
+    run = sqlite_world.run("--max-crashes", "3", bot=("sh", "-c", "exit 4"))
+    run.says("restart 2 of 3 in 2 s")
+    run.signal(signal.SIGTERM)
+    assert run.wait() == 4
+
+
+# Kill -9 and SIGSTOP -------------------------------------------------------------------------------------------
+
+
+TRIALS = 25  # times 8 below: 200
+
+
+@pytest.mark.parametrize("chunk", range(8))
+def test_kill_9_of_the_supervisor_leaves_no_living_child_after_100_ms(
+    tmp_path: Path, chunk: int, sqlite_url: str
+) -> None:
+    """At random moments: while it starts, as the bot starts, and in the middle of its work."""
+    rng = random.Random(chunk)
+    for trial in range(TRIALS):
+        daemon = ("--daemon", "1") if trial % 3 == 0 else ()
+        run = subprocess.Popen(
+            [*BOTLEASE, "run", "--take-over", "--", sys.executable, "-S", WITNESS, str(tmp_path / "w"), *daemon],
+            env=clean_env(BOTLEASE_DATABASE_URL=sqlite_url, MARK=f"trial-{chunk}-{trial}-{os.getpid()}."),
+            stderr=subprocess.DEVNULL,
+        )
+        time.sleep(rng.uniform(0.0, 0.5))
+        run.kill()
+        run.wait()
+        time.sleep(0.1)
+        assert marked(f"trial-{chunk}-{trial}-{os.getpid()}.".encode()) == []
+
+
+@pytest.mark.parametrize("who", ["supervisor", "bot", "supervisor and bot", "everything"])
+def test_stopped_for_three_ttl_and_continued_there_is_no_overlap(world: World, who: str) -> None:
+    first = world.run("--deployment", "v1", "--lock-delay", "0")
+    world.works(1)
+    second = world.run("--deployment", "v1", "--lock-delay", "0")
+    second.says("standby")
+    reaper, bot = first.children()
+    stopped = {
+        "supervisor": [first.pid],
+        "bot": [bot],
+        "supervisor and bot": [first.pid, bot],
+        "everything": [first.pid, reaper, bot],
+    }[who]
+    began = time.clock_gettime(time.CLOCK_BOOTTIME)
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    if who != "bot":
+        world.works(2)  # the second one takes over while the first one sleeps
+    while time.clock_gettime(time.CLOCK_BOOTTIME) < began + 3 * 1.5:
+        time.sleep(0.01)
+    for pid in stopped:
+        try:
+            os.kill(pid, signal.SIGCONT)
+        except ProcessLookupError:
+            assert who != "bot"
+    before = len(world.witness.read_text())
+    until(lambda: len(world.witness.read_text()) > before)
+    time.sleep(0.2)
+
+    assert world.overlap() == 0
+    if who == "bot":
+        assert len(world.stamps()) == 1  # the supervisor goes on renewing: no fail-over
+    else:
+        assert sorted(world.stamps())[0][0] == bot or len(world.stamps()) == 2
+
+
+def test_a_killed_reaper_takes_the_bot_and_its_daemons_with_it_and_the_bot_is_started_anew(world: World) -> None:
+    witness = (sys.executable, "-S", WITNESS, str(world.witness), "--daemon", "1")
+    run = world.run(bot=witness)
+    world.works(2)
+    reaper, *rest = run.children()
+    os.kill(reaper, signal.SIGKILL)
+    world.works(4)
+    assert all(not Path(f"/proc/{p}/environ").exists() for p in rest)
+    run.signal(signal.SIGTERM)
+    run.wait()
+    assert marked(str(world.witness).encode()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare")
+def test_as_pid_1_it_stops_on_sigterm_and_buries_orphans(sqlite_world: World) -> None:
+    script = "(sleep 0.05 & exec true) & (sleep 0.1 &) ; sleep 0.3; ps -e -o stat= | grep -c Z; sleep 100"
+    process = subprocess.Popen(
+        ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", *BOTLEASE, "run", "--", "sh", "-c", script],
+        env=clean_env(BOTLEASE_DATABASE_URL=sqlite_world.url),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "0\n"
+    (first,) = [p for p in descendants(process.pid) if "botlease" in Path(f"/proc/{p}/cmdline").read_text()][:1]
+    os.kill(first, signal.SIGTERM)
+    assert process.wait(15) == 0
+    process.stdout.close()
+
+
+def test_nothing_of_a_token_or_a_password_is_ever_said(postgres_url: str, tmp_path: Path) -> None:
+    token = "123456789:AAcanaryCANARYcanaryCANARYcanary0123456"
+    secret = "pa55canary"
+    url = postgres_url.replace("postgres@", f"postgres:{secret}@")
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        run = subprocess.Popen(
+            [*BOTLEASE, "run", "--database", url, "--", "sleep", "100"],
+            env=clean_env(TELEGRAM_BOT_TOKEN=token),
+            stdout=out,
+            stderr=out,
+        )
+    until(lambda: "active" in log.read_text())
+    titles = [Path(f"/proc/{p}/cmdline").read_bytes() for p in (run.pid, *descendants(run.pid))]
+    shown = subprocess.run(
+        [*BOTLEASE, "status", "--json"],
+        env=clean_env(BOTLEASE_DATABASE_URL=url),
+        capture_output=True,
+        text=True,
+    )
+    run.terminate()
+    run.wait(10)
+    dump = subprocess.run(["pg_dump", "--inserts", postgres_url], capture_output=True, text=True)
+    everything = log.read_text() + str(titles) + shown.stdout + shown.stderr + dump.stdout
+
+    assert '"bot": "123456789"' in shown.stdout
+    for canary in (token, "AAcanary", secret):
+        assert canary not in everything
