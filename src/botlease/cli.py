@@ -302,3 +302,41 @@ def local_check(name: str | None, force_kill: bool, as_json: bool) -> int:
             click.echo("refused: the bot is already running; --force-kill ends it", err=True)
         return 1
     return 0 if local.force_kill(found, say=lambda text: click.echo(text, err=True)) else 1
+
+
+@main.command(context_settings=CONTEXT)
+@click.option("--port", type=click.IntRange(0, 65535), default=8081, show_default=True, help="0: any free one.")
+@click.option(
+    "--profile",
+    type=click.Choice(["source", "h1", "h2"]),
+    default="source",
+    show_default=True,
+    help="How conflicts are decided: as the server's source says, or in two harsher ways.",
+)
+@click.option(
+    "--users", type=click.IntRange(0, 1000), default=3, show_default=True, help="Chatting users for each bot."
+)
+@click.option(
+    "--every",
+    type=click.FloatRange(0.01, 3600),
+    default=1.0,
+    show_default=True,
+    help="Seconds between two messages of one user.",
+)
+@click.option("--seed", type=int, default=1, show_default=True)
+def simulator(port: int, profile: str, users: int, every: float, seed: int) -> None:
+    """Serve the Telegram Bot API on loopback, with chatting users, for trying bots out.
+
+    Point your bot's base URL at it; any token of the usual form will do. Counts go to standard output, and to
+    /simulator/report as JSON. Ends on Ctrl-C.
+    """
+    import asyncio
+
+    from botlease.telegram.command import serve
+
+    try:
+        asyncio.run(serve(port, profile, users, every, seed, click.echo))
+    except OSError as e:
+        fail(f"cannot listen on port {port}: {e.strerror}: choose another --port", CONFIG)
+    except KeyboardInterrupt:
+        pass

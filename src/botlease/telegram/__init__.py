@@ -1,0 +1,1 @@
+"""What is particular to Telegram: the Bot API simulator for tests and demos."""

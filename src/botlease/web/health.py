@@ -1,4 +1,4 @@
-"""Health over HTTP: four answers, by h11, without a framework.
+"""Health over HTTP: four answers.
 
 * ``/livez``   200 while the process turns
 * ``/readyz``  200 when it could take its turn: also as a standby. Readiness never depends on the lease, or a
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import h11
+from botlease import http
 
 PATHS = ("/health", "/livez", "/readyz", "/leader")
 
@@ -51,52 +51,11 @@ def answer(path: str, s: Snapshot, window: float) -> tuple[int, dict[str, Any]] 
 async def serve(
     snapshot: Callable[[], Snapshot], port: int, *, host: str | None = "127.0.0.1", window: float = 0.0
 ) -> asyncio.Server:
-    """Listen on ``host`` (None: every address, as a platform's router needs it). Raises OSError if it cannot."""
+    async def handle(request: http.Request) -> http.Response:
+        found = answer(request.target.split("?")[0], snapshot(), window)
+        status, body = found or (404, {"error": f"not found; there are {', '.join(PATHS)}"})
+        if found and request.method not in ("GET", "HEAD"):
+            status, body = 405, {"error": "use GET"}
+        return http.Response(status, json.dumps(body).encode() + b"\n", headers=(("cache-control", "no-store"),))
 
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            async with asyncio.timeout(10):
-                await _one(reader, writer, snapshot, window)
-        except (TimeoutError, OSError, h11.RemoteProtocolError):
-            pass
-        finally:
-            writer.close()
-
-    return await asyncio.start_server(connected, host, port, limit=16_384)
-
-
-async def _one(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, snapshot: Callable[[], Snapshot], window: float
-) -> None:
-    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=16_384)
-    request: h11.Request | None = None
-    while True:
-        event = connection.next_event()
-        if event is h11.NEED_DATA:
-            data = await reader.read(4096)
-            connection.receive_data(data)
-            if not data and request is None:
-                return
-        elif isinstance(event, h11.Request):
-            request = event
-        elif isinstance(event, h11.EndOfMessage | h11.ConnectionClosed) or event is h11.PAUSED:
-            break
-    if request is None:
-        return
-    path = request.target.split(b"?")[0].decode("ascii", "replace")
-    found = answer(path, snapshot(), window)
-    status, body = found or (404, {"error": f"not found; there are {', '.join(PATHS)}"})
-    if found and request.method not in (b"GET", b"HEAD"):
-        status, body = 405, {"error": "use GET"}
-    data = json.dumps(body).encode() + b"\n"
-    headers = [
-        ("content-type", "application/json"),
-        ("content-length", str(len(data))),
-        ("cache-control", "no-store"),
-        ("connection", "close"),
-    ]
-    out = connection.send(h11.Response(status_code=status, headers=headers)) or b""
-    if request.method != b"HEAD":
-        out += connection.send(h11.Data(data=data)) or b""
-    writer.write(out)
-    await writer.drain()
+    return await http.serve(handle, port, host=host)

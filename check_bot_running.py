@@ -1,0 +1,16 @@
+"""Is the trading bot already running on this machine? ``python check_bot_running.py [--force-kill] [--json]``
+
+Exit code 0: no (or no more); 1: yes. The same as ``botlease check``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from botlease.cli import check
+
+if __name__ == "__main__":
+    check(prog_name="check_bot_running.py")

@@ -1,0 +1,39 @@
+"""Runs the bot only while this instance should: registers it, keeps it alive in the database, starts and stops the bot.
+
+The seed's instance manager, thin over the package:
+``python instance_manager.py [options of botlease run] [-- command]``;
+without a command it runs the trading bot of this repository.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+# A deployed checkout is not installed: the package is found beside this file, by the bot, too.
+sys.path.insert(0, str(ROOT / "src"))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+
+BOT = (sys.executable, "-m", "trading_bot")
+
+
+def run_bot(command: tuple[str, ...] = BOT, **options: Any) -> int:
+    """Supervise the bot. The options are those of ``botlease.cli.start``. Returns the exit code."""
+    from botlease.cli import start
+
+    # The ledger of the trading bot is in the lease's database: it is passed on.
+    return start(command, pass_database=True, **options)
+
+
+if __name__ == "__main__":
+    from botlease.cli import main
+
+    arguments = sys.argv[1:]
+    if "--" not in arguments and not {"-h", "--help"} & set(arguments):
+        arguments += ["--pass-database", "--", *BOT]
+    main(["run", *arguments], prog_name="instance_manager.py run")

@@ -1,0 +1,37 @@
+"""``python -m trading_bot``: reads TELEGRAM_BOT_TOKEN (or BOT_TOKEN), DATABASE_URL, TELEGRAM_API_URL, PRICE_URL.
+
+Run it through ``railway_startup.py`` or ``botlease run``: alone it has no term, and then its ledger refuses orders.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from trading_bot.bot import Trader
+from trading_bot.ledger import open_ledger
+from trading_bot.prices import from_environment
+
+
+def main() -> int:
+    env = dict(os.environ)
+    token = env.get("TELEGRAM_BOT_TOKEN") or env.get("BOT_TOKEN") or ""
+    if ":" not in token:
+        print("trading_bot: set TELEGRAM_BOT_TOKEN to the token that @BotFather gave you", file=sys.stderr)
+        return 78
+    database = env.get("BOTLEASE_DATABASE_URL") or env.get("DATABASE_URL") or ""
+    if not database:
+        print("trading_bot: set DATABASE_URL, or start it with railway_startup.py", file=sys.stderr)
+        return 78
+    # httpx logs whole URLs, and the token is part of them
+    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    ledger = open_ledger(database, env.get("BOTLEASE_BOT") or token.split(":")[0], int(env.get("BOTLEASE_TERM", "0")))
+    trader = Trader(ledger, from_environment(env), env.get("BOT_VERSION", "1"))
+    trader.build(token, env.get("TELEGRAM_API_URL")).run_polling(poll_interval=0.0, timeout=10)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
