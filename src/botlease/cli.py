@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from botlease import __version__, settings
+from botlease.platforms import PLAIN
 from botlease.settings import ConfigurationError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -142,7 +143,7 @@ def start(
     forked = reaper.fork()
     from botlease.run import Options, say, supervise
 
-    if made.database.startswith("sqlite:") and not made.by_hand:
+    if made.database.startswith("sqlite:") and made.platform is not PLAIN:
         say("SQLite guards this machine only: set DATABASE_URL to PostgreSQL where a deployment gets a new disk")
     return supervise(
         made,
