@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
@@ -94,7 +95,9 @@ class Postgres:
             await connection.close()
             return True
 
-        return asyncio.run(ask())
+        # in a thread: the caller may be inside a running loop
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(lambda: asyncio.run(ask())).result()
 
     def url(self, database: str = "postgres", *, port: int | None = None) -> str:
         return f"postgresql://postgres@127.0.0.1:{port or self.port}/{database}"

@@ -272,7 +272,7 @@ def promote(database: str | None, instance_id: str) -> None:
 
 
 @main.command(context_settings=CONTEXT)
-@click.option("--name", metavar="N", help="Only this bot.")
+@click.option("--name", metavar="N", help="Only this bot. Default: the one that the environment names, else all.")
 @click.option("--force-kill", is_flag=True, help="End what is found: SIGTERM, wait, SIGKILL.")
 @click.option("--json", "as_json", is_flag=True)
 def check(name: str | None, force_kill: bool, as_json: bool) -> None:
@@ -287,6 +287,8 @@ def local_check(name: str | None, force_kill: bool, as_json: bool) -> int:
 
     from botlease import local
 
+    if name is None:
+        name = os.environ.get("BOTLEASE_NAME") or settings.token_id(os.environ)
     found = local.find(name)
     if as_json:
         click.echo(json.dumps([asdict(f) for f in found]))

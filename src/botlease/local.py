@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+from botlease.settings import ConfigurationError, bot_name
+
 SCRIPTS = ("railway_startup.py", "instance_manager.py", "trading_bot.py")
 MODULES = ("trading_bot",)
 _WITH_VALUE = frozenset("WXQ")  # interpreter options that take a value
@@ -66,7 +68,17 @@ def _recognise(pid: int, bot: str | None, scripts: Sequence[str], modules: Seque
         if parent is not None and _comm(int(parent[1])) == "botlease-reaper":
             return "bot" if bot is None or marks[0] == b"BOTLEASE_BOT=" + bot.encode() else None
         return None
-    return "script" if runs(argv, scripts, modules) else None
+    if not runs(argv, scripts, modules):
+        return None
+    return "script" if bot is None or bot == _bot_of(environ) else None
+
+
+def _bot_of(environ: list[bytes]) -> str:
+    pairs = (e.decode(errors="replace").partition("=") for e in environ)
+    try:
+        return bot_name(None, {name: value for name, _, value in pairs})
+    except ConfigurationError:
+        return ""
 
 
 def runs(argv: Sequence[str], scripts: Sequence[str] = SCRIPTS, modules: Sequence[str] = MODULES) -> bool:

@@ -72,7 +72,7 @@ class Supervisor:
         self.work: ChildWork | None = None
         self.stopping = asyncio.Event()
         self.began = clock.now()
-        self.held_by_other_until = self.began
+        self.last_holder: str | None = None
 
     async def run(self) -> int:
         s, o = self.settings, self.options
@@ -177,9 +177,9 @@ class Supervisor:
         if k is None:
             return Snapshot("booting", False, False, 0.0, self.stopping.is_set())
         state = k.state
-        view = state.view
-        holder = view.lease.holder if view and view.lease else None
-        waits = state.phase is Phase.STANDBY and holder not in (None, self.settings.instance_id)
+        if state.view is not None and state.view.lease is not None:  # between two reads there is none
+            self.last_holder = state.view.lease.holder
+        waits = state.phase is Phase.STANDBY and self.last_holder not in (None, self.settings.instance_id)
         # The database is judged by the attempts that fail, not by how long ago it was asked: a standby asks rarely.
         ready = state.phase is not Phase.JOINING and state.failures < 3
         return Snapshot(

@@ -61,11 +61,16 @@ def bot_name(option: str | None, env: Mapping[str, str]) -> str:
                 "beginning with a letter or a digit"
             )
         return name
+    return token_id(env) or "bot"
+
+
+def token_id(env: Mapping[str, str]) -> str | None:
+    """The digits before the colon of the Telegram token in this environment."""
     for variable in TOKEN_VARIABLES:
         digits, colon, _ = env.get(variable, "").partition(":")
         if colon and digits.isdecimal() and digits.isascii():
             return digits
-    return "bot"
+    return None
 
 
 def database_url(option: str | None, env: Mapping[str, str]) -> str:
