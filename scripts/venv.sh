@@ -20,7 +20,7 @@ venv() {
     uv=.venv/bin/uv
   fi
   echo "installing $list into .venv (once)" >&2
-  "$uv" pip install --quiet --python .venv/bin/python --require-hashes -r "$list" || return 1
+  "$uv" pip install --quiet --compile-bytecode --python .venv/bin/python --require-hashes -r "$list" || return 1
   "$uv" pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation -e . || return 1
   touch "$stamp"
 }

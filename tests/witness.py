@@ -37,6 +37,7 @@ term = os.environ.get("BOTLEASE_TERM", "0")
 while True:
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
     if stopping and now >= stopping[0]:
+        os.write(fd, f"{os.getpid()} {term} {now:.6f}\n".encode())
         os._exit(int(option.get("--stop-code", 0)))
     if now >= ends:
         os._exit(int(option.get("--exit", 0)))

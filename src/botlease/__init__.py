@@ -10,12 +10,13 @@ The command line (``botlease run -- python bot.py``) needs no change in the bot.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # known to type checkers by its name; typing itself is not worth its memory this early
 __version__ = "0.1.0"
 __all__ = ["ConfigurationError", "LeaseLost", "StoreError", "Term", "active", "exclusive"]
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from botlease.inside import LeaseLost, Term, active, exclusive
     from botlease.settings import ConfigurationError
     from botlease.stores import StoreError

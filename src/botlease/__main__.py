@@ -1,5 +1,42 @@
-"""``python -m botlease``."""
+"""The way in: ``botlease`` and ``python -m botlease``.
 
-from botlease.cli import main
+``run`` forks its reaper here, before the command line is even parsed: whatever is loaded before the fork is
+memory of both processes. If the command line turns out wrong, the reaper ends with us.
+"""
 
-main(prog_name="botlease")
+from __future__ import annotations
+
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+
+_reaper: tuple[int, socket.socket] | None = None
+
+
+def take_reaper() -> tuple[int, socket.socket]:
+    """The reaper forked at the start, or a new one."""
+    global _reaper
+    from botlease.work import reaper
+
+    taken, _reaper = _reaper, None
+    return taken or reaper.fork()
+
+
+def main(prog_name: str | None = None) -> None:
+    global _reaper
+    if sys.argv[1:2] == ["run"]:
+        from botlease.work import reaper
+
+        _reaper = reaper.fork()
+    from botlease.cli import main as commands
+
+    commands(prog_name=prog_name or "botlease")
+
+
+if __name__ == "__main__":
+    # One module, not two: this file runs as __main__, and the command line asks it for the reaper.
+    from botlease.__main__ import main as enter
+
+    enter()

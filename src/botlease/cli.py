@@ -5,7 +5,6 @@ Nothing heavy is imported here: ``run`` forks the reaper first, then loads async
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -138,9 +137,11 @@ def start(
         fail(str(e), CONFIG)
     _check_database(made.database)
     _check_command(command[0])
-    from botlease.work import reaper
+    from botlease import __main__ as entry
 
-    forked = reaper.fork()
+    forked = entry.take_reaper()
+    if made.database.startswith("sqlite:"):
+        _without_ssl()
     from botlease.run import Options, say, supervise
 
     if made.database.startswith("sqlite:") and made.platform is not PLAIN:
@@ -157,6 +158,18 @@ def start(
         ),
         forked,
     )
+
+
+def _without_ssl() -> None:
+    """asyncio loads ssl if it can: 4.4 MB (measured) that a supervisor on SQLite never uses."""
+    modules: dict[str, Any] = sys.modules
+    if "ssl" in modules or "asyncio" in modules:
+        return
+    modules["ssl"] = None
+    try:
+        import asyncio  # noqa: F401
+    finally:
+        del modules["ssl"]
 
 
 def _number(option: float | None, variable: str, default: float) -> float:
@@ -256,6 +269,8 @@ def status(database: str | None, name: str | None, ended: bool, as_json: bool) -
     overview = _ask(database, lambda store: store.overview(5.0))
     bots = [b for b in show.by_bot(overview, ended=ended) if name is None or b["bot"] == name]
     if as_json:
+        import json
+
         for bot in bots:
             click.echo(json.dumps(bot))
     else:
@@ -282,6 +297,7 @@ def check(name: str | None, force_kill: bool, as_json: bool) -> None:
 
 def local_check(name: str | None, force_kill: bool, as_json: bool) -> int:
     """The seed's ``check_bot_running.py``."""
+    import json
     from dataclasses import asdict
     from datetime import UTC, datetime
 

@@ -8,7 +8,6 @@ clock is used and ``kernel_counts_suspend`` is False.
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime
 
 kernel_counts_suspend = hasattr(time, "CLOCK_BOOTTIME")
 _CLOCK = time.CLOCK_BOOTTIME if kernel_counts_suspend else time.CLOCK_MONOTONIC
@@ -26,4 +25,5 @@ def wall() -> float:
 
 def iso(unix: float) -> str:
     """UTC with milliseconds, the form in which SQLite rows hold times and people read them."""
-    return datetime.fromtimestamp(unix, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+    whole, part = divmod(int(unix * 1000), 1000)
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(whole))}.{part:03d}"

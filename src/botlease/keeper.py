@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import secrets
 from collections.abc import Callable
 
 from botlease import clock, core
@@ -44,7 +43,8 @@ from botlease.model import (
     WorkEnded,
 )
 from botlease.stores import Registration, Store, redact
-from botlease.work import Work, proof
+from botlease.work import proof
+from botlease.work.base import Work
 
 log = logging.getLogger("botlease")
 
@@ -195,7 +195,7 @@ class Keeper:
                 return Claimed(q.serial, await store.claim(me.bot, me.instance_id, q.source, limit))
             case Verb.ACQUIRE:
                 assert q.key is not None
-                nonce = secrets.token_hex(8)  # drawn anew for each acquire, so that no late one can be mistaken
+                nonce = os.urandom(8).hex()  # drawn anew for each acquire, so that no late one can be mistaken
                 grant = await store.acquire(
                     me.bot,
                     me.instance_id,

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 from botlease import __version__, clock, status
 from botlease.core import Candidate, Phase
@@ -18,9 +19,11 @@ from botlease.keeper import Keeper
 from botlease.model import Reason
 from botlease.settings import Settings
 from botlease.stores import Registration, Store, StoreError, StoreRefused, open_store
-from botlease.web.health import Snapshot, serve
 from botlease.work import tree
 from botlease.work.child import ChildWork, Command
+
+if TYPE_CHECKING:
+    from botlease.web.health import Snapshot  # its HTTP parser is loaded only where a port is asked for
 
 FORWARDED = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
 
@@ -79,6 +82,8 @@ class Supervisor:
         self._handle_signals()
         server = None
         if o.health_port is not None:
+            from botlease.web.health import serve
+
             try:
                 server = await serve(self.snapshot, o.health_port, host=o.health_host, window=s.platform.health_window)
             except OSError as e:
@@ -172,6 +177,8 @@ class Supervisor:
         return self.work.exit_code
 
     def snapshot(self) -> Snapshot:
+        from botlease.web.health import Snapshot
+
         k = self.keeper
         now = clock.now()
         if k is None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -150,7 +150,7 @@ def make(
     key = deployment or env.get("BOTLEASE_DEPLOYMENT") or deployment_key(platform, env)
     if key is not None and (len(key) > 200 or not key.isprintable()):
         raise ConfigurationError("the deployment key must be printable and at most 200 characters long")
-    instance_id = f"{bot}-{secrets.token_hex(4)}"
+    instance_id = f"{bot}-{os.urandom(4).hex()}"
     by_hand = key is None and platform is PLAIN
     if take_over:
         mode = Mode.PREEMPT

@@ -19,13 +19,13 @@ EVENT = struct.Struct("iIII")
 
 
 class JournalWatch:
-    def __init__(self, fd: int, name: bytes, changed: Callable[[], None]) -> None:
+    def __init__(self, fd: int, name: bytes, changed: Callable[[int], None]) -> None:
         self.fd, self.name, self.changed = fd, name, changed
         self.loop = asyncio.get_running_loop()
         self.loop.add_reader(fd, self._ready)
 
     @classmethod
-    def start(cls, path: str, changed: Callable[[], None]) -> JournalWatch | None:
+    def start(cls, path: str, changed: Callable[[int], None]) -> JournalWatch | None:
         """None where the kernel has no inotify: then the poll alone has to do."""
         try:
             libc = ctypes.CDLL(None, use_errno=True)
@@ -46,15 +46,15 @@ class JournalWatch:
         except OSError:
             return
         at = 0
-        hit = False
+        hits = 0
         while at + EVENT.size <= len(data):
             _, mask, _, length = EVENT.unpack_from(data, at)
             name = data[at + EVENT.size : at + EVENT.size + length].rstrip(b"\0")
             # mask 0x4000 is IN_Q_OVERFLOW: events were lost, so look.
-            hit = hit or name == self.name or bool(mask & 0x4000)
+            hits += 1000 if mask & 0x4000 else name == self.name
             at += EVENT.size + length
-        if hit:
-            self.changed()
+        if hits:
+            self.changed(hits)
 
     def close(self) -> None:
         self.loop.remove_reader(self.fd)

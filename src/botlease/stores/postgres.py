@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
-import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
@@ -171,6 +171,9 @@ WITH got AS (
 ), opened AS (
   INSERT INTO bot_terms (bot, term, instance_id, deployment, how, acquired_at)
   SELECT $1, got.term, $2, i.deployment, $12, clock_timestamp() FROM got, bot_instances i WHERE i.instance_id = $2
+), buried AS (  -- the kernel proved it dead: it must not count as a standby
+  UPDATE bot_instances SET state = 'stopped', stop_reason = $12, ended_at = clock_timestamp()
+  WHERE $12 = 'died' AND instance_id = $6 AND ended_at IS NULL AND EXISTS (SELECT 1 FROM got)
 ), shown AS (
   UPDATE bot_instances SET term = (SELECT term FROM got), state = 'active', last_heartbeat = clock_timestamp(),
     beat = beat + 1
@@ -419,7 +422,7 @@ class PostgresStore:
             await c.execute(
                 self._sql(REGISTER),
                 *(me.bot, me.instance_id, me.deployment, me.host, me.pid, me.version, self._system),
-                *(secrets.token_hex(8), me.ttl, KEEP_ENDED_DAYS),
+                *(os.urandom(8).hex(), me.ttl, KEEP_ENDED_DAYS),
             )
             return await self._view(c, me.bot, me.instance_id)
 

@@ -13,17 +13,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import hashlib
 import os
 import queue
-import secrets
 import sqlite3
 import stat
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, TypeVar
+from urllib.parse import quote
 
 from botlease import clock
 from botlease.model import How, Reason, View
@@ -156,6 +156,12 @@ SHOW_TERM: Final = (
     "WHERE instance_id = :me"
 )
 
+# The kernel proved it: that instance is no more, and must not count as a standby.
+BURY: Final = (
+    "UPDATE bot_instances SET state = 'stopped', stop_reason = :how, ended_at = :now "
+    "WHERE instance_id = :holder AND ended_at IS NULL"
+)
+
 RENEW: Final = """
 UPDATE bot_leases SET beat = beat + 1, renewed_at = :now
 WHERE bot = :bot AND term = :term AND nonce = :nonce AND holder = :me
@@ -221,6 +227,7 @@ class SqliteFile:
         self.wall = wall
         self.origin = ""
         self.inode = 0
+        self.commits = 0
         # A copy of the file put in its place has no number of its own; the seconds of the clock rise well enough.
         self.era: Callable[[], int] = lambda: int(wall())
         if path != ":memory:":
@@ -253,6 +260,7 @@ class SqliteFile:
         self.db.execute("BEGIN IMMEDIATE")
         try:
             yield self.db
+            self.commits += 1
             self.db.execute("COMMIT")
         except BaseException:
             with contextlib.suppress(sqlite3.Error):
@@ -292,7 +300,7 @@ class SqliteFile:
                 self._adopt(db, columns)
                 for statement in _statements(CREATE_REST):
                     db.execute(statement)
-                store_id = secrets.token_hex(8)
+                store_id = os.urandom(8).hex()
                 db.execute(
                     "INSERT INTO botlease_schema VALUES (?, ?, ?)", (SCHEMA_VERSION, store_id, f"{store_id}/{inode}")
                 )
@@ -337,7 +345,7 @@ class SqliteFile:
             "pid": me.pid,
             "version": me.version,
             "ttl": me.ttl,
-            "nonce": secrets.token_hex(8),
+            "nonce": os.urandom(8).hex(),
             "origin": self.origin,
             "era": self.era(),
             "now": clock.iso(now),
@@ -385,6 +393,8 @@ class SqliteFile:
             values["term"] = rows[0]["term"]
             for statement in (CLOSE_OLD_TERM, OPEN_TERM, SHOW_TERM):
                 db.execute(statement, values)
+            if how is How.DIED:
+                db.execute(BURY, values)
             return Grant(rows[0]["term"], self.origin)
 
     def renew(self, bot: str, instance_id: str, term: int, nonce: str) -> Renewal | None:
@@ -536,6 +546,7 @@ class SqliteStore:
         self._file: SqliteFile | None = None
         self._worker: _Worker | None = None
         self._watch: JournalWatch | None = None
+        self._own = 0
         self._guards: dict[str, int] = {}
 
     async def _call(self, deadline: float, call: Callable[[SqliteFile], T]) -> T:
@@ -582,8 +593,12 @@ class SqliteStore:
         if self._watch is None:
             self._watch = JournalWatch.start(self.path, self._changed)
 
-    def _changed(self) -> None:
-        if self.on_change is not None:
+    def _changed(self, commits: int) -> None:
+        """``commits`` were seen on the file; our own are not news."""
+        own = self._file.commits if self._file is not None else 0
+        foreign = commits > own - self._own
+        self._own = own
+        if foreign and self.on_change is not None:
             self.on_change()
 
     async def aclose(self) -> None:
@@ -678,7 +693,7 @@ class SqliteStore:
         """
         if bot in self._guards:
             return True
-        name = hashlib.sha256(bot.encode()).hexdigest()[:12]
+        name = f"{quote(bot, safe='')[:100]}-{zlib.crc32(bot.encode()):08x}"
         fd = os.open(f"{self.path}-{name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         for _ in range(20):  # the former owner lets go within milliseconds of its release
             try:

@@ -10,9 +10,12 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from typing import Any
 
 from botlease import clock
+
+TYPE_CHECKING = False  # the reaper is forked before typing is loaded: half a megabyte for each process
+if TYPE_CHECKING:
+    from typing import Any
 
 _CLOCK_BOOTTIME = 7
 _TIMER_ABSTIME = 1

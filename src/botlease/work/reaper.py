@@ -21,11 +21,14 @@ import select
 import signal
 import socket
 import struct
-from typing import Any, NoReturn
 
 from botlease import clock
 from botlease.work import tree
 from botlease.work.fence import Fence
+
+TYPE_CHECKING = False  # the reaper is forked before typing is loaded: half a megabyte for each process
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
 
 HEAD = struct.Struct("!I")
 EARLY = 0.25
