@@ -455,3 +455,27 @@ async def test_the_side_car_lock_lasts_as_long_as_somebody_keeps_its_descriptor(
         os.close(kept)
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     await store.aclose()
+
+
+async def test_the_documented_privileges_are_enough_to_run(postgres_url: str) -> None:
+    owner = PostgresStore(postgres_url)
+    await owner.open(DEADLINE)
+    await owner.aclose()
+    role = f"runner_{os.getpid()}_{postgres_url.rsplit('_', 1)[-1]}"
+    await run_sql(
+        postgres_url,
+        f"CREATE ROLE {role} LOGIN",
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON bot_instances, bot_terms TO {role}",
+        f"GRANT SELECT, INSERT, UPDATE ON bot_leases, bot_deployments TO {role}",
+        f"GRANT SELECT ON botlease_schema TO {role}",
+    )
+    store = PostgresStore(postgres_url.replace("postgres@", f"{role}@"))
+    await store.open(DEADLINE)
+    grant = await StoreContract().held(store)
+    assert await store.renew("bot", "a", grant.term, "nonce-a", DEADLINE) is not None
+    await store.touch("a", "active", DEADLINE)
+    assert await store.release(
+        "bot", "a", grant.term, "nonce-a", reason=Reason.STOPPED, pass_on=True, leave=True, deadline=DEADLINE
+    )
+    assert (await store.overview(DEADLINE))["leases"]
+    await store.aclose()

@@ -212,24 +212,16 @@ def _check_command(program: str) -> None:
 
 def hide_password(url: str | None) -> None:
     """Blot the password out of our own command line, which everybody on this machine can read."""
-    from urllib.parse import urlsplit
+    from urllib.parse import unquote, urlsplit
+
+    from botlease.title import blot
 
     try:
-        secret = (urlsplit(url or "").password or "").encode()
-        if not secret:
-            return
-        import ctypes
-
-        with open("/proc/self/stat", "rb") as f:  # noqa: PTH123
-            fields = f.read().rpartition(b")")[2].split()
-        begin, end = int(fields[45]), int(fields[46])  # arg_start and arg_end
-        text = ctypes.string_at(begin, end - begin)
-        at = text.find(secret)
-        while at >= 0:
-            ctypes.memset(begin + at, ord("*"), len(secret))
-            at = text.find(secret, at + 1)
-    except (OSError, ValueError, IndexError):
+        secret = urlsplit(url or "").password or ""
+    except ValueError:
         return
+    blot(secret)
+    blot(unquote(secret))
 
 
 def _ask(database: str | None, question: Callable[[Any], Any]) -> Any:

@@ -23,6 +23,7 @@ import socket
 import struct
 
 from botlease import clock
+from botlease.title import retitle
 from botlease.work import tree
 from botlease.work.fence import Fence
 
@@ -131,6 +132,7 @@ class _Reaper:
         os.setsid()
         tree.prctl(tree.PR_SET_CHILD_SUBREAPER, 1)
         tree.prctl(tree.PR_SET_NAME, b"botlease-reaper")
+        retitle("botlease-reaper")  # forked before the command line was read: it may hold a password
         for number in _PASSED_BY:
             signal.signal(number, signal.SIG_IGN)
         read, write = _pipe()
