@@ -25,6 +25,7 @@ CASES: dict[str, tuple[list[str], dict[str, str], int, str]] = {
     "an unknown profile": (["--profile", "slow", "--", "true"], {}, 78, "use default or fast"),
     "a misspelt variable": (["--", "true"], {"BOTLEASE_TLL": "5"}, 78, "BOTLEASE_TLL is not known"),
     "a variable that is no number": (["--", "true"], {"BOTLEASE_TTL": "5s"}, 78, "'5s', which is not a number"),
+    "a port that cannot be": (["--", "true"], {"BOTLEASE_HEALTH_PORT": "70000"}, 78, "between 0 and 65535"),
     "a wrong URL": (["--", "true"], {"BOTLEASE_DATABASE_URL": "mysql://u:secret@h/d"}, 78, "use postgresql://"),
     "no URL at all": (["--", "true"], {"BOTLEASE_DATABASE_URL": "nonsense"}, 78, "use postgresql://"),
     "SQLite in memory": (["--", "true"], {"BOTLEASE_DATABASE_URL": "sqlite:///:memory:"}, 78, "name a file"),
@@ -121,6 +122,10 @@ def test_a_missing_driver_is_named_with_the_command_that_installs_it(tmp_path: P
 
 
 def test_promoting_nobody_is_an_error(tmp_path: Path) -> None:
+    result = run(["promote", "nobody"], tmp_path)
+    assert result.returncode == 78 and "there is no database at" in result.stderr
+    assert not (tmp_path / "x.db").exists()
+    assert run(["run", "--", "true"], tmp_path).returncode == 0
     result = run(["promote", "nobody"], tmp_path)
     assert result.returncode == 78 and "no instance 'nobody'" in result.stderr
 

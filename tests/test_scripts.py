@@ -215,8 +215,8 @@ def test_an_update_takes_effect_within_200_ms_on_postgresql(tmp_path: Path, post
             w.works(seen + 1)
             ends = sorted(end for _, end in w.stamps().values())
             took.append(ends[-2] - began)  # the old one's last act
-        # the witness stops within milliseconds of SIGTERM; of five the fastest shows the mechanism, not the noise
-        assert min(took) < 0.2
+        # the witness stops within milliseconds of SIGTERM
+        assert sorted(took)[2] < 0.2
         assert w.overlap() == 0
         assert first.process.poll() is None
 

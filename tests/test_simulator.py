@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from harness import clean_env
+from harness import BOTLEASE, clean_env
 
 from botlease.telegram.botapi import OTHER, Profile
 from botlease.telegram.simulator import Simulator
@@ -322,3 +322,22 @@ async def test_the_gap_without_a_poller_is_measured(simulator: Simulator) -> Non
     await client.call("getUpdates", timeout=1, offset=3)
     assert 0.14 <= simulator.gap(bot_id, begin, clock.now()) < 0.3
     await client.session.close()
+
+
+async def test_the_command_serves_and_counts() -> None:
+    process = await asyncio.create_subprocess_exec(
+        *BOTLEASE, "simulator", "--port", "0", "--every", "0.05", stdout=asyncio.subprocess.PIPE, env=clean_env()
+    )
+    assert process.stdout is not None
+    async with asyncio.timeout(30):
+        first = (await process.stdout.readline()).decode()
+        url = first.split()[5].split("/bot")[0]
+        async with aiohttp.ClientSession() as session:
+            async with session.get(f"{url}/bot77:token/getMe") as r:
+                assert (await r.json())["result"]["id"] == 77
+            while b"messages=" not in (line := await process.stdout.readline()):
+                assert line
+            async with session.get(f"{url}/simulator/report") as r:
+                assert (await r.json())["77"]["messages"] > 0
+        process.send_signal(2)
+        assert await process.wait() == 0

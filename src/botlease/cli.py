@@ -132,7 +132,7 @@ def start(
         waiting = _number(wait_database, "BOTLEASE_WAIT_DATABASE", 0.0 if made.by_hand else 60.0)
         crashes = int(_number(max_crashes, "BOTLEASE_MAX_CRASHES", 5))
         if health_port is None and env.get("BOTLEASE_HEALTH_PORT"):
-            health_port = int(_number(None, "BOTLEASE_HEALTH_PORT", 0))
+            health_port = int(_number(None, "BOTLEASE_HEALTH_PORT", 0, 65535))
     except ConfigurationError as e:
         fail(str(e), CONFIG)
     _check_database(made.database)
@@ -172,12 +172,12 @@ def _without_ssl() -> None:
         del modules["ssl"]
 
 
-def _number(option: float | None, variable: str, default: float) -> float:
+def _number(option: float | None, variable: str, default: float, most: float = 86_400) -> float:
     value = option if option is not None else settings.number(variable, os.environ.get(variable))
     if value is None:
         return default
-    if not 0 <= value <= 86_400:
-        raise ConfigurationError(f"{variable} is {value:g}; it must be between 0 and 86400")
+    if not 0 <= value <= most:
+        raise ConfigurationError(f"{variable} is {value:g}; it must be between 0 and {most:g}")
     return value
 
 
@@ -233,7 +233,11 @@ def _ask(database: str | None, question: Callable[[Any], Any]) -> Any:
     hide_password(database)
 
     async def ask() -> Any:
-        store = open_store(settings.database_url(database, os.environ))
+        url = settings.database_url(database, os.environ)
+        if url.startswith("sqlite:///") and not os.path.exists(url.removeprefix("sqlite:///")):  # noqa: ASYNC240, PTH110
+            # Opening it would make it, and a mistyped path would look like an empty database.
+            raise ConfigurationError(f"there is no database at {url}: nothing has run there yet, or the URL is wrong")
+        store = open_store(url)
         try:
             await store.open(5.0)
             return await question(store)
