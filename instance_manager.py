@@ -24,6 +24,9 @@ BOT = (sys.executable, "-m", "trading_bot")
 
 def run_bot(command: tuple[str, ...] = BOT, **options: Any) -> int:
     """Supervise the bot. The options are those of ``botlease.cli.start``. Returns the exit code."""
+    from botlease.__main__ import fork_reaper
+
+    fork_reaper()
     from botlease.cli import start
 
     # The ledger of the trading bot is in the lease's database: it is passed on.
@@ -31,9 +34,10 @@ def run_bot(command: tuple[str, ...] = BOT, **options: Any) -> int:
 
 
 if __name__ == "__main__":
-    from botlease.cli import main
+    from botlease.__main__ import main
 
     arguments = sys.argv[1:]
     if "--" not in arguments and not {"-h", "--help"} & set(arguments):
         arguments += ["--pass-database", "--", *BOT]
-    main(["run", *arguments], prog_name="instance_manager.py run")
+    sys.argv[1:] = ["run", *arguments]
+    main("instance_manager.py")

@@ -29,7 +29,7 @@ def main() -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     ledger = open_ledger(database, env.get("BOTLEASE_BOT") or token.split(":")[0], int(env.get("BOTLEASE_TERM", "0")))
     trader = Trader(ledger, from_environment(env), env.get("BOT_VERSION", "1"))
-    trader.build(token, env.get("TELEGRAM_API_URL")).run_polling(poll_interval=0.0, timeout=10)
+    trader.build(token, env.get("TELEGRAM_API_URL")).run_polling(poll_interval=0.0, timeout=10, bootstrap_retries=5)
     return 0
 
 

@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 _reaper: tuple[int, socket.socket] | None = None
 
 
+def fork_reaper() -> None:
+    """Fork it now, for :func:`take_reaper` to find: the earlier, the smaller."""
+    global _reaper
+    from botlease.work import reaper
+
+    _reaper = reaper.fork()
+
+
 def take_reaper() -> tuple[int, socket.socket]:
     """The reaper forked at the start, or a new one."""
     global _reaper
@@ -25,11 +33,8 @@ def take_reaper() -> tuple[int, socket.socket]:
 
 
 def main(prog_name: str | None = None) -> None:
-    global _reaper
     if sys.argv[1:2] == ["run"]:
-        from botlease.work import reaper
-
-        _reaper = reaper.fork()
+        fork_reaper()
     from botlease.cli import main as commands
 
     commands(prog_name=prog_name or "botlease")
