@@ -99,6 +99,14 @@ class Keeper:
     def feed(self, event: Event) -> None:
         if self._ended.done():
             return
+        try:
+            self._step(event)
+        except Exception as e:
+            # A bug of ours. Nobody would renew or listen any more: end, and the work with us, rather than hang.
+            if not self._ended.done():
+                self._ended.set_exception(e)
+
+    def _step(self, event: Event) -> None:
         before = self.state.phase
         self.state, actions = core.step(self.state, event, clock.now())
         for action in actions:

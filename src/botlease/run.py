@@ -119,6 +119,8 @@ class Supervisor:
         self.stopping.set()
         if self.work is not None:
             self.work.stop_signal = number
+            if self.keeper is not None and self.keeper.state.phase not in (Phase.WORKING, Phase.DRAINING):
+                self.work.exit_code = 0  # how an earlier term ended is no matter of this stop
         if self.keeper is not None:
             self.keeper.stop()
 

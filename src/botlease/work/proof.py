@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from botlease import clock
+from botlease.work import tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +88,10 @@ def gone(proof: str, instance_id: str, wait: float = 0.5) -> bool:
 
 
 def _marked(mark: bytes) -> list[int]:
-    out = []
-    for name in os.listdir("/proc"):  # noqa: PTH208
-        if name.isdigit() and int(name) != os.getpid() and _has(int(name), mark):
-            out.append(int(name))
-    return out
+    """Who carries the mark; not we ourselves, should we have been started from inside that bot."""
+    ours = {os.getpid(), *tree.descendants(os.getpid())}
+    names = os.listdir("/proc")  # noqa: PTH208
+    return [pid for pid in map(int, filter(str.isdigit, names)) if pid not in ours and _has(pid, mark)]
 
 
 def _has(pid: int, mark: bytes) -> bool:
