@@ -73,7 +73,8 @@ class Plan:
         ttl = rng.choice([3.0, 3.0, 5.0, 10.0])
         timings = [replace(Timing.for_ttl(ttl, stop_grace=ttl / 2), lock_delay=rng.choice([0.0, 1.0]))]
         if rng.random() < 0.25:
-            timings.append(Timing.for_ttl(rng.choice([3.0, 12.0]), stop_grace=2.0))
+            other = Timing.for_ttl(rng.choice([3.0, 12.0]), stop_grace=2.0)
+            timings.append(replace(other, lock_delay=timings[0].lock_delay))  # it is the taker's own wait
         return cls(
             nodes=rng.choice([2, 3, 3, 4]),
             length=rng.choice([8, 12, 16]) * ttl,

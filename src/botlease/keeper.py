@@ -67,8 +67,6 @@ class Keeper:
         self.work = work
         self.say = say
         self.state: State = core.start(candidate, timing, clock.now())
-        self.on_step: Callable[[State], None] = lambda state: None
-        self.error = ""  # the last thing that the store complained of, fit for people's eyes
         self._waits_for: str | None = None
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -114,7 +112,6 @@ class Keeper:
         if self.state.phase is not before:
             log.debug("%s -> %s on %s", before, self.state.phase, type(event).__name__)
             self._tell()
-        self.on_step(self.state)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -172,15 +169,14 @@ class Keeper:
         except asyncio.CancelledError:
             raise
         except Exception as e:  # whatever a driver raises: the outcome is unknown
-            self.error = redact(str(e)) or type(e).__name__
+            why = redact(str(e)) or type(e).__name__
             if not self.state.failures:
-                self.say(f"the database does not answer: {self.error}")
-            log.debug("%s failed: %s", q.verb, self.error)
+                self.say(f"the database does not answer: {why}")
+            log.debug("%s failed: %s", q.verb, why)
             event = Failed(q.serial)
         else:
             if self.state.failures:
                 self.say("the database answers again")
-            self.error = ""
         if isinstance(event, Registered | Seen) and event.view.lease is not None:
             # Before the view itself: a second start must not be refused because of a holder that is dead.
             lease = event.view.lease
