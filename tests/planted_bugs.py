@@ -250,3 +250,9 @@ def an_unbelieved_hold_is_worked_under() -> Iterator[None]:
 
     with patch.object(core, "_plan_standby", wrong):
         yield
+
+
+@bug
+def a_hold_after_an_expiry_is_released_before_its_lock_delay() -> Iterator[None]:
+    with patch.object(core, "_release_from", lambda t: 0.0):
+        yield

@@ -440,6 +440,8 @@ class World:
                 assert q.held is not None and q.reason is not None
                 ok = db.release(BOT, me, *q.held, reason=q.reason, pass_on=q.pass_on, leave=q.leave)
                 self.trace(f"{me} releases {q.held} ({q.reason}): {ok}")
+                if ok:
+                    self.in_flight_until.pop(q.held[0], None)  # its own work was reaped, and it says so
                 return self.changed(core.Done(q.serial) if ok else core.Denied(q.serial))
             case core.Verb.TOUCH:
                 db.touch(me, q.label)

@@ -337,3 +337,36 @@ def test_timings_that_contradict_each_other_are_refused_with_the_arithmetic(wron
 def test_every_ttl_has_timings_that_agree() -> None:
     for tenths in range(10, 6000, 7):
         assert Timing.for_ttl(tenths / 10).trust > 0
+
+
+def expired_hold() -> Driver:
+    """Holding after an expiry, with the lock-delay before us."""
+    d = Driver().joined(View(HELD, "db", ME, 5))
+    d.state = replace(d.state, key_since=d.now - 60)
+    d.feed(Tick())
+    assert d.question.how is How.EXPIRED
+    d.answer(Granted, 5, "n", "db")
+    assert d.state.phase is Phase.HOLDING
+    return d
+
+
+def test_a_hold_after_an_expiry_is_not_released_before_its_lock_delay_has_passed() -> None:
+    d = expired_hold()
+    assert verbs(d.feed(StopAsked(), after=0.1)) == []
+    assert core.next_wakeup(d.state) == pytest.approx(d.now - 0.1 + TIMING.lock_delay)
+    assert verbs(d.feed(Tick(), after=TIMING.lock_delay)) == [Verb.RELEASE]
+
+
+def test_a_renewal_that_is_denied_during_a_release_does_not_strand_the_instance() -> None:
+    d = Driver(timing=Timing.for_ttl(3.0)).joined(View(HELD, "db", ME, 5))
+    d.state = replace(d.state, key_since=d.now - 60)
+    d.feed(Tick())
+    d.answer(Granted, 5, "n", "db")
+    d.feed(Tick(), after=0.65)
+    assert d.question.verb is Verb.RENEW
+    d.feed(StopAsked())
+    d.answer(Denied)
+    assert core.next_wakeup(d.state) is not None
+    d.feed(Tick(), after=1)
+    assert d.question.verb is Verb.RELEASE
+    assert d.answer(Denied) == [End(Reason.STOPPED)]

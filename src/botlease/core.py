@@ -196,7 +196,14 @@ def _kill(s: State, reason: Reason, out: list[Action]) -> State:
 def _disbelieve(s: State, now: float) -> State:
     """Drop a hold under which no work runs. The row may still name us: it is read, then given back."""
     asking = None if s.asking is not None and s.asking.verb is Verb.RENEW else s.asking
-    return replace(s, phase=Phase.STANDBY, term=None, asking=asking, view=None, look_at=now)
+    back = max(s.give_back_at, _release_from(s.term)) if s.term is not None else s.give_back_at
+    return replace(s, phase=Phase.STANDBY, term=None, asking=asking, view=None, look_at=now, give_back_at=back)
+
+
+def _release_from(t: Term) -> float:
+    """After an expiry nothing may read "released" before the lock-delay has passed, even if no work began: whoever
+    reads it starts at once, while the dead holder's last requests may still be on their way."""
+    return t.start_at if t.how is How.EXPIRED else 0.0
 
 
 # Taking in -------------------------------------------------------------------------------------------
@@ -327,7 +334,9 @@ def _term_over(s: State, reason: Reason, now: float, out: list[Action]) -> State
     """The row says so: no grace, somebody may be waiting out the very last of it."""
     if s.phase is Phase.HOLDING:
         return _disbelieve(s, now)
-    return s if s.killed else _kill(s, reason, out)
+    if s.phase in (Phase.WORKING, Phase.DRAINING) and not s.killed:
+        return _kill(s, reason, out)
+    return s  # RELEASING: no work runs, and the release itself will find out
 
 
 def _granted(s: State, q: Question, event: Granted, now: float, out: list[Action]) -> State:
@@ -402,6 +411,8 @@ def _plan(s: State, now: float, out: list[Action]) -> State:
             return _plan_hold(s, now, out)
         case Phase.RELEASING:
             assert t is not None
+            if now < _release_from(t):
+                return s
             last = s.stopping
             return _ask(
                 s,
@@ -555,6 +566,8 @@ def _next_question(s: State) -> float | None:
         if s.phase is Phase.WORKING:
             due.append(s.touch_at)
         return min(due) if due else None
+    if s.phase is Phase.RELEASING and t is not None:
+        return max(s.ask_after, _release_from(t))
     view = s.view
     if s.phase is not Phase.STANDBY or view is None or view.lease is None or not view.generation:
         return s.ask_after

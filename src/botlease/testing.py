@@ -162,11 +162,29 @@ class StoreContract:
 
     async def test_of_many_claims_at_once_one_wins(self, stores: Sequence[Store]) -> None:
         a, b = stores
-        for name in ("a", "b"):
-            await a.register(registration(name), DEADLINE)
-        won = await asyncio.gather(a.claim("bot", "a", None, DEADLINE), b.claim("bot", "b", None, DEADLINE))
+        for n in range(20):
+            for name in (f"a{n}", f"b{n}"):
+                await a.register(registration(name, bot=f"many{n}"), DEADLINE)
+            won = await asyncio.gather(
+                a.claim(f"many{n}", f"a{n}", None, DEADLINE), b.claim(f"many{n}", f"b{n}", None, DEADLINE)
+            )
+            assert sorted(won) == [False, True]
 
-        assert sorted(won) == [False, True]
+    async def test_a_release_and_a_claim_at_once_do_not_hinder_each_other(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        for n in range(20):
+            bot, one, two = f"bot{n}", f"a{n}", f"b{n}"
+            view = await a.register(registration(one, "d1", bot), DEADLINE)
+            await b.register(registration(two, "d2", bot), DEADLINE)
+            assert await a.claim(bot, one, None, DEADLINE)
+            grant = await acquire(a, one, lease_of(view), bot=bot)
+            kinds: Any = {"reason": Reason.STOPPED, "pass_on": True, "leave": n % 2 == 0, "deadline": DEADLINE}
+            await asyncio.gather(
+                a.release(bot, one, grant.term, f"nonce-{one}", **kinds), b.claim(bot, two, one, DEADLINE)
+            )
+            view = await b.read(bot, two, DEADLINE)
+            assert view.assigned is not None and view.assigned.instance_id == two
+            assert lease_of(view).holder is None
 
     async def test_an_instance_that_left_never_acquires(self, stores: Sequence[Store]) -> None:
         a, b = stores

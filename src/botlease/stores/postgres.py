@@ -39,6 +39,7 @@ from botlease.stores import (
 T = TypeVar("T")
 Key = tuple[int, int, str, str | None]
 CHANNEL: Final = "botlease"
+CONNECT_LIMIT: Final = 10.0
 MIGRATION_LOCK: Final = 0x626F746C  # "botl": only so that two first starts do not create the tables at once
 
 INSTANCE_COLUMNS: Final = {
@@ -85,6 +86,20 @@ BEGIN
                  TG_TABLE_SCHEMA, TG_TABLE_NAME) USING NEW.bot, NEW.instance_id;
   RETURN NEW;
 END $$;
+-- A plain UPDATE would judge by the snapshot from before it waited: of two claims at once both would win, and an
+-- operator's edit of that moment would be overridden. Here each step looks anew, under the lock of the step before.
+-- Everybody locks in the same order (lease, the one who gets the assignment, the one who has it), or they deadlock.
+CREATE OR REPLACE FUNCTION botlease_claim(the_bot text, me text, source text) RETURNS boolean LANGUAGE plpgsql AS $$
+DECLARE current_one text;
+BEGIN
+  PERFORM 1 FROM bot_leases WHERE bot = the_bot FOR UPDATE;
+  PERFORM 1 FROM bot_instances WHERE instance_id = me AND ended_at IS NULL FOR UPDATE;
+  IF NOT FOUND THEN RETURN FALSE; END IF;
+  SELECT instance_id INTO current_one FROM bot_instances WHERE bot = the_bot AND is_active FOR UPDATE;
+  IF current_one IS DISTINCT FROM source THEN RETURN FALSE; END IF;
+  UPDATE bot_instances SET is_active = TRUE WHERE instance_id = me;
+  RETURN TRUE;
+END $$;
 CREATE OR REPLACE FUNCTION botlease_notify() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
   PERFORM pg_notify('botlease', coalesce(CASE WHEN TG_OP = 'DELETE' THEN OLD.bot ELSE NEW.bot END, ''));
@@ -102,6 +117,7 @@ CREATE TRIGGER botlease_occupancy AFTER UPDATE ON bot_leases FOR EACH ROW
 # Which incarnation of the database answers. The timeline changes with every promotion, and the function fails
 # on a standby, so a stale replica can never be believed. Some hosted PostgreSQL do not have it.
 TIMELINE: Final = "left(pg_walfile_name(pg_current_wal_lsn()), 8)"
+NO_TIMELINE: Final = "'00000001'::text"
 
 READ: Final = """
 SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served,
@@ -140,19 +156,15 @@ WITH deployed AS (
   FROM bot_terms WHERE bot = $1
   ON CONFLICT (bot) DO NOTHING
 ), old_instances AS (
-  DELETE FROM bot_instances WHERE ended_at < clock_timestamp() - make_interval(days => $10) AND NOT is_active
+  DELETE FROM bot_instances
+  WHERE last_heartbeat < clock_timestamp() - make_interval(days => $10) AND NOT is_active AND bot IS NOT NULL
 ), old_terms AS (
   DELETE FROM bot_terms t WHERE released_at < clock_timestamp() - make_interval(days => $10)
     AND term < (SELECT l.term FROM bot_leases l WHERE l.bot = t.bot)
 ) SELECT generation FROM deployed
 """
 
-CLAIM: Final = """
-UPDATE bot_instances SET is_active = TRUE
-WHERE instance_id = $2 AND ended_at IS NULL
-  AND (SELECT a.instance_id FROM bot_instances a WHERE a.bot = $1 AND a.is_active) IS NOT DISTINCT FROM $3
-RETURNING 1
-"""
+CLAIM: Final = "SELECT botlease_claim($1, $2, $3)"
 
 # The compare-and-set that begins a term, with its journal, in one statement.
 ACQUIRE: Final = """
@@ -190,16 +202,23 @@ RETURNING EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = $2 AND is_acti
 """
 
 # The best live standby gets the assignment, if it is ours to give. With nobody to take it, it stays: a
-# vacancy would mean that the operator wants nobody to run. It reads from "me" so that our own row is
-# written first: the trigger that takes our assignment away must find it so.
+# vacancy would mean that the operator wants nobody to run.
+# Locked in the same order as a claim does it: the lease, the one who gets the assignment, the one who has it. The
+# other order deadlocks (measured: a second lost each time). "handed_on" reads from "me" so that our own row is written
+# before the trigger takes our assignment away.
+BEST: Final = """
+best AS (
+  SELECT o.instance_id FROM bot_instances o
+  WHERE {when} AND (SELECT count(*) FROM {lease}) >= 0 AND o.bot = $1 AND o.ended_at IS NULL AND o.instance_id <> $2
+    AND extract(epoch FROM clock_timestamp() - o.last_heartbeat)::float8
+        < 3 * coalesce((SELECT ttl FROM bot_leases WHERE bot = $1), 10)
+    AND EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = $2 AND is_active)
+  ORDER BY o.generation DESC, o.started_at LIMIT 1 FOR UPDATE
+), """
 HAND_ON: Final = """
 handed_on AS (
-  UPDATE bot_instances SET is_active = TRUE WHERE {when} AND (SELECT bool_or(is_active) FROM me) AND instance_id = (
-    SELECT o.instance_id FROM bot_instances o
-    WHERE o.bot = $1 AND o.ended_at IS NULL AND o.instance_id <> $2
-      AND extract(epoch FROM clock_timestamp() - o.last_heartbeat)::float8
-          < 3 * coalesce((SELECT ttl FROM bot_leases WHERE bot = $1), 10)
-    ORDER BY o.generation DESC, o.started_at LIMIT 1)
+  UPDATE bot_instances SET is_active = TRUE
+  WHERE (SELECT bool_or(is_active) FROM me) AND instance_id = (SELECT instance_id FROM best)
 )"""
 
 RELEASE: Final = (
@@ -210,24 +229,32 @@ WITH gone AS (
 ), closed AS (
   UPDATE bot_terms SET released_at = clock_timestamp(), reason = $5
   WHERE bot = $1 AND term = $3 AND EXISTS (SELECT 1 FROM gone)
-), me AS (
+), """
+    + BEST.format(when="$6", lease="gone")
+    + """
+me AS (
   UPDATE bot_instances SET last_heartbeat = clock_timestamp(), beat = beat + 1,
     state = CASE WHEN $7 THEN 'stopped' ELSE 'passive' END,
     stop_reason = CASE WHEN $7 THEN $5 END, ended_at = CASE WHEN $7 THEN clock_timestamp() END
-  WHERE instance_id = $2 AND ended_at IS NULL RETURNING is_active
+  WHERE instance_id = $2 AND ended_at IS NULL AND (SELECT count(*) FROM best) >= 0 RETURNING is_active
 ), """
-    + HAND_ON.format(when="$6")
+    + HAND_ON
     + " SELECT EXISTS (SELECT 1 FROM gone) AS released"
 )
 
 LEAVE: Final = (
     """
-WITH me AS (
+WITH locked AS (
+  SELECT 1 FROM bot_leases WHERE bot = $1 FOR UPDATE
+), """
+    + BEST.format(when="$4", lease="locked")
+    + """
+me AS (
   UPDATE bot_instances SET state = 'stopped', stop_reason = $3, ended_at = clock_timestamp(),
     last_heartbeat = clock_timestamp()
-  WHERE instance_id = $2 AND ended_at IS NULL RETURNING is_active
+  WHERE instance_id = $2 AND ended_at IS NULL AND (SELECT count(*) FROM best) >= 0 RETURNING is_active
 ), """
-    + HAND_ON.format(when="$4")
+    + HAND_ON
     + " SELECT 1"
 )
 
@@ -252,6 +279,8 @@ class PostgresStore:
         self.on_change: Callable[[], None] | None = None
         self.pooled = False
         self._connection: asyncpg.Connection | None = None
+        self._connecting: asyncio.Task[asyncpg.Connection] | None = None
+        self._limited = 0
         self._lock = asyncio.Lock()
         self._system = ""
         self._timeline = TIMELINE
@@ -262,7 +291,8 @@ class PostgresStore:
         async def work() -> T:
             connection = self._connection
             if connection is None or connection.is_closed():
-                connection = await self._connect(deadline)
+                connection = await self._connected()
+            await self._limit(connection, deadline)
             return await call(connection)
 
         began = clock.now()
@@ -276,8 +306,10 @@ class PostgresStore:
         except StoreError:
             raise
         except Exception as e:
-            # asyncpg has errors of its own outside PostgresError when a connection dies under a query.
-            if not isinstance(e, asyncpg.PostgresError) or (self._connection and self._connection.is_closed()):
+            # asyncpg has errors of its own outside PostgresError when a connection dies under a query; and a server
+            # that turned read-only or into a standby must be looked up anew.
+            moved = isinstance(e, asyncpg.ReadOnlySQLTransactionError | asyncpg.ObjectNotInPrerequisiteStateError)
+            if moved or not isinstance(e, asyncpg.PostgresError) or (self._connection and self._connection.is_closed()):
                 self._drop()
             raise _explain(e, self.url) from None
         finally:
@@ -288,39 +320,64 @@ class PostgresStore:
         if connection is not None and not connection.is_closed():
             connection.terminate()
 
-    async def _connect(self, deadline: float) -> asyncpg.Connection:
+    async def _connected(self) -> asyncpg.Connection:
+        """Connecting takes several round trips and may take longer than one attempt: it goes on across attempts, or a
+        slow link would never be connected again (measured: never at 150 ms a round trip)."""
+        if self._connecting is None or self._connecting.done():
+            self._connecting = asyncio.ensure_future(within(CONNECT_LIMIT, self._connect(), lambda: None))
+            self._connecting.add_done_callback(lambda task: None if task.cancelled() else task.exception())
+        return await asyncio.shield(self._connecting)
+
+    async def _connect(self) -> asyncpg.Connection:
         connection = await asyncpg.connect(
             self._dsn,
-            timeout=deadline,
+            timeout=CONNECT_LIMIT,
             statement_cache_size=0,  # prepared statements break behind a transaction pooler (measured)
             server_settings={"application_name": "botlease", "timezone": "UTC"},
         )
-        self._connection = connection
-        row = await connection.fetchrow("SELECT pg_backend_pid() AS pid, current_setting('server_version_num') AS v")
-        assert row is not None
-        if int(row["v"]) < 130_000:
-            raise StoreRefused(f"PostgreSQL {int(row['v']) // 10_000} is too old: 13 or newer is needed")
-        self.pooled = row["pid"] != connection.get_server_pid()
-        if not self.pooled:
-            # A lock wait must end before we give up, so that a late statement cannot succeed behind our back.
-            ms = int(deadline * 1000)
-            await connection.execute(f"SET lock_timeout = {ms}; SET statement_timeout = {ms}")
-            await connection.add_listener(CHANNEL, self._notified)
-        await self._identify(connection)
+        try:
+            pid = await self._identify(connection)
+            self.pooled = pid != connection.get_server_pid()
+            if not self.pooled:
+                await connection.add_listener(CHANNEL, self._notified)
+        except BaseException:
+            connection.terminate()
+            raise
+        self._connection, self._limited = connection, 0
         return connection
 
-    async def _identify(self, connection: asyncpg.Connection) -> None:
-        try:
-            self._system = f"{await connection.fetchval('SELECT system_identifier FROM pg_control_system()')}/"
-        except asyncpg.PostgresError:
-            self._system = f"{await connection.fetchval('SELECT current_database()')}/"
-        try:
-            await connection.fetchval(f"SELECT {TIMELINE}")
-            self._timeline = TIMELINE
-        except asyncpg.ObjectNotInPrerequisiteStateError:
-            raise StoreError(f"{self.url} is a standby server: connect to the primary") from None
-        except asyncpg.PostgresError:
-            self._timeline = "'00000001'::text"
+    async def _limit(self, connection: asyncpg.Connection, deadline: float) -> None:
+        """A lock wait must end before we give up, so that a late statement cannot succeed behind our back. Behind a
+        pooler a setting would stay with somebody else's connection."""
+        ms = int(deadline * 800)
+        if not self.pooled and ms != self._limited:
+            await connection.execute(f"SET lock_timeout = {ms}; SET statement_timeout = {ms}")
+            self._limited = ms
+
+    async def _identify(self, connection: asyncpg.Connection) -> int:
+        """Which database this is, and the process id of the server."""
+        about = "pg_backend_pid() AS pid, current_setting('server_version_num')::int AS version"
+        for system, timeline in (
+            ("(SELECT system_identifier::text FROM pg_control_system())", TIMELINE),
+            ("current_database()::text", TIMELINE),
+            ("current_database()::text", NO_TIMELINE),
+        ):
+            try:
+                row = await connection.fetchrow(f"SELECT {about}, {system} AS system, {timeline} AS timeline")
+            except asyncpg.ObjectNotInPrerequisiteStateError:
+                raise StoreError(f"{self.url} is a standby server: connect to the primary") from None
+            except (
+                asyncpg.InsufficientPrivilegeError,
+                asyncpg.UndefinedFunctionError,
+                asyncpg.FeatureNotSupportedError,
+            ):
+                continue  # some hosted PostgreSQL do not have these functions
+            assert row is not None
+            if row["version"] < 130_000:
+                raise StoreRefused(f"PostgreSQL {row['version'] // 10_000} is too old: 13 or newer is needed")
+            self._system, self._timeline = f"{row['system']}/", timeline
+            return int(row["pid"])
+        raise StoreError(f"{self.url} does not say which database it is")
 
     def _notified(self, *_: object) -> None:
         if self.on_change is not None:
@@ -348,6 +405,8 @@ class PostgresStore:
 
     async def aclose(self) -> None:
         self.on_change = None
+        if self._connecting is not None:
+            self._connecting.cancel()
         connection, self._connection = self._connection, None
         if connection is not None and not connection.is_closed():
             with contextlib.suppress(Exception):
@@ -375,16 +434,19 @@ class PostgresStore:
     async def _adopt(self, connection: asyncpg.Connection, kind: str) -> None:
         """Take over a table of an earlier system by adding columns; refuse one that is something else."""
         rows = await connection.fetch(
-            "SELECT attname, format_type(atttypid, NULL) AS type FROM pg_attribute "
-            "WHERE attrelid = to_regclass('bot_instances') AND attnum > 0 AND NOT attisdropped"
+            "SELECT attname, format_type(atttypid, NULL) AS type, attnotnull AND NOT atthasdef AS needed "
+            "FROM pg_attribute WHERE attrelid = to_regclass('bot_instances') AND attnum > 0 AND NOT attisdropped"
         )
         columns = {r["attname"]: r["type"] for r in rows}
         missing = [c for c in SEED_COLUMNS if c not in columns]
+        foreign = [r["attname"] for r in rows if r["needed"] and r["attname"] not in (*SEED_COLUMNS, *INSTANCE_COLUMNS)]
         wrong = ""
         if kind != "r":
             wrong = "is not a plain table"
         elif missing:
             wrong = f"has no column {', '.join(missing)}"
+        elif foreign:
+            wrong = f"demands a value for {', '.join(foreign)}"
         elif columns["is_active"] != "boolean":
             wrong = f"has is_active as {columns['is_active']}, not boolean"
         elif columns["instance_id"] not in ("text", "character varying"):
@@ -434,9 +496,9 @@ class PostgresStore:
     async def claim(self, bot: str, instance_id: str, source: str | None, deadline: float) -> bool:
         async def work(c: asyncpg.Connection) -> bool:
             try:
-                return await c.fetchval(CLAIM, bot, instance_id, source) is not None
-            except asyncpg.UniqueViolationError:
-                return False  # another claim was quicker
+                return bool(await c.fetchval(CLAIM, bot, instance_id, source))
+            except (asyncpg.UniqueViolationError, asyncpg.DeadlockDetectedError):
+                return False  # rolled back: an operator's edit of this very moment was quicker
 
         return await self._call(deadline, work)
 

@@ -123,7 +123,8 @@ FROM bot_terms WHERE bot = :bot
 ON CONFLICT DO NOTHING
 """
 PRUNE: Final = (
-    "DELETE FROM bot_instances WHERE ended_at < :old AND NOT is_active",
+    # One that was killed has no end, only a last heartbeat.
+    "DELETE FROM bot_instances WHERE last_heartbeat < :old AND NOT is_active AND bot IS NOT NULL",
     "DELETE FROM bot_terms WHERE released_at < :old "
     "AND term < (SELECT term FROM bot_leases l WHERE l.bot = bot_terms.bot)",
 )
@@ -293,11 +294,12 @@ class SqliteFile:
                     f"{SCHEMA_VERSION}): upgrade this one"
                 )
             if row is None:
-                columns = [c["name"] for c in db.execute("PRAGMA table_info(bot_instances)")]
-                if not columns:
+                rows = db.execute("PRAGMA table_info(bot_instances)").fetchall()
+                if not rows:
                     db.execute(CREATE_INSTANCES)
-                    columns = list(SEED_COLUMNS)
-                self._adopt(db, columns)
+                    rows = db.execute("PRAGMA table_info(bot_instances)").fetchall()
+                needed = [c["name"] for c in rows if c["notnull"] and c["dflt_value"] is None]
+                self._adopt(db, [c["name"] for c in rows], needed)
                 for statement in _statements(CREATE_REST):
                     db.execute(statement)
                 store_id = os.urandom(8).hex()
@@ -308,12 +310,15 @@ class SqliteFile:
         self.inode = inode
         self.origin = f"{row['store_id']}/{self.inode}"
 
-    def _adopt(self, db: sqlite3.Connection, columns: list[str]) -> None:
+    def _adopt(self, db: sqlite3.Connection, columns: list[str], needed: list[str]) -> None:
         """Take over a table of an earlier system by adding columns; refuse one that is something else."""
         missing = [c for c in SEED_COLUMNS if c not in columns]
         kind = db.execute("SELECT type FROM sqlite_master WHERE name = 'bot_instances'").fetchone()["type"]
-        if missing or kind != "table":
+        foreign = [c for c in needed if c not in SEED_COLUMNS and c not in INSTANCE_COLUMNS]
+        if missing or foreign or kind != "table":
             what = f"has no column {', '.join(missing)}" if missing else f"is a {kind}"
+            if foreign:
+                what = f"demands a value for {', '.join(foreign)}"
             raise StoreRefused(
                 f"bot_instances in {self.path} belongs to something else (it {what}); nothing was changed: "
                 "use another file, e.g. BOTLEASE_DATABASE_URL=sqlite:///botlease.db"
@@ -468,17 +473,23 @@ def _prepare(path: str) -> None:
     file = Path(path)
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if file.is_symlink():
+        if not os.path.lexists(path):
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        # An existing file is never opened here: closing it would drop every POSIX lock that this process holds on it,
+        # those of SQLite in the middle of another transaction included.
+        mode = file.lstat().st_mode
+        if stat.S_ISLNK(mode):
             raise StoreRefused(f"{path} is a symbolic link: name the file itself, or two paths could mean one database")
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise StoreRefused(f"{path} is not a regular file")
-            magic = _file_system(path)
-        finally:
-            os.close(fd)  # before SQLite opens it: closing later would drop SQLite's own POSIX locks
+        if not stat.S_ISREG(mode):
+            raise StoreRefused(f"{path} is not a regular file: name a file for the database")
+        if not os.access(path, os.R_OK | os.W_OK):
+            raise StoreRefused(f"cannot write the database file {path}: check its permissions")
+        magic = _file_system(path)
     except OSError as e:
         raise StoreRefused(f"cannot write the database file {path}: {e.strerror or e}") from None
+    except ValueError as e:
+        raise StoreRefused(f"{path!a} cannot be the name of a database file: {e}") from None
     if magic in NETWORK_FILE_SYSTEMS:
         raise StoreRefused(
             f"{path} is on a network file system ({NETWORK_FILE_SYSTEMS[magic]}), where locks cannot be trusted: "
@@ -638,9 +649,12 @@ class SqliteStore:
         def call(f: SqliteFile) -> Grant | None:
             if not self._take_guard(bot):
                 return None
-            grant = f.acquire(bot, instance_id, key, nonce=nonce, floor=floor, how=how, ttl=ttl, proof=proof)
-            if grant is None:
-                self._drop_guard(bot)
+            grant = None
+            try:
+                grant = f.acquire(bot, instance_id, key, nonce=nonce, floor=floor, how=how, ttl=ttl, proof=proof)
+            finally:
+                if grant is None:  # denied, or failed: a lock we kept would shut everybody else out
+                    self._drop_guard(bot)
             return grant
 
         return await self._call(deadline, call)

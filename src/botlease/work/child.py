@@ -17,6 +17,9 @@ QUICK_DEATH = 60.0
 """A child that ran for so long has recovered: its earlier crashes are forgotten."""
 
 
+LONGEST_BACK_OFF = 30.0
+
+
 @dataclass(frozen=True, slots=True)
 class Command:
     argv: tuple[str, ...]
@@ -85,7 +88,7 @@ class ChildWork:
 
     def arm(self, until: float) -> None:
         self._until = until
-        if self._running and self._retry is None:
+        if self._running:  # between a crash and the restart, too: the reaper keeps the side-car lock as long
             self._send((), do="arm", until=until)
 
     def drain(self, until: float, reason: Reason) -> None:
@@ -130,12 +133,12 @@ class ChildWork:
             reaper.send(self._sock, message, fds)
             self._sock.setblocking(False)
         except OSError:
-            self._loop.call_soon(self._reaper_died)
+            self._loop.call_soon(self._reaper_died, self._sock)
 
     def _heard(self) -> None:
         messages = self._inbox.receive()
         if messages is None:
-            self._reaper_died()
+            self._reaper_died(self._sock)
             return
         for message in messages:
             match message["say"]:
@@ -166,7 +169,7 @@ class ChildWork:
             self.say(f"the bot crashed {self._crashes} times in a row ({what}): giving up")
             self._ended()
             return
-        wait = self.command.back_off * 2 ** (self._crashes - 1)
+        wait = min(self.command.back_off * 2 ** (self._crashes - 1), LONGEST_BACK_OFF)
         self.say(f"the bot crashed ({what}): restart {self._crashes} of {self.command.max_crashes} in {wait:g} s")
         self._retry = self._loop.call_later(wait, self._spawn)
 
@@ -183,10 +186,10 @@ class ChildWork:
             self._running = False
             self.on_ended(self.term)
 
-    def _reaper_died(self) -> None:
+    def _reaper_died(self, sock: socket.socket) -> None:
         """Killed from outside, or by its fence. The bot died with it; what had daemonised is ours now."""
-        if self._sock.fileno() < 0:
-            return
+        if sock is not self._sock or sock.fileno() < 0:
+            return  # noticed twice: the one that is there now lives
         self._loop.remove_reader(self._sock)
         self._sock.close()
         while True:
@@ -197,7 +200,7 @@ class ChildWork:
         self.say("the reaper was killed; the bot died with it")
         self._guarded = False  # the kernel dropped it
         self._fork_anew()
-        if self._running:
+        if self._running and self._retry is None:  # else nothing ran, and the restart is on its way already
             self._gone(-signal.SIGKILL)
 
     def _fork_anew(self) -> None:

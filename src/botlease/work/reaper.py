@@ -179,8 +179,10 @@ class _Reaper:
         match message["do"]:
             case "start":
                 self._start(message)
-            case "arm":
+            case "arm" if self.working:
                 self._arm(message["until"])
+            case "arm":  # nothing runs between a crash and the restart: only the side-car lock is kept for longer
+                self.until = self.kill_at = message["until"]
             case "signal":
                 self.draining = self.draining or message["drain"]
                 if self.working and self.child:
@@ -210,6 +212,8 @@ class _Reaper:
         self.fence.arm(until)
 
     def _start(self, message: dict[str, Any]) -> None:
+        if self.working:
+            return  # one bot at a time, whatever is asked
         self.working, self.draining, self.killing, self.status = True, False, False, None
         self._arm(message["until"])  # before the fork: if we are stopped right here, the kernel ends us in time
         assert self.kill_at is not None
@@ -230,6 +234,8 @@ class _Reaper:
         pid = os.fork()
         if pid == 0:
             try:
+                # A set-user-ID program would lose the death signal and could not be killed by us at all.
+                tree.prctl(tree.PR_SET_NO_NEW_PRIVS, 1)
                 tree.prctl(tree.PR_SET_PDEATHSIG, signal.SIGKILL)
                 if os.getppid() != me:  # the reaper died between fork and prctl
                     os._exit(70)

@@ -13,6 +13,7 @@ import signal
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
 
 
 def prctl(option: int, value: int | bytes) -> bool:
