@@ -62,7 +62,7 @@ class Plan:
     def draw(cls, rng: random.Random) -> Plan:
         plan = cls._draw(rng)
         if rng.random() < 0.3:
-            timings = [replace(t, lock_delay=0.0) for t in plan.timings[:1]]
+            timings = [replace(t, lock_delay=rng.choice([0.0, 1.0])) for t in plan.timings[:1]]
             plan = replace(
                 plan, sharp=True, timings=timings, loss=0.0, deaf_work=True, ambush=0.1, watching=True, failover=False
             )
@@ -298,12 +298,9 @@ class World:
             raise Violation(f"seed {self.seed}: two at work: {work.node.name} (term {work.term}) beside {others}")
         if work.term <= self.last_term:
             raise Violation(f"seed {self.seed}: term {work.term} after term {self.last_term}")
-        if how is How.EXPIRED:
-            for term, until in self.in_flight_until.items():
-                if self.time < until:
-                    raise Violation(
-                        f"seed {self.seed}: term {work.term} works while term {term} has requests in flight"
-                    )
+        for term, until in self.in_flight_until.items():
+            if self.time < until:
+                raise Violation(f"seed {self.seed}: term {work.term} works while term {term} has requests in flight")
         self.last_term = work.term
         self.handovers += 1
         self.running.add(work)
@@ -386,7 +383,19 @@ class World:
                 node.feed(core.HolderDied(event.view.lease.term, event.view.lease.nonce))
         if isinstance(event, core.Renewed | core.Granted):
             self.at(self.time + 1e-5, lambda: self.ambush(node))
+        expired = isinstance(event, core.Granted) and node.hows.get(event.term) is How.EXPIRED
+        if expired and self.plan.ambush and self.rng.random() < 0.5:
+            # In the middle of its lock-delay it is to go, and somebody awake is to follow.
+            self.at(self.time + 0.01, lambda: self.move_on(node))
         node.feed(event)
+
+    def move_on(self, node: Node) -> None:
+        awake = [n for n in self.nodes if n is not node and n.alive and self.time >= max(n.paused_until, n.cut_until)]
+        if awake and not self.calm:
+            who = self.rng.choice(awake).name
+            self.trace(f"operator: TRUE for {who}")
+            self.db.db.execute("UPDATE bot_instances SET is_active = TRUE WHERE instance_id = ?", (who,))
+            self.changed(core.Woken())
 
     def ambush(self, node: Node) -> None:
         if self.calm or not node.alive or self.rng.random() >= self.plan.ambush:
@@ -424,6 +433,8 @@ class World:
                 if row is None or row.key != q.key:
                     raise Violation(f"seed {self.seed}: {me} acquired {row} which it had seen as {q.key}")
                 node.hows[grant.term] = q.how
+                if q.how is How.DIED:
+                    self.in_flight_until.pop(row.term, None)  # after a proof of death no lock-delay is promised
                 return self.changed(core.Granted(q.serial, grant.term, nonce, grant.origin))
             case core.Verb.RENEW:
                 assert q.held is not None

@@ -370,3 +370,16 @@ def test_a_renewal_that_is_denied_during_a_release_does_not_strand_the_instance(
     d.feed(Tick(), after=1)
     assert d.question.verb is Verb.RELEASE
     assert d.answer(Denied) == [End(Reason.STOPPED)]
+
+
+def test_after_meeting_another_database_a_row_seen_before_is_in_doubt() -> None:
+    # Found by the simulation (seed 174): the restored row looked just like one that had been seen as free.
+    d = Driver().working()
+    d.feed(Tick(), after=TIMING.renew_every)
+    d.answer(Renewed, True, False, "db2")
+    d.feed(WorkEnded(4))
+    assert d.question.verb is Verb.RELEASE
+    d.answer(Denied)
+    d.answer(Seen, View(FREE, "db2", ME, 5))
+    assert Verb.ACQUIRE not in verbs(d.actions[-1:])
+    assert d.state.doubted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -191,6 +192,43 @@ def test_sigterm_ends_the_body_and_releases(tmp_path: Path, sqlite_url: str) -> 
     until((tmp_path / "begun").exists)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 1  # LeaseLost, as the program did not catch it
+
+
+async def test_cancelling_an_exclusive_function_gives_the_lease_back(sqlite_url: str) -> None:
+    begun = asyncio.Event()
+
+    @botlease.exclusive("b", database=sqlite_url, ttl=20.0)
+    async def main(term: botlease.Term) -> None:
+        begun.set()
+        await asyncio.sleep(60)
+
+    task = asyncio.create_task(main())
+    await asyncio.wait_for(begun.wait(), 10)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    async with asyncio.timeout(5), botlease.active("b", database=sqlite_url, ttl=20.0) as term:
+        assert term.number == 2
+
+
+async def test_a_stop_signal_reaches_every_instance_of_the_program(sqlite_url: str) -> None:
+    async with botlease.active("inner", database=sqlite_url, ttl=2.0):
+        pass
+    with pytest.raises(botlease.LeaseLost, match="stopped"):
+        async with botlease.active("outer", database=sqlite_url, ttl=2.0):
+            async with botlease.active("inner", database=sqlite_url, ttl=2.0):
+                pass
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(10)
+
+
+def test_fences_give_their_kernel_timers_back() -> None:
+    from botlease.work.fence import Fence
+
+    for _ in range(2000):
+        Fence().close()
+    limit = resource.getrlimit(resource.RLIMIT_SIGPENDING)
+    assert Fence().kernel or limit[0] == 0
 
 
 def test_the_check_is_cheap_enough_for_every_order() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import random
 import shutil
@@ -270,6 +271,37 @@ def test_a_killed_reaper_takes_the_bot_and_its_daemons_with_it_and_the_bot_is_st
     run.signal(signal.SIGTERM)
     run.wait()
     assert marked(str(world.witness).encode()) == []
+
+
+def test_a_reaper_killed_while_the_bot_waits_for_its_restart_leads_to_one_bot(sqlite_world: World) -> None:
+    marker = sqlite_world.folder / "crashed"
+    witness = f"{sys.executable} -S {WITNESS} {sqlite_world.witness}"
+    script = f"test -e {marker} && exec {witness}; touch {marker}; exit 1"
+    run = sqlite_world.run(bot=("sh", "-c", script), ttl="10")
+    run.says("restart 1 of 5 in 1 s")
+    (reaper,) = run.children()
+    os.kill(reaper, signal.SIGKILL)
+    sqlite_world.works(1)
+    time.sleep(1.5)  # the time of a second restart, were there one
+    assert len(sqlite_world.stamps()) == 1 and sqlite_world.overlap() == 0
+
+
+def test_the_bot_cannot_gain_privileges_by_which_it_would_escape_the_fence(sqlite_world: World) -> None:
+    run = sqlite_world.run(bot=("grep", "NoNewPrivs", "/proc/self/status"))
+    assert run.wait() == 0
+    assert "NoNewPrivs:\t1" in run.text()
+
+
+def test_the_side_car_lock_is_kept_between_a_crash_and_a_late_restart(sqlite_world: World) -> None:
+    marker = sqlite_world.folder / "crashed"
+    script = f"test -e {marker} && exec sleep 60; touch {marker}; exit 1"
+    run = sqlite_world.run(bot=("sh", "-c", script), ttl="1")  # the restart comes after the first end of trust
+    run.says("restart 1 of 5 in 1 s")
+    run.says("active: term 1, started sh")
+    until(lambda: run.text().count("active: term 1") == 2)
+    (lock,) = sqlite_world.folder.glob("*.lock")
+    with lock.open() as f, pytest.raises(BlockingIOError):
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare")

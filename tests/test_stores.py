@@ -8,6 +8,8 @@ import fcntl
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -17,7 +19,7 @@ import asyncpg
 import pytest
 from servers import PgBouncer, has_pgbouncer
 
-from botlease.model import Reason
+from botlease.model import How, Reason
 from botlease.stores import Store, StoreError, StoreRefused, open_store, redact
 from botlease.stores.postgres import PostgresStore
 from botlease.stores.sqlite import NETWORK_FILE_SYSTEMS, SqliteStore
@@ -193,6 +195,17 @@ def test_passwords_and_tokens_are_blotted_out() -> None:
     text = redact("postgresql://me:s3cret@db/x?password=s3cret token 123456789:AAabcdefghijklmnopqrstuvwxyz012345678")
 
     assert "s3cret" not in text and "AAabc" not in text and "123456789:***" in text
+    assert "AAE" not in redact("POST https://api.telegram.org/bot123456789:AAEabcdefghijklmnopqrstuvwxyz/getMe")
+    assert "SECRET" not in redact("postgresql://u:abc@SECRET@h/d")
+
+
+@pytest.mark.parametrize(
+    "url", ["postgresql://u:hunter2\u2100@h/d", "postgresql://[h/d", "postgresql://u:hunter2@h:x/d"]
+)
+async def test_a_url_that_cannot_be_parsed_is_refused_without_being_quoted(url: str) -> None:
+    with pytest.raises(StoreRefused, match="is not valid") as caught:
+        await open_store(url).open(1)
+    assert "hunter2" not in str(caught.value)
 
 
 # PostgreSQL --------------------------------------------------------------------------------------------------------
@@ -206,6 +219,7 @@ class Proxy:
         self.frozen = asyncio.Event()
         self.frozen.set()
         self.port = 0
+        self.delay = 0.0
         self.writers: list[asyncio.StreamWriter] = []
 
     async def __aenter__(self) -> Proxy:
@@ -221,6 +235,7 @@ class Proxy:
     async def pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65536):
             await self.frozen.wait()
+            await asyncio.sleep(self.delay)
             writer.write(data)
         writer.close()
 
@@ -271,6 +286,24 @@ async def test_a_row_lock_does_not_hold_a_call_beyond_its_deadline(postgres_url:
     await other.close()
     assert (await store.read("bot", "a", DEADLINE)).lease == view.lease
     await store.aclose()
+
+
+async def test_a_slow_link_is_connected_although_one_attempt_is_too_short_for_it(postgres_url: str) -> None:
+    port = int(postgres_url.split(":")[-1].split("/")[0])
+    async with Proxy(port) as proxy:
+        proxy.delay = 0.035  # one way: a connection takes several round trips, an attempt has four
+        store = PostgresStore(postgres_url.replace(str(port), str(proxy.port)))
+        for _ in range(40):
+            try:
+                await store.read("bot", "a", 0.3)
+            except StoreError as e:
+                if "does not exist" in str(e):
+                    break  # connected: it is only that nothing has made the tables
+            else:
+                break
+        else:
+            pytest.fail("never connected")
+        await store.aclose()
 
 
 async def test_the_operators_update_is_noticed_at_once(postgres_url: str) -> None:
@@ -478,4 +511,45 @@ async def test_the_documented_privileges_are_enough_to_run(postgres_url: str) ->
         "bot", "a", grant.term, "nonce-a", reason=Reason.STOPPED, pass_on=True, leave=True, deadline=DEADLINE
     )
     assert (await store.overview(DEADLINE))["leases"]
+    await store.aclose()
+
+
+async def test_opening_a_second_store_in_the_process_does_not_drop_the_locks_of_the_first(tmp_path: Path) -> None:
+    store = await opened(tmp_path)
+    await store.register(registration("a"), DEADLINE)
+    db = sqlite3.connect(tmp_path / "lease.db", isolation_level=None)
+    db.execute("BEGIN IMMEDIATE")
+    second = await opened(tmp_path)  # in the same process, while a transaction is open
+    code = f"import sqlite3; sqlite3.connect({str(tmp_path / 'lease.db')!r}, timeout=0).execute('BEGIN IMMEDIATE')"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "database is locked" in other.stderr
+    db.execute("ROLLBACK")
+    db.close()
+    await second.aclose()
+    await store.aclose()
+
+
+async def test_a_failed_acquire_does_not_keep_the_side_car_lock(tmp_path: Path) -> None:
+    a = await opened(tmp_path)
+    view = await a.register(registration("a"), DEADLINE)
+    assert await a.claim("bot", "a", None, DEADLINE)
+    other = sqlite3.connect(tmp_path / "lease.db", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(StoreError):
+        await a.acquire(
+            "bot", "a", lease_of(view).key, nonce="n", floor=0, how=How.RELEASED, ttl=10, proof="", deadline=0.3
+        )
+    other.execute("ROLLBACK")
+    other.close()
+    b = await opened(tmp_path)
+    assert b._take_guard("bot")
+    await a.aclose()
+    await b.aclose()
+
+
+async def test_a_table_that_demands_other_values_is_refused(any_url: str) -> None:
+    await run_sql(any_url, SEED_TABLE.replace("is_active BOOLEAN", "owner TEXT NOT NULL, is_active BOOLEAN"))
+    store = open_store(any_url)
+    with pytest.raises(StoreRefused, match="demands a value for owner"):
+        await store.open(DEADLINE)
     await store.aclose()

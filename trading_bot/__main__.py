@@ -9,9 +9,22 @@ import logging
 import os
 import sys
 
+from telegram.error import InvalidToken
+
 from trading_bot.bot import Trader
 from trading_bot.ledger import open_ledger
 from trading_bot.prices import from_environment
+
+
+class Discreet(logging.Formatter):
+    """httpx logs whole URLs, and errors quote the token: blot it out of whatever is logged, tracebacks included."""
+
+    def __init__(self, token: str) -> None:
+        super().__init__("%(asctime)s %(name)s %(levelname)s %(message)s")
+        self.token = token
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).replace(self.token, "***")
 
 
 def main() -> int:
@@ -24,12 +37,17 @@ def main() -> int:
     if not database:
         print("trading_bot: set DATABASE_URL, or start it with railway_startup.py", file=sys.stderr)
         return 78
-    # httpx logs whole URLs, and the token is part of them
-    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.INFO)
+    output = logging.StreamHandler()
+    output.setFormatter(Discreet(token))
+    logging.basicConfig(handlers=[output], level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     ledger = open_ledger(database, env.get("BOTLEASE_BOT") or token.split(":")[0], int(env.get("BOTLEASE_TERM", "0")))
     trader = Trader(ledger, from_environment(env), env.get("BOT_VERSION", "1"))
-    trader.build(token, env.get("TELEGRAM_API_URL")).run_polling(poll_interval=0.0, timeout=10, bootstrap_retries=5)
+    try:
+        trader.build(token, env.get("TELEGRAM_API_URL")).run_polling(poll_interval=0.0, timeout=10, bootstrap_retries=5)
+    except InvalidToken:
+        print("trading_bot: Telegram does not accept the token in TELEGRAM_BOT_TOKEN", file=sys.stderr)
+        return 78
     return 0
 
 

@@ -183,6 +183,12 @@ def _number(option: float | None, variable: str, default: float, most: float = 8
 
 def _check_database(url: str) -> None:
     """Refuse a URL nobody can open before anything is started. Cheap: no driver is loaded for it."""
+    from urllib.parse import urlsplit
+
+    try:
+        _ = urlsplit(url).port
+    except ValueError:  # its text would quote the password
+        fail("the database URL is not valid: it should read postgresql://user@host:5432/name", CONFIG)
     scheme = url.split(":", 1)[0]
     if scheme in ("postgres", "postgresql") and "://" in url:
         from importlib.util import find_spec
@@ -212,16 +218,13 @@ def _check_command(program: str) -> None:
 
 def hide_password(url: str | None) -> None:
     """Blot the password out of our own command line, which everybody on this machine can read."""
-    from urllib.parse import unquote, urlsplit
-
+    if not url:
+        return
+    from botlease.stores import passwords
     from botlease.title import blot
 
-    try:
-        secret = urlsplit(url or "").password or ""
-    except ValueError:
-        return
-    blot(secret)
-    blot(unquote(secret))
+    for secret in passwords(url):
+        blot(secret)
 
 
 def _ask(database: str | None, question: Callable[[Any], Any]) -> Any:

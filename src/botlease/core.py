@@ -291,7 +291,7 @@ def _saw(s: State, view: View, now: float, out: list[Action]) -> State:
     lease = view.lease
     if s.term is not None and s.phase in (Phase.WORKING, Phase.HOLDING, Phase.DRAINING):
         if changed or view.origin != s.term.origin:
-            return _term_over(replace(s, origin=view.origin), Reason.CHANGED, now, out)
+            return _term_over(replace(s, origin=view.origin, key=None), Reason.CHANGED, now, out)
         if lease is None or (lease.term, lease.nonce) != (s.term.number, s.term.nonce):
             return _term_over(s, Reason.LOST, now, out)
         assigned = view.assigned is not None and view.assigned.instance_id == s.me.instance_id
@@ -364,7 +364,7 @@ def _renewed(s: State, q: Question, event: Renewed, now: float, out: list[Action
     if t is None or q.held != (t.number, t.nonce) or now >= t.trusted_until:
         return s  # it came after the end of trust: it counts for nothing
     if event.origin != t.origin:
-        return _term_over(replace(s, origin=event.origin), Reason.CHANGED, now, out)
+        return _term_over(replace(s, origin=event.origin, key=None), Reason.CHANGED, now, out)
     t = replace(t, asked_at=q.asked_at, trusted_until=q.asked_at + s.timing.trust)
     s = replace(s, term=t)
     if s.phase in (Phase.WORKING, Phase.DRAINING) and not s.killed:

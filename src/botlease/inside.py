@@ -73,22 +73,36 @@ class _Session:
         return Keeper(self.store, _registration(s), Candidate(s.instance_id, mode), s.timing, work, say=log.info)
 
 
+_stops: list[Callable[[], None]] = []
+"""Whom a stop signal of this process concerns: several instances may live in one program."""
+_former: dict[int, Any] = {}
+
+
 @contextlib.contextmanager
 def _stop_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM and SIGINT stop the instance; the former handlers come back afterwards."""
+    """SIGTERM and SIGINT stop every instance of this program; the former handlers come back with the last one."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     loop = asyncio.get_running_loop()
-    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    for number in old:
-        loop.add_signal_handler(number, stop)
+    if not _stops:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            _former[number] = signal.getsignal(number)
+            loop.add_signal_handler(number, _stop_all)
+    _stops.append(stop)
     try:
         yield
     finally:
-        for number, handler in old.items():
-            loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        _stops.remove(stop)
+        if not _stops:
+            for which, handler in _former.items():
+                loop.remove_signal_handler(which)
+                signal.signal(which, signal.SIG_DFL if handler is None else handler)
+
+
+def _stop_all() -> None:
+    for stop in list(_stops):
+        stop()
 
 
 class active:
@@ -143,6 +157,7 @@ class active:
             self._keeper.stop()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.shield(self._running)
+        self._work.close()
         await self._session.store.aclose()
 
     async def __aexit__(
@@ -204,11 +219,15 @@ def exclusive(
             running = asyncio.ensure_future(keeper.run())
             try:
                 with _stop_signals(keeper.stop):
-                    await running
+                    await asyncio.shield(running)
             finally:
                 if task is not None and not task.done():
                     task.cancel()
                     await asyncio.wait({task})
+                if not running.done():  # we were cancelled: the lease is given back all the same
+                    keeper.stop()
+                    await asyncio.wait({running})
+                work.close()
                 await session.store.aclose()
             if error:
                 raise error[0]

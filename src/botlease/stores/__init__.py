@@ -189,14 +189,25 @@ def _forget(task: asyncio.Future[Any]) -> None:
 
 def redact(text: str) -> str:
     """Blot out passwords of URLs and bot tokens in anything that people may see."""
-    text = re.sub(r"(?<=://)([^/@\s:]*):[^@\s]*(?=@)", r"\1:***", text)
+    # up to the last @ before white space: a password may hold one itself
+    text = re.sub(r"(?<=://)([^/@\s:]*):\S*(?=@)", r"\1:***", text)
     text = re.sub(r"(?i)(password|passwd|pwd)=[^&\s'\"]+", r"\1=***", text)
-    return re.sub(r"\b(\d{5,}):[A-Za-z0-9_-]{20,}", r"\1:***", text)
+    return re.sub(r"(?<!\d)(\d{5,}):[A-Za-z0-9_-]{20,}", r"\1:***", text)
+
+
+def passwords(url: str) -> list[str]:
+    """Every spelling of a password that this URL may hold, for blotting it out elsewhere."""
+    found = re.findall(r"://[^/@\s:]*:(\S*)@", url) + re.findall(r"(?i)(?:password|passwd|pwd)=([^&\s'\"]+)", url)
+    return [p for word in found for p in (word, unquote(word)) if p]
 
 
 def open_store(url: str) -> Store:
     """The store for a database URL. Raises :class:`StoreRefused` with the cure for one we do not know."""
-    scheme = urlsplit(url).scheme if "://" in url else ""
+    try:
+        urlsplit(url)
+    except ValueError:  # its text would quote the password
+        raise StoreRefused("the database URL is not valid: it should read postgresql://user@host:5432/name") from None
+    scheme = url.split("://", 1)[0] if "://" in url else ""
     if scheme in ("postgres", "postgresql"):
         try:
             from botlease.stores.postgres import PostgresStore

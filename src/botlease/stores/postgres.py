@@ -292,6 +292,9 @@ class PostgresStore:
             connection = self._connection
             if connection is None or connection.is_closed():
                 connection = await self._connected()
+                if clock.now() - began > deadline / 4:
+                    # Begun now, the statement would be cut off, and the new connection with it.
+                    raise StoreError("connected; too late to ask within this attempt")
             await self._limit(connection, deadline)
             return await call(connection)
 

@@ -65,6 +65,7 @@ CREATE TABLE bot_instances (
 )"""
 
 CREATE_REST: Final = """
+CREATE TABLE botlease_schema (version INTEGER NOT NULL, store_id TEXT NOT NULL, origin TEXT NOT NULL);
 CREATE UNIQUE INDEX IF NOT EXISTS bot_instances_one_active ON bot_instances (bot) WHERE is_active AND bot IS NOT NULL;
 CREATE INDEX IF NOT EXISTS bot_instances_live ON bot_instances (bot) WHERE ended_at IS NULL;
 CREATE TABLE IF NOT EXISTS bot_leases (
@@ -281,34 +282,40 @@ class SqliteFile:
     # Schema ----------------------------------------------------------------------------------------------------
 
     def _migrate(self) -> None:
-        with self._write() as db:
-            inode = Path(self.path).stat().st_ino if self.path != ":memory:" else 0
-            db.execute(
-                "CREATE TABLE IF NOT EXISTS botlease_schema "
-                "(version INTEGER NOT NULL, store_id TEXT NOT NULL, origin TEXT NOT NULL)"
-            )
-            row = db.execute("SELECT version, store_id FROM botlease_schema").fetchone()
-            if row is not None and row["version"] > SCHEMA_VERSION:
-                raise StoreRefused(
-                    f"{self.path} was written by a newer botlease (schema {row['version']}, this one knows "
-                    f"{SCHEMA_VERSION}): upgrade this one"
-                )
-            if row is None:
-                rows = db.execute("PRAGMA table_info(bot_instances)").fetchall()
-                if not rows:
-                    db.execute(CREATE_INSTANCES)
-                    rows = db.execute("PRAGMA table_info(bot_instances)").fetchall()
-                needed = [c["name"] for c in rows if c["notnull"] and c["dflt_value"] is None]
-                self._adopt(db, [c["name"] for c in rows], needed)
-                for statement in _statements(CREATE_REST):
-                    db.execute(statement)
-                store_id = os.urandom(8).hex()
-                db.execute(
-                    "INSERT INTO botlease_schema VALUES (?, ?, ?)", (SCHEMA_VERSION, store_id, f"{store_id}/{inode}")
-                )
-                row = {"store_id": store_id}
+        inode = Path(self.path).stat().st_ino if self.path != ":memory:" else 0
+        store_id = self._known()
+        if store_id is None:
+            with self._write():
+                # Under the write lock: of two first starts at once the second finds it done.
+                store_id = self._known() or self._create(inode)
         self.inode = inode
-        self.origin = f"{row['store_id']}/{self.inode}"
+        self.origin = f"{store_id}/{inode}"
+
+    def _known(self) -> str | None:
+        """The id of a schema that is there already; refuses one from the future."""
+        if not self.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'botlease_schema'").fetchone():
+            return None
+        row = self.db.execute("SELECT version, store_id FROM botlease_schema").fetchone()
+        if row["version"] > SCHEMA_VERSION:
+            raise StoreRefused(
+                f"{self.path} was written by a newer botlease (schema {row['version']}, this one knows "
+                f"{SCHEMA_VERSION}): upgrade this one"
+            )
+        return str(row["store_id"])
+
+    def _create(self, inode: int) -> str:
+        db = self.db
+        rows = db.execute("PRAGMA table_info(bot_instances)").fetchall()
+        if not rows:
+            db.execute(CREATE_INSTANCES)
+            rows = db.execute("PRAGMA table_info(bot_instances)").fetchall()
+        needed = [c["name"] for c in rows if c["notnull"] and c["dflt_value"] is None]
+        self._adopt(db, [c["name"] for c in rows], needed)
+        for statement in _statements(CREATE_REST):
+            db.execute(statement)
+        store_id = os.urandom(8).hex()
+        db.execute("INSERT INTO botlease_schema VALUES (?, ?, ?)", (SCHEMA_VERSION, store_id, f"{store_id}/{inode}"))
+        return store_id
 
     def _adopt(self, db: sqlite3.Connection, columns: list[str], needed: list[str]) -> None:
         """Take over a table of an earlier system by adding columns; refuse one that is something else."""

@@ -67,3 +67,4 @@ class BodyWork:
 
     def close(self) -> None:
         self.ended()
+        self.fence.close()

@@ -62,9 +62,10 @@ class Fence:
         """True if SIGKILL is sent by a kernel timer that counts suspended time: the full promise."""
         if self._library is not None:
             event = _SigEvent(None, signal.SIGKILL, 0, b"")
-            self.kernel = (
-                self._library.timer_create(_CLOCK_BOOTTIME, ctypes.byref(event), ctypes.byref(self._timer)) == 0
-            )
+            if self._library.timer_create(_CLOCK_BOOTTIME, ctypes.byref(event), ctypes.byref(self._timer)) != 0:
+                code = ctypes.get_errno()
+                raise OSError(code, f"no kernel timer for the fence ({os.strerror(code)}): see `ulimit -i`")
+            self.kernel = True
 
     def arm(self, until: float) -> None:
         """Be killed at ``until``; at once if that has passed."""
@@ -77,6 +78,13 @@ class Fence:
         # Elsewhere: SIGALRM, whose default action ends the process. It does not count suspended time.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, max(1e-3, until - clock.now()))
+
+    def close(self) -> None:
+        """Give the kernel its timer back. The fence cannot be armed again."""
+        self.disarm()
+        if self.kernel:
+            self._library.timer_delete(self._timer)
+            self.kernel = False
 
     def disarm(self) -> None:
         if self.kernel:

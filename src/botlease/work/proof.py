@@ -55,13 +55,12 @@ def make(pids: Iterable[int]) -> str:
 def owners(proof: str) -> list[Owner]:
     """Who would have to be dead; empty if we are not in a position to tell."""
     parts = proof.split()
-    if len(parts) < 3 or parts[0] != _host() or os.geteuid() not in (0, int(parts[1])):
+    try:
+        if len(parts) < 3 or parts[0] != _host() or os.geteuid() not in (0, int(parts[1])):
+            return []
+        return [Owner(int(pid), start) for pid, _, start in (part.partition("@") for part in parts[2:])]
+    except ValueError:  # a row can be written by anybody: what cannot be read proves nothing
         return []
-    found = []
-    for part in parts[2:]:
-        pid, _, start = part.partition("@")
-        found.append(Owner(int(pid), start))
-    return found
 
 
 def alive(owner: Owner) -> bool:
@@ -71,33 +70,52 @@ def alive(owner: Owner) -> bool:
 def gone(proof: str, instance_id: str, wait: float = 0.5) -> bool:
     """True if the owners are proved dead and nothing of their work is left, after killing what was."""
     those = owners(proof)
-    if not those or any(alive(o) for o in those):
+    if not those or not all(o.start.isdigit() for o in those) or any(alive(o) for o in those):
         return False
     give_up = clock.now() + wait
+    since = min(int(o.start) for o in those)
     mark = f"BOTLEASE_INSTANCE_ID={instance_id}".encode()
     while True:
-        left = _marked(mark)
+        left, unreadable = _marked(mark, since)
         for pid in left:
             _kill(pid, mark)
         if not left:
-            return True
+            return not unreadable
         if clock.now() > give_up:
             return False
         with contextlib.suppress(OSError):
             select.select([], [], [], 0.002)
 
 
-def _marked(mark: bytes) -> list[int]:
-    """Who carries the mark; not we ourselves, should we have been started from inside that bot."""
+def _marked(mark: bytes, since: int) -> tuple[list[int], bool]:
+    """Who carries the mark, and whether a process of our user from after ``since`` would not let us look; not we
+    ourselves, should we have been started from inside that bot."""
     ours = {os.getpid(), *tree.descendants(os.getpid())}
     names = os.listdir("/proc")  # noqa: PTH208
-    return [pid for pid in map(int, filter(str.isdigit, names)) if pid not in ours and _has(pid, mark)]
+    found, unreadable = [], False
+    for pid in (int(n) for n in names if n.isdigit()):
+        if pid in ours:
+            continue
+        has = _has(pid, mark)
+        if has is None:
+            start = start_time(pid)
+            unreadable = unreadable or (start is not None and int(start) >= since)
+        elif has:
+            found.append(pid)
+    return found, unreadable
 
 
-def _has(pid: int, mark: bytes) -> bool:
+def _has(pid: int, mark: bytes) -> bool | None:
+    """None: a process of our user that we may not look into (it made itself undumpable)."""
     try:
         with open(f"/proc/{pid}/environ", "rb") as f:  # noqa: PTH123
             return mark in f.read().split(b"\0")
+    except PermissionError:
+        try:
+            uids = Path(f"/proc/{pid}/status").read_text().split("Uid:")[1].split()[:2]
+        except (OSError, IndexError):
+            return False
+        return None if str(os.geteuid()) in uids else False
     except OSError:
         return False
 
