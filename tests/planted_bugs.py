@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 from botlease import core
-from botlease.stores import sqlite
+from botlease.stores import sqlitefile
 
 Bug = Callable[[], Any]
 BUGS: dict[str, Bug] = {}
@@ -25,9 +25,9 @@ def bug(f: Callable[[], Iterator[None]]) -> Callable[[], Iterator[None]]:
 
 @contextmanager
 def sql(name: str, old: str, new: str) -> Iterator[None]:
-    text = getattr(sqlite, name)
+    text = getattr(sqlitefile, name)
     assert old in text, f"{name} does not contain {old!r} any more"
-    with patch.object(sqlite, name, text.replace(old, new)):
+    with patch.object(sqlitefile, name, text.replace(old, new)):
         yield
 
 

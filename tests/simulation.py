@@ -25,7 +25,7 @@ from typing import Any
 from botlease import core
 from botlease.model import How, Mode, Timing
 from botlease.stores import Registration
-from botlease.stores.sqlite import SqliteFile
+from botlease.stores.sqlitefile import SqliteFile
 
 BOT = "bot"
 

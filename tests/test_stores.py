@@ -22,7 +22,8 @@ from servers import PgBouncer, has_pgbouncer
 from botlease.model import How, Reason
 from botlease.stores import Store, StoreError, StoreRefused, open_store, redact
 from botlease.stores.postgres import PostgresStore
-from botlease.stores.sqlite import NETWORK_FILE_SYSTEMS, SqliteStore
+from botlease.stores.sqlite import SqliteStore
+from botlease.stores.sqlitefile import NETWORK_FILE_SYSTEMS
 from botlease.testing import DEADLINE, StoreContract, acquire, lease_of, registration
 
 
@@ -446,7 +447,7 @@ async def test_network_file_systems_links_and_folders_are_refused(
             await store.open(DEADLINE)
         await store.aclose()
     # No network file system can be mounted here: the kernel's answer for this disk is declared to be one.
-    import botlease.stores.sqlite as module
+    import botlease.stores.sqlitefile as module
 
     monkeypatch.setitem(NETWORK_FILE_SYSTEMS, module._file_system(str(tmp_path)), "NFS")
     store = SqliteStore(str(tmp_path / "x.db"))

@@ -1,0 +1,515 @@
+"""The statements of SQLite and one open file, synchronous.
+
+:mod:`.sqlite` runs this in a thread of its own, with deadlines; the simulation of the tests drives exactly this code.
+
+Why rollback journal and not WAL: with WAL a holder goes on renewing happily on a file that was
+deleted and created anew by somebody else; with the rollback journal SQLite refuses
+(``SQLITE_READONLY_DBMOVED``), and the inode is compared before each call as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from botlease import clock
+from botlease.model import How, Reason, View
+from botlease.stores import (
+    KEEP_ENDED_DAYS,
+    SCHEMA_VERSION,
+    SEED_COLUMNS,
+    Grant,
+    Registration,
+    Renewal,
+    StoreError,
+    StoreRefused,
+    make_view,
+)
+
+Key = tuple[int, int, str, str | None]
+
+INSTANCE_COLUMNS: Final = {
+    "bot": "TEXT",
+    "deployment": "TEXT",
+    "generation": "INTEGER",
+    "host": "TEXT",
+    "pid": "INTEGER",
+    "state": "TEXT",
+    "term": "INTEGER",
+    "version": "TEXT",
+    "stop_reason": "TEXT",
+    "beat": "INTEGER NOT NULL DEFAULT 0",
+    "ended_at": "TIMESTAMP",
+}
+
+CREATE_INSTANCES: Final = """
+CREATE TABLE bot_instances (
+  instance_id TEXT PRIMARY KEY NOT NULL, started_at TIMESTAMP NOT NULL, last_heartbeat TIMESTAMP NOT NULL,
+  is_active BOOLEAN NOT NULL DEFAULT FALSE
+)"""
+
+CREATE_REST: Final = """
+CREATE TABLE botlease_schema (version INTEGER NOT NULL, store_id TEXT NOT NULL, origin TEXT NOT NULL);
+CREATE UNIQUE INDEX IF NOT EXISTS bot_instances_one_active ON bot_instances (bot) WHERE is_active AND bot IS NOT NULL;
+CREATE INDEX IF NOT EXISTS bot_instances_live ON bot_instances (bot) WHERE ended_at IS NULL;
+CREATE TABLE IF NOT EXISTS bot_leases (
+  bot TEXT PRIMARY KEY NOT NULL, term INTEGER NOT NULL, beat INTEGER NOT NULL, nonce TEXT NOT NULL, holder TEXT,
+  ttl REAL NOT NULL, origin TEXT NOT NULL, proof TEXT NOT NULL, served INTEGER NOT NULL, renewed_at TIMESTAMP NOT NULL
+);
+CREATE TABLE IF NOT EXISTS bot_deployments (
+  generation INTEGER PRIMARY KEY AUTOINCREMENT, bot TEXT NOT NULL, deployment TEXT NOT NULL,
+  first_seen TIMESTAMP NOT NULL, UNIQUE (bot, deployment)
+);
+CREATE TABLE IF NOT EXISTS bot_terms (
+  bot TEXT NOT NULL, term INTEGER NOT NULL, instance_id TEXT NOT NULL, deployment TEXT, how TEXT NOT NULL,
+  acquired_at TIMESTAMP NOT NULL, released_at TIMESTAMP, reason TEXT, PRIMARY KEY (bot, term)
+);
+CREATE TRIGGER IF NOT EXISTS bot_instances_one_active BEFORE UPDATE OF is_active ON bot_instances
+WHEN NEW.is_active AND NOT OLD.is_active AND NEW.bot IS NOT NULL BEGIN
+  UPDATE bot_instances SET is_active = FALSE WHERE bot = NEW.bot AND instance_id <> NEW.instance_id AND is_active;
+END;
+"""
+
+READ: Final = """
+SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served,
+       (julianday(:now) - julianday(l.renewed_at)) * 86400.0 AS renewed_ago,
+       a.instance_id AS a_id, a.generation AS a_generation, a.ended_at IS NOT NULL AS a_ended, a.beat AS a_beat,
+       (julianday(:now) - julianday(a.last_heartbeat)) * 86400.0 AS a_age,
+       me.generation AS my_generation,
+       (SELECT count(*) FROM bot_instances o WHERE o.bot = :bot AND o.ended_at IS NULL AND NOT o.is_active
+          AND o.instance_id <> :me
+          AND (o.generation > me.generation OR (o.generation = me.generation AND o.started_at < me.started_at))
+          AND (julianday(:now) - julianday(o.last_heartbeat)) * 86400.0 < 3 * coalesce(l.ttl, 10)) AS ahead
+FROM (SELECT 1) LEFT JOIN bot_leases l ON l.bot = :bot
+     LEFT JOIN bot_instances a ON a.bot = :bot AND a.is_active
+     LEFT JOIN bot_instances me ON me.instance_id = :me
+"""
+
+# Our row, our deployment's generation, the lease. A lease that is missing although the journal knows
+# terms of this bot was lost, and on a database that is not the one the schema was made in anything may
+# have been lost: then it is put back as held by nobody we know, to be waited out in full (R6, R7).
+ADD_DEPLOYMENT: Final = (
+    "INSERT INTO bot_deployments (bot, deployment, first_seen) VALUES (:bot, :deployment, :now) ON CONFLICT DO NOTHING"
+)
+ADD_INSTANCE: Final = """
+INSERT INTO bot_instances (instance_id, started_at, last_heartbeat, is_active, bot, deployment, generation, host, pid,
+                           state, version)
+SELECT :me, :now, :now, FALSE, :bot, :deployment, generation, :host, :pid, 'standby', :version
+FROM bot_deployments WHERE bot = :bot AND deployment = :deployment
+ON CONFLICT DO NOTHING
+"""
+ADD_LEASE: Final = """
+INSERT INTO bot_leases (bot, term, beat, nonce, holder, ttl, origin, proof, served, renewed_at)
+SELECT :bot, max(coalesce(max(term), 0), CASE WHEN :origin = (SELECT origin FROM botlease_schema) THEN 0 ELSE :era END),
+       0, :nonce,
+       CASE WHEN max(term) IS NULL AND :origin = (SELECT origin FROM botlease_schema) THEN NULL ELSE 'unknown' END,
+       :ttl, :origin, '', 0, :now
+FROM bot_terms WHERE bot = :bot
+ON CONFLICT DO NOTHING
+"""
+PRUNE: Final = (
+    # One that was killed has no end, only a last heartbeat.
+    "DELETE FROM bot_instances WHERE last_heartbeat < :old AND NOT is_active AND bot IS NOT NULL",
+    "DELETE FROM bot_terms WHERE released_at < :old "
+    "AND term < (SELECT term FROM bot_leases l WHERE l.bot = bot_terms.bot)",
+)
+
+CLAIM: Final = """
+UPDATE bot_instances SET is_active = TRUE
+WHERE instance_id = :me AND ended_at IS NULL
+  AND (SELECT max(instance_id) FROM bot_instances a WHERE a.bot = :bot AND a.is_active) IS :source
+"""
+
+# The compare-and-set that begins a term.
+ACQUIRE: Final = """
+UPDATE bot_leases SET
+  term = max(:floor, term, (SELECT coalesce(max(t.term), 0) FROM bot_terms t WHERE t.bot = :bot)) + 1,
+  beat = 0, nonce = :new, holder = :me, ttl = :ttl, origin = :origin, proof = :proof, renewed_at = :now,
+  served = max(served, (SELECT generation FROM bot_instances WHERE instance_id = :me))
+WHERE bot = :bot AND term = :term AND beat = :beat AND nonce = :nonce AND holder IS :holder
+  AND EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = :me AND bot = :bot AND is_active AND ended_at IS NULL)
+RETURNING term
+"""
+CLOSE_OLD_TERM: Final = (
+    "UPDATE bot_terms SET released_at = :now, reason = :how WHERE bot = :bot AND term < :term AND released_at IS NULL"
+)
+OPEN_TERM: Final = """
+INSERT INTO bot_terms (bot, term, instance_id, deployment, how, acquired_at)
+SELECT :bot, :term, :me, deployment, :how, :now FROM bot_instances WHERE instance_id = :me
+"""
+SHOW_TERM: Final = (
+    "UPDATE bot_instances SET term = :term, state = 'active', last_heartbeat = :now, beat = beat + 1 "
+    "WHERE instance_id = :me"
+)
+
+# The kernel proved it: that instance is no more, and must not count as a standby.
+BURY: Final = (
+    "UPDATE bot_instances SET state = 'stopped', stop_reason = :how, ended_at = :now "
+    "WHERE instance_id = :holder AND ended_at IS NULL"
+)
+
+RENEW: Final = """
+UPDATE bot_leases SET beat = beat + 1, renewed_at = :now
+WHERE bot = :bot AND term = :term AND nonce = :nonce AND holder = :me
+RETURNING EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = :me AND is_active) AS assigned,
+          NOT EXISTS (SELECT 1 FROM bot_instances a WHERE a.bot = :bot AND a.is_active) AS vacant
+"""
+
+RELEASE: Final = """
+UPDATE bot_leases SET holder = NULL, proof = '', beat = beat + 1, renewed_at = :now
+WHERE bot = :bot AND term = :term AND nonce = :nonce AND holder = :me
+"""
+CLOSE_TERM: Final = "UPDATE bot_terms SET released_at = :now, reason = :reason WHERE bot = :bot AND term = :term"
+SHOW_STANDBY: Final = (
+    "UPDATE bot_instances SET state = 'passive', last_heartbeat = :now, beat = beat + 1 WHERE instance_id = :me"
+)
+END: Final = (
+    "UPDATE bot_instances SET state = 'stopped', stop_reason = :reason, ended_at = :now, last_heartbeat = :now "
+    "WHERE instance_id = :me AND ended_at IS NULL"
+)
+# The best live standby gets the assignment, if it is ours to give. With nobody to take it, it stays: a
+# vacancy would mean that the operator wants nobody to run.
+HAND_ON: Final = """
+UPDATE bot_instances SET is_active = TRUE WHERE instance_id = (
+  SELECT o.instance_id FROM bot_instances o
+  WHERE o.bot = :bot AND o.ended_at IS NULL AND o.instance_id <> :me
+    AND (julianday(:now) - julianday(o.last_heartbeat)) * 86400.0
+        < 3 * coalesce((SELECT ttl FROM bot_leases WHERE bot = :bot), 10)
+  ORDER BY o.generation DESC, o.started_at LIMIT 1)
+AND EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = :me AND is_active)
+"""
+
+TOUCH: Final = (
+    "UPDATE bot_instances SET last_heartbeat = :now, beat = beat + 1, state = :state "
+    "WHERE instance_id = :me AND ended_at IS NULL"
+)
+LEASES: Final = "SELECT bot, term, beat, holder, ttl, renewed_at FROM bot_leases ORDER BY bot"
+INSTANCES: Final = """
+SELECT bot, instance_id, is_active, state, term, deployment, generation, host, pid, started_at,
+       last_heartbeat, stop_reason, ended_at, version
+FROM bot_instances ORDER BY bot, started_at
+"""
+
+# f_type of statfs(2) for file systems whose locks or writes other hosts do not see in time.
+NETWORK_FILE_SYSTEMS: Final = {
+    0x6969: "NFS",
+    0xFF534D42: "SMB/CIFS",
+    0xFE534D42: "SMB2",
+    0x517B: "SMB",
+    0x01021997: "9p",
+    0x65735546: "FUSE",
+    0x5346414F: "AFS",
+    0x00C36400: "Ceph",
+    0x47504653: "GPFS",
+    0x0BD00BD0: "Lustre",
+}
+
+
+class SqliteFile:
+    """The verbs on one open file, synchronous. ``wall`` is injected so that tests can step it."""
+
+    def __init__(self, path: str, wall: Callable[[], float] = clock.wall, busy: float = 1.0) -> None:
+        self.path = path
+        self.wall = wall
+        self.origin = ""
+        self.inode = 0
+        self.commits = 0
+        # A copy of the file put in its place has no number of its own; the seconds of the clock rise well enough.
+        self.era: Callable[[], int] = lambda: int(wall())
+        if path != ":memory:":
+            _prepare(path)
+        try:
+            self.db = sqlite3.connect(path, timeout=busy, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error as e:
+            raise StoreRefused(f"cannot open {path}: {e}") from None
+        self.db.row_factory = sqlite3.Row
+        try:
+            self.db.execute("PRAGMA synchronous = FULL")
+            mode = self.db.execute("PRAGMA journal_mode").fetchone()[0]
+            if path != ":memory:" and mode != "delete":
+                self.db.execute("PRAGMA journal_mode = DELETE")
+            self._migrate()
+        except sqlite3.Error as e:
+            self.db.close()
+            raise explain(e, path) from None
+        except BaseException:
+            self.db.close()
+            raise
+
+    def close(self) -> None:
+        self.db.close()
+
+    @contextlib.contextmanager
+    def _write(self) -> Iterator[sqlite3.Connection]:
+        """One transaction that takes the write lock at once: a deferred one can fail half way with BUSY."""
+        self._same_file()
+        self.db.execute("BEGIN IMMEDIATE")
+        try:
+            yield self.db
+            self.commits += 1
+            self.db.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                self.db.execute("ROLLBACK")
+            raise
+
+    def _same_file(self) -> None:
+        if not self.inode:
+            return
+        try:
+            here = Path(self.path).stat().st_ino
+        except OSError:
+            raise StoreError(f"the database file {self.path} is gone") from None
+        if here != self.inode:
+            raise StoreError(f"the database file {self.path} was replaced by another one")
+
+    # Schema ----------------------------------------------------------------------------------------------------
+
+    def _migrate(self) -> None:
+        inode = Path(self.path).stat().st_ino if self.path != ":memory:" else 0
+        store_id = self._known()
+        if store_id is None:
+            with self._write():
+                # Under the write lock: of two first starts at once the second finds it done.
+                store_id = self._known() or self._create(inode)
+        self.inode = inode
+        self.origin = f"{store_id}/{inode}"
+
+    def _known(self) -> str | None:
+        """The id of a schema that is there already; refuses one from the future."""
+        if not self.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'botlease_schema'").fetchone():
+            return None
+        row = self.db.execute("SELECT version, store_id FROM botlease_schema").fetchone()
+        if row["version"] > SCHEMA_VERSION:
+            raise StoreRefused(
+                f"{self.path} was written by a newer botlease (schema {row['version']}, this one knows "
+                f"{SCHEMA_VERSION}): upgrade this one"
+            )
+        return str(row["store_id"])
+
+    def _create(self, inode: int) -> str:
+        db = self.db
+        rows = db.execute("PRAGMA table_info(bot_instances)").fetchall()
+        if not rows:
+            db.execute(CREATE_INSTANCES)
+            rows = db.execute("PRAGMA table_info(bot_instances)").fetchall()
+        needed = [c["name"] for c in rows if c["notnull"] and c["dflt_value"] is None]
+        self._adopt(db, [c["name"] for c in rows], needed)
+        for statement in _statements(CREATE_REST):
+            db.execute(statement)
+        store_id = os.urandom(8).hex()
+        db.execute("INSERT INTO botlease_schema VALUES (?, ?, ?)", (SCHEMA_VERSION, store_id, f"{store_id}/{inode}"))
+        return store_id
+
+    def _adopt(self, db: sqlite3.Connection, columns: list[str], needed: list[str]) -> None:
+        """Take over a table of an earlier system by adding columns; refuse one that is something else."""
+        missing = [c for c in SEED_COLUMNS if c not in columns]
+        kind = db.execute("SELECT type FROM sqlite_master WHERE name = 'bot_instances'").fetchone()["type"]
+        foreign = [c for c in needed if c not in SEED_COLUMNS and c not in INSTANCE_COLUMNS]
+        if missing or foreign or kind != "table":
+            what = f"has no column {', '.join(missing)}" if missing else f"is a {kind}"
+            if foreign:
+                what = f"demands a value for {', '.join(foreign)}"
+            raise StoreRefused(
+                f"bot_instances in {self.path} belongs to something else (it {what}); nothing was changed: "
+                "use another file, e.g. BOTLEASE_DATABASE_URL=sqlite:///botlease.db"
+            )
+        old = db.execute(
+            "SELECT count(*), count(DISTINCT instance_id), sum(instance_id IS NULL) FROM bot_instances"
+        ).fetchone()
+        if old[0] and (old[0] != old[1] or old[2]):
+            raise StoreRefused(
+                f"bot_instances in {self.path} has rows with the same instance_id, or none; nothing was changed: "
+                "delete those rows and start again"
+            )
+        for name, kind in INSTANCE_COLUMNS.items():
+            if name not in columns:
+                db.execute(f"ALTER TABLE bot_instances ADD COLUMN {name} {kind}")
+        # Rows of the earlier system stay as history. Their instances are told to stop, as the seed does.
+        db.execute("UPDATE bot_instances SET is_active = FALSE WHERE bot IS NULL AND is_active")
+        db.execute("CREATE UNIQUE INDEX IF NOT EXISTS bot_instances_id ON bot_instances (instance_id)")
+
+    # Verbs -----------------------------------------------------------------------------------------------------
+
+    def register(self, me: Registration) -> View:
+        now = self.wall()
+        values = {
+            "me": me.instance_id,
+            "bot": me.bot,
+            "deployment": me.deployment,
+            "host": me.host,
+            "pid": me.pid,
+            "version": me.version,
+            "ttl": me.ttl,
+            "nonce": os.urandom(8).hex(),
+            "origin": self.origin,
+            "era": self.era(),
+            "now": clock.iso(now),
+            "old": clock.iso(now - KEEP_ENDED_DAYS * 86_400),
+        }
+        with self._write() as db:
+            for statement in (ADD_DEPLOYMENT, ADD_INSTANCE, ADD_LEASE, *PRUNE):
+                db.execute(statement, values)
+            return self._view(me.bot, me.instance_id)
+
+    def read(self, bot: str, instance_id: str) -> View:
+        self._same_file()
+        return self._view(bot, instance_id)
+
+    def _view(self, bot: str, instance_id: str) -> View:
+        row = self.db.execute(READ, {"bot": bot, "me": instance_id, "now": clock.iso(self.wall())}).fetchone()
+        return make_view(row, self.origin, self.era())
+
+    def claim(self, bot: str, instance_id: str, source: str | None) -> bool:
+        with self._write() as db:
+            return db.execute(CLAIM, {"bot": bot, "me": instance_id, "source": source}).rowcount == 1
+
+    def acquire(
+        self, bot: str, instance_id: str, key: Key, *, nonce: str, floor: int, how: How, ttl: float, proof: str
+    ) -> Grant | None:
+        values = {
+            "bot": bot,
+            "me": instance_id,
+            "term": key[0],
+            "beat": key[1],
+            "nonce": key[2],
+            "holder": key[3],
+            "new": nonce,
+            "floor": floor,
+            "how": str(how),
+            "ttl": ttl,
+            "proof": proof,
+            "origin": self.origin,
+            "now": clock.iso(self.wall()),
+        }
+        with self._write() as db:
+            rows = db.execute(ACQUIRE, values).fetchall()
+            if not rows:
+                return None
+            values["term"] = rows[0]["term"]
+            for statement in (CLOSE_OLD_TERM, OPEN_TERM, SHOW_TERM):
+                db.execute(statement, values)
+            if how is How.DIED:
+                db.execute(BURY, values)
+            return Grant(rows[0]["term"], self.origin)
+
+    def renew(self, bot: str, instance_id: str, term: int, nonce: str) -> Renewal | None:
+        values = {"bot": bot, "me": instance_id, "term": term, "nonce": nonce, "now": clock.iso(self.wall())}
+        with self._write() as db:
+            rows = db.execute(RENEW, values).fetchall()
+            return Renewal(bool(rows[0]["assigned"]), bool(rows[0]["vacant"]), self.origin) if rows else None
+
+    def release(
+        self, bot: str, instance_id: str, term: int, nonce: str, *, reason: Reason, pass_on: bool, leave: bool
+    ) -> bool:
+        values = {
+            "bot": bot,
+            "me": instance_id,
+            "term": term,
+            "nonce": nonce,
+            "reason": str(reason),
+            "now": clock.iso(self.wall()),
+        }
+        with self._write() as db:
+            released = db.execute(RELEASE, values).rowcount == 1
+            if released:
+                db.execute(CLOSE_TERM, values)
+            db.execute(END if leave else SHOW_STANDBY, values)
+            if pass_on:
+                db.execute(HAND_ON, values)
+            return released
+
+    def touch(self, instance_id: str, state: str) -> None:
+        with self._write() as db:
+            db.execute(TOUCH, {"me": instance_id, "state": state, "now": clock.iso(self.wall())})
+
+    def leave(self, bot: str, instance_id: str, *, reason: Reason, pass_on: bool) -> None:
+        values = {"bot": bot, "me": instance_id, "reason": str(reason), "now": clock.iso(self.wall())}
+        with self._write() as db:
+            db.execute(END, values)
+            if pass_on:
+                db.execute(HAND_ON, values)
+
+    def overview(self) -> dict[str, Any]:
+        self._same_file()
+        leases = [dict(r) for r in self.db.execute(LEASES)]
+        instances = [dict(r) for r in self.db.execute(INSTANCES)]
+        for row in instances:
+            row["is_active"] = bool(row["is_active"])
+        return {"leases": leases, "instances": instances}
+
+    def promote(self, instance_id: str) -> None:
+        with self._write() as db:
+            row = db.execute("SELECT ended_at FROM bot_instances WHERE instance_id = ?", (instance_id,)).fetchone()
+            if row is None:
+                raise StoreRefused(f"no instance {instance_id!r}: see `botlease status`")
+            if row["ended_at"] is not None:
+                raise StoreRefused(f"instance {instance_id!r} has stopped: see `botlease status` for those that live")
+            db.execute("UPDATE bot_instances SET is_active = TRUE WHERE instance_id = ?", (instance_id,))
+
+
+def _statements(script: str) -> list[str]:
+    """Split a script, keeping triggers whole (``executescript`` would commit our transaction)."""
+    out, part = [], ""
+    for line in script.splitlines(keepends=True):
+        part += line
+        if sqlite3.complete_statement(part):
+            out.append(part)
+            part = ""
+    return out
+
+
+def _prepare(path: str) -> None:
+    """Make the folder, refuse what must not hold a lease: links, foreign owners, network file systems."""
+    file = Path(path)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not os.path.lexists(path):
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        # An existing file is never opened here: closing it would drop every POSIX lock that this process holds on it,
+        # those of SQLite in the middle of another transaction included.
+        mode = file.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            raise StoreRefused(f"{path} is a symbolic link: name the file itself, or two paths could mean one database")
+        if not stat.S_ISREG(mode):
+            raise StoreRefused(f"{path} is not a regular file: name a file for the database")
+        if not os.access(path, os.R_OK | os.W_OK):
+            raise StoreRefused(f"cannot write the database file {path}: check its permissions")
+        magic = _file_system(path)
+    except OSError as e:
+        raise StoreRefused(f"cannot write the database file {path}: {e.strerror or e}") from None
+    except ValueError as e:
+        raise StoreRefused(f"{path!a} cannot be the name of a database file: {e}") from None
+    if magic in NETWORK_FILE_SYSTEMS:
+        raise StoreRefused(
+            f"{path} is on a network file system ({NETWORK_FILE_SYSTEMS[magic]}), where locks cannot be trusted: "
+            "use a local disk, or PostgreSQL for several hosts"
+        )
+
+
+def _file_system(path: str) -> int:
+    """``f_type`` of statfs(2), which Python does not offer. 0 where it cannot be asked."""
+    import ctypes
+
+    try:
+        buffer = ctypes.create_string_buffer(256)
+        if ctypes.CDLL(None, use_errno=True).statfs(os.fsencode(path), buffer) != 0:
+            return 0
+    except (AttributeError, OSError):
+        return 0
+    return int.from_bytes(buffer.raw[:8], "little") & 0xFFFFFFFF if os.uname().sysname == "Linux" else 0
+
+
+def explain(e: sqlite3.Error, path: str) -> StoreError:
+    text = str(e)
+    if "readonly" in text or "read-only" in text:
+        return StoreRefused(f"the database {path} is read-only: check the permissions of the file and its folder")
+    if "not a database" in text:
+        return StoreRefused(f"{path} is not an SQLite database: name another file")
+    return StoreError(f"{path}: {text}")
