@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from botlease.cli import check
+from botlease.cli import check, invoke
 
 if __name__ == "__main__":
-    check(prog_name="check_bot_running.py")
+    invoke(check, "check_bot_running.py")

@@ -34,10 +34,12 @@ def run_bot(command: tuple[str, ...] = BOT, **options: Any) -> int:
 
 
 if __name__ == "__main__":
-    from botlease.__main__ import main
+    from botlease.__main__ import fork_reaper
 
-    arguments = sys.argv[1:]
-    if "--" not in arguments and not {"-h", "--help"} & set(arguments):
-        arguments += ["--pass-database", "--", *BOT]
-    sys.argv[1:] = ["run", *arguments]
-    main("instance_manager.py")
+    fork_reaper()
+    from botlease.cli import invoke, run
+
+    parameters = {p.name: p for p in run.params}
+    parameters["command"].default = BOT  # where none is given
+    parameters["pass_database"].default = True
+    invoke(run, "instance_manager.py")

@@ -191,6 +191,12 @@ def test_a_bot_that_crashes_is_restarted_within_the_term(sqlite_world: World) ->
     assert run.text().count("term 1\n") == 2
 
 
+def test_a_bot_that_says_its_configuration_is_wrong_is_not_started_again(sqlite_world: World) -> None:
+    run = sqlite_world.run(bot=("sh", "-c", "exit 78"))
+    assert run.wait() == 78
+    assert "restart" not in run.text()
+
+
 def test_a_stop_signal_between_a_crash_and_the_restart_ends_it(sqlite_world: World) -> None:
     run = sqlite_world.run("--max-crashes", "3", bot=("sh", "-c", "exit 4"))
     run.says("restart 2 of 3 in 2 s")

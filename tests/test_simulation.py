@@ -42,6 +42,6 @@ def test_a_planted_bug_is_found(name: str) -> None:
 
 
 def test_a_missing_kernel_fence_is_found() -> None:
-    with nullcontext(), pytest.raises(Violation, match="two at work"):
+    with nullcontext(), pytest.raises(Violation):
         for seed in range(HUNT):
             World(seed, no_fence=True).run()

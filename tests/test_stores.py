@@ -125,9 +125,11 @@ async def run_sql(url: str, *statements: str) -> list[Any]:
         db.close()
     else:
         connection = await asyncpg.connect(url)
-        for s in statements:
-            out = [tuple(r) for r in await connection.fetch(s)]
-        await connection.close()
+        try:
+            for s in statements:
+                out = [tuple(r) for r in await connection.fetch(s)]
+        finally:
+            await connection.close()
     return out
 
 
@@ -165,6 +167,19 @@ async def test_a_foreign_table_is_refused_with_the_cure_and_left_alone(any_url: 
         else "SELECT relname FROM pg_class WHERE relname LIKE 'bot%' AND relkind IN ('r','v')"
     )
     assert await run_sql(any_url, names) == [("bot_instances",)]
+
+
+@pytest.mark.parametrize("name", ["bot_leases", "bot_terms", "bot_deployments", "botlease_schema"])
+async def test_every_other_table_of_ours_that_is_foreign_is_refused_and_nothing_is_left_half_done(
+    any_url: str, name: str
+) -> None:
+    await run_sql(any_url, f"CREATE TABLE {name} (foo INTEGER)")
+    store = open_store(any_url)
+    with pytest.raises(StoreRefused, match=r"belongs to something else|is not ours"):
+        await store.open(DEADLINE)
+    await store.aclose()
+    with pytest.raises((sqlite3.Error, asyncpg.PostgresError)):
+        await run_sql(any_url, "SELECT * FROM bot_instances")
 
 
 async def test_a_schema_from_the_future_is_refused(any_url: str) -> None:

@@ -12,7 +12,7 @@ import sys
 from telegram.error import InvalidToken
 
 from trading_bot.bot import Trader
-from trading_bot.ledger import open_ledger
+from trading_bot.ledger import ForeignTable, open_ledger
 from trading_bot.prices import from_environment
 
 
@@ -41,10 +41,19 @@ def main() -> int:
     output.setFormatter(Discreet(token))
     logging.basicConfig(handlers=[output], level=logging.INFO)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    ledger = open_ledger(database, env.get("BOTLEASE_BOT") or token.split(":")[0], int(env.get("BOTLEASE_TERM", "0")))
-    trader = Trader(ledger, from_environment(env), env.get("BOT_VERSION", "1"))
+    try:
+        term = int(env.get("BOTLEASE_TERM", "0"))
+        prices = from_environment(env)
+    except ValueError as e:
+        print(f"trading_bot: BOTLEASE_TERM and PRICE_SEED must be whole numbers: {e}", file=sys.stderr)
+        return 78
+    ledger = open_ledger(database, env.get("BOTLEASE_BOT") or token.split(":")[0], term)
+    trader = Trader(ledger, prices, env.get("BOT_VERSION", "1"))
     try:
         trader.build(token, env.get("TELEGRAM_API_URL")).run_polling(poll_interval=0.0, timeout=10, bootstrap_retries=5)
+    except ForeignTable as e:
+        print(f"trading_bot: {e}", file=sys.stderr)
+        return 78
     except InvalidToken:
         print("trading_bot: Telegram does not accept the token in TELEGRAM_BOT_TOKEN", file=sys.stderr)
         return 78

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 START_CASH: Final = 10_000.0
+COLUMNS: Final = "bot, term, chat, message, symbol, amount, price"
 
 
 class Stale(Exception):
@@ -23,6 +24,13 @@ class Stale(Exception):
 
 class AlreadyPlaced(Exception):
     """This message was turned into an order before."""
+
+
+class ForeignTable(Exception):
+    """There is a table of this name that is not ours."""
+
+    def __init__(self) -> None:
+        super().__init__("the table trades of this database belongs to something else: use another database or schema")
 
 
 class NotEnough(Exception):
@@ -125,8 +133,15 @@ class SqliteLedger:
     async def open(self) -> None:
         def create() -> None:
             db = sqlite3.connect(self.path, timeout=5)
-            db.executescript(SQLITE_SCHEMA)
-            db.close()
+            try:
+                db.executescript(SQLITE_SCHEMA)
+                db.execute(f"SELECT {COLUMNS} FROM trades LIMIT 0")  # noqa: S608 - a constant
+            except sqlite3.OperationalError as e:
+                if "no such column" in str(e):
+                    raise ForeignTable from None
+                raise
+            finally:
+                db.close()
 
         await asyncio.to_thread(create)
 
@@ -150,9 +165,16 @@ class PostgresLedger:
 
         self._pool = await asyncpg.create_pool(self.url, min_size=1, max_size=2, statement_cache_size=0)
         try:
-            await self._pool.fetch("SELECT 1 FROM trades LIMIT 0")
+            await self._pool.fetch(f"SELECT {COLUMNS} FROM trades LIMIT 0")  # noqa: S608 - a constant
         except asyncpg.UndefinedTableError:
             await self._pool.execute(POSTGRES_SCHEMA)
+        except asyncpg.UndefinedColumnError:
+            raise ForeignTable from None
+        fenced = (
+            "SELECT 1 FROM pg_trigger WHERE tgname = 'trades_carry_the_current_term' AND tgrelid = 'trades'::regclass"
+        )
+        if not await self._pool.fetchval(fenced):
+            await self._pool.execute(POSTGRES_SCHEMA)  # restored without it: an order would not be fenced
 
     async def place(self, order: Order) -> None:
         import asyncpg

@@ -35,9 +35,10 @@ def take_reaper() -> tuple[int, socket.socket]:
 def main(prog_name: str | None = None) -> None:
     if sys.argv[1:2] == ["run"]:
         fork_reaper()
+    from botlease.cli import invoke
     from botlease.cli import main as commands
 
-    commands(prog_name=prog_name or "botlease")
+    invoke(commands, prog_name or "botlease")
 
 
 if __name__ == "__main__":

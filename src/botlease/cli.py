@@ -26,6 +26,23 @@ def fail(text: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def invoke(command: click.Command, program: str) -> NoReturn:
+    """Run a command as a program: a wrong command line gets one line with the cure, and exit code 2."""
+    try:
+        command.main(prog_name=program, standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as e:
+        click.echo(e.format_message())
+        sys.exit(2)
+    except click.UsageError as e:
+        path = e.ctx.command_path if e.ctx is not None else program
+        fail(f"{e.format_message().rstrip('.')}: see `{path} --help`", 2)
+    except click.exceptions.Exit as e:
+        sys.exit(e.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    sys.exit(0)
+
+
 @click.group(context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="botlease")
 def main() -> None:
@@ -129,10 +146,10 @@ def start(
     env = os.environ
     try:
         made = settings.make(env, pid=os.getpid(), **options)
-        waiting = _number(wait_database, "BOTLEASE_WAIT_DATABASE", 0.0 if made.by_hand else 60.0)
-        crashes = int(_number(max_crashes, "BOTLEASE_MAX_CRASHES", 5))
+        waiting = _number(wait_database, "--wait-database", "BOTLEASE_WAIT_DATABASE", 0.0 if made.by_hand else 60.0)
+        crashes = _whole(max_crashes, "BOTLEASE_MAX_CRASHES", 5, 1000)
         if health_port is None and env.get("BOTLEASE_HEALTH_PORT"):
-            health_port = int(_number(None, "BOTLEASE_HEALTH_PORT", 0, 65535))
+            health_port = _whole(None, "BOTLEASE_HEALTH_PORT", 0, 65535)
     except ConfigurationError as e:
         fail(str(e), CONFIG)
     _check_database(made.database)
@@ -172,12 +189,20 @@ def _without_ssl() -> None:
         del modules["ssl"]
 
 
-def _number(option: float | None, variable: str, default: float, most: float = 86_400) -> float:
+def _whole(option: int | None, variable: str, default: int, most: int) -> int:
+    value = _number(option, variable, variable, default, most)
+    if value != int(value):
+        raise ConfigurationError(f"{variable} is {value:g}; it must be a whole number")
+    return int(value)
+
+
+def _number(option: float | None, flag: str, variable: str, default: float, most: float = 86_400) -> float:
     value = option if option is not None else settings.number(variable, os.environ.get(variable))
     if value is None:
         return default
     if not 0 <= value <= most:
-        raise ConfigurationError(f"{variable} is {value:g}; it must be between 0 and {most:g}")
+        name = variable if option is None else flag
+        raise ConfigurationError(f"{name} is {value:g}; it must be between 0 and {most:g}")
     return value
 
 

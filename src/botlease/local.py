@@ -46,8 +46,8 @@ def find(bot: str | None, scripts: Sequence[str] = SCRIPTS, modules: Sequence[st
             continue
         for each, kind in ((_supervisor(pid) if what == "bot" else 0, "supervisor"), (pid, what)):
             entry = _describe(each, kind) if each and each not in us else None
-            if entry is not None:
-                found.setdefault(each, entry)
+            if entry is not None and (kind == "supervisor" or each not in found):
+                found[each] = entry  # a seed script is recognised by its name, and is a supervisor all the same
     return sorted(found.values(), key=lambda f: (f.what != "supervisor", f.pid))
 
 

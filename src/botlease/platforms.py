@@ -43,8 +43,8 @@ def detect(env: Mapping[str, str], pid: int = 0) -> Platform:
     for platform in PLATFORMS:
         if env.get(platform.detect):
             return platform
-    # Railway sets several variables; any of them tells.
-    if any(name.startswith("RAILWAY_") for name in env):
+    # Railway sets several in a container; RAILWAY_TOKEN and the like stand on laptops, too.
+    if any(env.get(name) for name in ("RAILWAY_DEPLOYMENT_ID", "RAILWAY_SERVICE_ID", "RAILWAY_REPLICA_ID")):
         return PLATFORMS[0]
     return PLAIN
 

@@ -39,6 +39,9 @@ from botlease.stores import (
 T = TypeVar("T")
 Key = tuple[int, int, str, str | None]
 CHANNEL: Final = "botlease"
+OWN_SCHEMA: Final = (
+    "use a schema of your own: CREATE SCHEMA botlease; and add ?options=-csearch_path%3Dbotlease to the database URL"
+)
 CONNECT_LIMIT: Final = 10.0
 MIGRATION_LOCK: Final = 0x626F746C  # "botl": only so that two first starts do not create the tables at once
 
@@ -396,6 +399,8 @@ class PostgresStore:
                 version = await connection.fetchval("SELECT version FROM botlease_schema")
             except asyncpg.UndefinedTableError:
                 version = None
+            except asyncpg.UndefinedColumnError:
+                raise StoreRefused(f"botlease_schema in {self.url} is not ours: {OWN_SCHEMA}") from None
             if version is None:
                 await self._migrate(connection)
             elif version > SCHEMA_VERSION:
@@ -423,6 +428,14 @@ class PostgresStore:
             await connection.execute(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
             if await connection.fetchval("SELECT to_regclass('botlease_schema') IS NOT NULL"):
                 return  # another first start was quicker
+            taken = await connection.fetchval(
+                "SELECT string_agg(t, ', ') FROM unnest(ARRAY['bot_leases', 'bot_deployments', 'bot_terms']) t "
+                "WHERE to_regclass(t) IS NOT NULL"
+            )
+            if taken:
+                raise StoreRefused(
+                    f"{taken} in {self.url} belongs to something else; nothing was changed: {OWN_SCHEMA}"
+                )
             kind = await connection.fetchval(
                 "SELECT relkind::text FROM pg_class WHERE oid = to_regclass('bot_instances')"
             )
@@ -456,9 +469,7 @@ class PostgresStore:
             wrong = f"has instance_id as {columns['instance_id']}, not text"
         if wrong:
             raise StoreRefused(
-                f"bot_instances in {self.url} belongs to something else (it {wrong}); nothing was changed: "
-                "use a schema of your own: CREATE SCHEMA botlease; and add ?options=-csearch_path%3Dbotlease to the "
-                "database URL"
+                f"bot_instances in {self.url} belongs to something else (it {wrong}); nothing was changed: {OWN_SCHEMA}"
             )
         double = await connection.fetchval(
             "SELECT count(*) - count(DISTINCT instance_id) FROM bot_instances HAVING count(*) > 0"
@@ -592,6 +603,8 @@ def _explain(e: Exception, url: str) -> StoreError:
             return StoreRefused(f"PostgreSQL at {where} has no such database: create it, or correct the database URL")
         case asyncpg.InsufficientPrivilegeError():
             return StoreRefused(f'PostgreSQL at {where}: {e}: grant it, see docs/design.md, "Privileges"')
+        case asyncpg.UndefinedObjectError() | asyncpg.CantChangeRuntimeParamError():
+            return StoreRefused(f"PostgreSQL at {where}: {_first(e)}: correct the parameters of the database URL")
         case asyncpg.ReadOnlySQLTransactionError():
             return StoreError(f"PostgreSQL at {where} is read-only: connect to the primary")
         case OSError():

@@ -284,7 +284,14 @@ class SqliteFile:
         """The id of a schema that is there already; refuses one from the future."""
         if not self.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'botlease_schema'").fetchone():
             return None
-        row = self.db.execute("SELECT version, store_id FROM botlease_schema").fetchone()
+        try:
+            row = self.db.execute("SELECT version, store_id, origin FROM botlease_schema").fetchone()
+        except sqlite3.OperationalError as e:
+            if "no such column" not in str(e):
+                raise
+            row = None
+        if row is None:
+            raise StoreRefused(f"botlease_schema in {self.path} is not ours: use another file")
         if row["version"] > SCHEMA_VERSION:
             raise StoreRefused(
                 f"{self.path} was written by a newer botlease (schema {row['version']}, this one knows "
@@ -294,6 +301,13 @@ class SqliteFile:
 
     def _create(self, inode: int) -> str:
         db = self.db
+        names = [r[0] for r in db.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")]
+        taken = [n for n in ("bot_leases", "bot_deployments", "bot_terms") if n in names]
+        if taken:
+            raise StoreRefused(
+                f"{', '.join(taken)} in {self.path} belongs to something else; nothing was changed: "
+                "use another file, e.g. BOTLEASE_DATABASE_URL=sqlite:///botlease.db"
+            )
         rows = db.execute("PRAGMA table_info(bot_instances)").fetchall()
         if not rows:
             db.execute(CREATE_INSTANCES)

@@ -32,8 +32,9 @@ async def serve(port: int, profile: str, users: int, every: float, seed: int, sa
                     f"bot {bot_id}: messages={r.messages} answered={r.answered} lost={r.lost} twice={r.twice} "
                     f"conflicts={r.conflicts}"
                 )
+                gap = f" gap_ms_max={r.gap_ms_max:.0f}"
                 if last.get(bot_id) != line:
                     last[bot_id] = line
-                    say(line)
+                    say(line + gap)
     finally:
         await simulator.stop()

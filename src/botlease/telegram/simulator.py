@@ -57,6 +57,7 @@ class Report:
     conflicts: int  # 409s to a live client
     conflicts_dead: int
     reply_ms_max: float
+    gap_ms_max: float  # the longest time without a client that polls, since the first one did
 
 
 @dataclass
@@ -184,6 +185,7 @@ class Simulator:
 
     def report(self, bot_id: int) -> Report:
         bot, messages = self.bot(bot_id), self.messages[bot_id]
+        polls = self.polls[bot_id]
         waits = [m.replies[0][0] - m.sent_at for m in messages if m.replies]
         return Report(
             messages=len(messages),
@@ -194,6 +196,7 @@ class Simulator:
             conflicts=bot.counters.conflicts_live,
             conflicts_dead=bot.counters.conflicts_dead,
             reply_ms_max=max(waits, default=0.0) * 1000,
+            gap_ms_max=self.gap(bot_id, polls[0].begin, clock.now()) * 1000 if polls else 0.0,
         )
 
     def gap(self, bot_id: int, begin: float, end: float) -> float:

@@ -18,6 +18,8 @@ QUICK_DEATH = 60.0
 
 
 LONGEST_BACK_OFF = 30.0
+BAD_CONFIGURATION = 78
+"""EX_CONFIG of sysexits.h: the bot says that starting it again cannot help."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +160,7 @@ class ChildWork:
             return
         self.pid = 0
         self.exit_code = 0 if self._asked and status == -self._asked else (status if status >= 0 else 128 - status)
-        if status == 0 or self._stopping:
+        if status in (0, BAD_CONFIGURATION) or self._stopping:
             self._ended()
             return
         if clock.now() - self._began > QUICK_DEATH:
