@@ -15,8 +15,6 @@ from botlease.work import proof, reaper, tree
 
 QUICK_DEATH = 60.0
 """A child that ran for so long has recovered: its earlier crashes are forgotten."""
-
-
 LONGEST_BACK_OFF = 30.0
 BAD_CONFIGURATION = 78
 """EX_CONFIG of sysexits.h: the bot says that starting it again cannot help."""
@@ -177,6 +175,7 @@ class ChildWork:
 
     def _ended(self) -> None:
         """Nothing runs any more. The side-car lock must be free before anybody reads "released"."""
+        self._stopping = True  # should the reaper be killed just now, that is no reason to start the bot again
         if self._guarded:
             self._send((), do="drop")
         else:

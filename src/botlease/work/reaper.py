@@ -99,14 +99,13 @@ def _pipe() -> tuple[int, int]:
 def fork() -> tuple[int, socket.socket]:
     """Fork the reaper. Call it from the main thread, before threads and heavy imports."""
     ours, its = socket.socketpair()
-    supervisor = os.getpid()
     pid = os.fork()
     if pid == 0:
         try:
             # Nothing of the supervisor's may live on in here: not its database socket, not its side-car lock.
             os.closerange(3, its.fileno())
             os.closerange(its.fileno() + 1, 4096)
-            _Reaper(its, supervisor).run()
+            _Reaper(its).run()
         finally:
             os._exit(70)
     its.close()
@@ -114,12 +113,10 @@ def fork() -> tuple[int, socket.socket]:
 
 
 class _Reaper:
-    def __init__(self, sock: socket.socket, supervisor: int) -> None:
+    def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.inbox = Inbox(sock)
-        self.supervisor = supervisor
         self.fence = Fence()
-        self.until: float | None = None
         self.kill_at: float | None = None
         self.child = 0
         self.status: int | None = None
@@ -182,7 +179,7 @@ class _Reaper:
             case "arm" if self.working:
                 self._arm(message["until"])
             case "arm":  # nothing runs between a crash and the restart: only the side-car lock is kept for longer
-                self.until = self.kill_at = message["until"]
+                self.kill_at = message["until"]
             case "signal":
                 self.draining = self.draining or message["drain"]
                 if self.working and self.child:
@@ -199,7 +196,7 @@ class _Reaper:
         for fd in self.inbox.fds:
             os.close(fd)
         self.inbox.fds.clear()
-        self.until = self.kill_at = None
+        self.kill_at = None
 
     def _kill(self) -> None:
         if self.working and not self.killing:
@@ -207,7 +204,6 @@ class _Reaper:
 
     def _arm(self, until: float) -> None:
         left = until - clock.now()
-        self.until = until
         self.kill_at = until - max(0.0, min(EARLY, left / 10))
         self.fence.arm(until)
 
