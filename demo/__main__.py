@@ -53,6 +53,7 @@ class View:
             ("updates lost", lambda r: r.lost, True),
             ("updates handled twice", lambda r: r.twice, True),
             ("updates lost at kill -9 *", lambda r: r.lost_at_kill, False),
+            ("updates handled twice at kill -9 *", lambda r: r.twice_at_kill, False),
             ("messages of users", lambda r: r.messages, False),
             ("silence at each event, ms", lambda r: " ".join(f"{g:.0f}" for g in r.gaps_ms), False),
         )
@@ -65,7 +66,7 @@ class View:
         self.console.print()
         self.console.print(table)
         self.console.print(
-            "[dim]* fetched and confirmed by the framework, and not yet handled when it was killed: no lease can "
+            "[dim]* in flight when it was killed (confirmed and not handled, or the reverse): no lease can "
             "save those.\n  Most of each silence is the bot's own stop and start.[/]"
         )
 

@@ -33,6 +33,7 @@ class Result:
     lost: int
     twice: int
     lost_at_kill: int
+    twice_at_kill: int
     messages: int
     gaps_ms: tuple[float, ...]
 
@@ -201,20 +202,28 @@ class World:
     def result(self) -> Result:
         report = self.simulator.report(self.bot_id)
         messages = self.simulator.messages[self.bot_id]
-        at_kill = 0
+        at_kill = twice_at_kill = 0
         if self.killed_at is not None:
             at_kill = sum(
                 m.confirmed_at is not None and m.confirmed_at <= self.killed_at + 0.01 and not m.replies
                 for m in messages
                 if m.sent_at > self.killed_at - 5
             )
+            # Answered, and killed before its next poll could confirm that: the server hands it out again.
+            twice_at_kill = sum(
+                len(m.replies) > 1
+                and self.killed_at - 1 < m.replies[0][0] <= self.killed_at + 0.05
+                and (m.confirmed_at is None or m.confirmed_at > self.killed_at)
+                for m in messages
+            )
         return Result(
             handovers=len(self.spans()) - 1,
             overlap_ms=round(self.overlap(), 1),
             conflicts=report.conflicts,
             lost=report.lost - at_kill,
-            twice=report.twice,
+            twice=report.twice - twice_at_kill,
             lost_at_kill=at_kill,
+            twice_at_kill=twice_at_kill,
             messages=report.messages,
             gaps_ms=tuple(round(g) for g in self.gaps()),
         )
