@@ -256,3 +256,33 @@ def an_unbelieved_hold_is_worked_under() -> Iterator[None]:
 def a_hold_after_an_expiry_is_released_before_its_lock_delay() -> Iterator[None]:
     with patch.object(core, "_release_from", lambda t: 0.0):
         yield
+
+
+@bug
+def an_old_deployment_steals_back() -> Iterator[None]:
+    real = core._may_claim
+
+    def wrong(s: Any, view: Any, lease: Any, now: float) -> Any:
+        peer = view.assigned
+        older = peer is not None and view.generation < peer.generation and not s.claimed
+        return older or real(s, view, lease, now)
+
+    with patch.object(core, "_may_claim", wrong):
+        yield
+
+
+@bug
+def quarantine_is_forgotten() -> Iterator[None]:
+    with patch.object(core, "TRIES", 99):
+        yield
+
+
+@bug
+def a_pause_is_overlooked() -> Iterator[None]:
+    real = core._saw
+
+    def wrong(s: Any, view: Any, now: float, out: Any) -> Any:
+        return real(s, replace(view, paused=False), now, out)
+
+    with patch.object(core, "_saw", wrong), sql("ACQUIRE", "AND NOT paused", ""):
+        yield

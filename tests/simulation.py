@@ -54,6 +54,9 @@ class Plan:
     deaf_work: bool
     ambush: float  # how often the worst happens at the worst moment: just after asking or being answered
     watching: bool  # every commit wakes everybody, as inotify on an SQLite file does
+    ailing: bool = False  # works crash, or hang
+    leaves: bool = False  # the superseded one ends when the newcomer has passed its probation
+    warm: bool = False
 
     sharp: bool = False
     """Everything at its bound: clocks at opposite rates, work that is deaf and dies at the last moment."""
@@ -72,6 +75,7 @@ class Plan:
     def _draw(cls, rng: random.Random) -> Plan:
         ttl = rng.choice([3.0, 3.0, 5.0, 10.0])
         timings = [replace(Timing.for_ttl(ttl, stop_grace=ttl / 2), lock_delay=rng.choice([0.0, 1.0]))]
+        timings = [replace(timings[0], probation=rng.choice([0.0, ttl, 3 * ttl]))]
         if rng.random() < 0.25:
             other = Timing.for_ttl(rng.choice([3.0, 12.0]), stop_grace=2.0)
             timings.append(replace(other, lock_delay=timings[0].lock_delay))  # it is the taker's own wait
@@ -92,6 +96,9 @@ class Plan:
             deaf_work=rng.random() < 0.4,
             ambush=rng.choice([0.0, 0.02, 0.1]),
             watching=rng.random() < 0.5,
+            ailing=rng.random() < 0.4,
+            leaves=rng.random() < 0.5,
+            warm=rng.random() < 0.3,
         )
 
 
@@ -101,6 +108,7 @@ class Work:
     term: int
     drained: bool = False
     alive: bool = True
+    crashed: bool = False  # it waits for its restart: a drain is over at once
 
 
 @dataclass(eq=False)
@@ -125,6 +133,8 @@ class Node:
     stopped_at: float | None = None
     watched: set[str] = field(default_factory=set)
     hows: dict[int, How] = field(default_factory=dict)
+    renewed_at: float = -1e9  # true time of the last renewal that was confirmed to it
+    began_at: float = 0.0
 
     @property
     def name(self) -> str:
@@ -141,9 +151,14 @@ class Node:
         return (local - self.offset) / self.rate
 
     def boot(self) -> None:
-        self.state = core.start(core.Candidate(self.name, Mode.PREEMPT), self.timing, self.local())
+        plan = self.world.plan
+        monitored = plan.ailing and self.number % 2 == 0
+        me = core.Candidate(self.name, Mode.PREEMPT, warm=plan.warm, monitored=monitored, leaves=plan.leaves)
+        self.state = core.start(me, self.timing, self.local())
         self.world.trace(f"{self.name} starts ({self.deployment})")
         self.feed(core.Tick())
+        if plan.warm:
+            self.world.at(self.world.time + self.world.rng.choice([0.01, 1.0]), lambda: self.feed(core.Ready(True)))
 
     # The keeper in small: one inbox, one timer -----------------------------------------------------------------
 
@@ -190,16 +205,19 @@ class Node:
                 self.arm(until)
                 self.begin(term, until)
             case core.Drain():
-                if self.work is not None and not self.world.plan.deaf_work:
+                if self.work is not None and (self.work.crashed or not self.world.plan.deaf_work):
                     work = self.work
                     work.drained = True
-                    self.world.at(
-                        self.world.time + self.world.rng.choice([0.01, 0.5, self.timing.stop_grace * 1.5]),
-                        lambda: self.world.gone(work),
-                    )
+                    takes = self.world.rng.choice([0.01, 0.5, self.timing.stop_grace * 1.5])
+                    self.world.at(self.world.time + (0 if work.crashed else takes), lambda: self.world.gone(work))
             case core.Kill():
                 if self.work is not None:
                     self.world.kill(self.work, planned=True)
+            case core.Restart():
+                if self.work is not None:
+                    self.world.ail(self.work, crash=True)
+            case core.Danger():
+                pass
             case core.Watch(lease=lease):
                 self.watched.add(lease.proof)
             case core.End():
@@ -271,6 +289,8 @@ class World:
         self.settled_after = 0.0
         self.dead_proofs: set[str] = set()
         self.host_of: dict[str, str] = {}
+        self.broken: set[str] = set()
+        self.limit = 200_000
 
     def trace(self, text: str) -> None:
         if self.lines is not None:
@@ -284,8 +304,8 @@ class World:
         while self.heap and self.heap[0][0] <= end:
             self.time, _, what = heapq.heappop(self.heap)
             self.steps += 1
-            if self.steps > 200_000:
-                raise Violation(f"seed {self.seed}: livelock, 200,000 steps")
+            if self.steps > self.limit:
+                raise Violation(f"seed {self.seed}: livelock, {self.limit} steps")
             what()
         self.time = end
 
@@ -302,10 +322,46 @@ class World:
             if self.time < until:
                 raise Violation(f"seed {self.seed}: term {work.term} works while term {term} has requests in flight")
         self.last_term = work.term
+        work.node.began_at = self.time
         self.handovers += 1
         self.running.add(work)
         if self.rng.random() < 0.05 and not self.calm:
             self.at(self.time + self.rng.uniform(0.1, 20), lambda: None if self.calm else self.gone(work))
+        if work.node.deployment in self.broken:
+            self.at(self.time + 0.05, lambda: self.crash_loop(work, 1.0))
+            return
+        if work.node.state.me.monitored:
+            self.at(self.time + 0.2, lambda: work.node.feed(core.Healthy(work.term)))
+        if self.plan.ailing and self.rng.random() < 0.5:
+            crash = self.rng.random() < 0.5
+            self.at(self.time + self.rng.uniform(0.1, 10), lambda: None if self.calm else self.ail(work, crash))
+
+    def ail(self, work: Work, crash: bool) -> None:
+        """It crashes and is started again a second later, or it hangs."""
+        if not work.alive or not work.node.alive:
+            return
+        self.trace(f"{work.node.name} {'crashes' if crash else 'hangs'} in term {work.term}")
+        if crash:
+            work.crashed = True
+            self.at(self.time + 1.0, lambda: self.up_again(work))
+        work.node.feed(core.Crashed(work.term) if crash else core.Unhealthy(work.term))
+
+    def up_again(self, work: Work) -> None:
+        work.crashed = False
+        if work.alive and work.node.alive:
+            work.node.feed(core.Healthy(work.term))
+
+    def crash_loop(self, work: Work, wait: float) -> None:
+        """What the supervisor does with a bot that dies at once: five restarts with back-off, then the end."""
+        if not work.alive or not work.node.alive:
+            return
+        if wait > 16:
+            self.gone(work)
+            return
+        work.crashed = True
+        self.running.discard(work)
+        self.at(self.time + wait, lambda: self.crash_loop(work, wait * 2))
+        work.node.feed(core.Crashed(work.term))
 
     def kill(self, work: Work, planned: bool = False) -> None:
         budget = work.node.timing.kill_budget * 0.98
@@ -382,6 +438,7 @@ class World:
             if proof in self.dead_proofs and self.host_of.get(proof) == node.host:
                 node.feed(core.HolderDied(event.view.lease.term, event.view.lease.nonce))
         if isinstance(event, core.Renewed | core.Granted):
+            node.renewed_at = self.time
             self.at(self.time + 1e-5, lambda: self.ambush(node))
         expired = isinstance(event, core.Granted) and node.hows.get(event.term) is How.EXPIRED
         if expired and self.plan.ambush and self.rng.random() < 0.5:
@@ -416,8 +473,11 @@ class World:
             case core.Verb.READ:
                 return core.Seen(q.serial, db.read(BOT, me))
             case core.Verb.CLAIM:
+                before = db.read(BOT, me)
                 ok = db.claim(BOT, me, q.source)
                 self.trace(f"{me} claims from {q.source}: {ok}")
+                if ok:
+                    self.check_claim(node, before)
                 return self.changed(core.Claimed(q.serial, ok))
             case core.Verb.ACQUIRE:
                 assert q.key is not None
@@ -425,11 +485,19 @@ class World:
                 self.host_of[node.proof] = node.host
                 row = db.read(BOT, me).lease
                 grant = db.acquire(
-                    BOT, me, q.key, nonce=nonce, floor=q.floor, how=q.how, ttl=node.timing.ttl, proof=node.proof
+                    *(BOT, me, q.key),
+                    nonce=nonce,
+                    floor=q.floor,
+                    how=q.how,
+                    ttl=node.timing.ttl,
+                    proof=node.proof,
+                    trial=q.trial,
                 )
                 self.trace(f"{me} acquires ({q.how}): {grant}")
                 if grant is None:
                     return core.Denied(q.serial)
+                if db.read(BOT, me).paused:
+                    raise Violation(f"seed {self.seed}: {me} acquired while the bot is paused")
                 if row is None or row.key != q.key:
                     raise Violation(f"seed {self.seed}: {me} acquired {row} which it had seen as {q.key}")
                 node.hows[grant.term] = q.how
@@ -446,7 +514,12 @@ class World:
                     raise Violation(f"seed {self.seed}: {me} renewed {row} as if it were its own term {q.held}")
                 if self.plan.watching:
                     self.changed(core.Woken())
-                return core.Renewed(q.serial, renewal.assigned, renewal.vacant, renewal.origin)
+                return core.Renewed(q.serial, renewal.assigned, renewal.vacant, renewal.origin, renewal.paused)
+            case core.Verb.PASS:
+                assert q.held is not None
+                ok = db.passed(BOT, me, *q.held)
+                self.trace(f"{me} has passed its probation: {ok}")
+                return self.changed(core.Done(q.serial) if ok else core.Denied(q.serial))
             case core.Verb.RELEASE:
                 assert q.held is not None and q.reason is not None
                 ok = db.release(BOT, me, *q.held, reason=q.reason, pass_on=q.pass_on, leave=q.leave)
@@ -462,6 +535,24 @@ class World:
                 db.leave(BOT, me, reason=q.reason, pass_on=q.pass_on)
                 return self.changed(core.Done(q.serial))
         raise AssertionError(q)
+
+    def check_claim(self, node: Node, view: core.View) -> None:
+        """Nobody but a strictly newer deployment, and none in quarantine, takes from a holder that is well."""
+        peer = view.assigned
+        source = next((n for n in self.nodes if peer is not None and n.name == peer.instance_id), None)
+        if peer is None or source is None or peer.ended or source.state.phase is not core.Phase.WORKING:
+            return
+        if self.time - source.renewed_at > source.timing.ttl * 0.5 or not source.alive:
+            return
+        # A claim may rest on news as old as a poll and two slow answers.
+        if self.time - source.began_at < node.timing.renew_every + 2 * node.timing.attempt:
+            return
+        if view.generation <= peer.generation:
+            raise Violation(
+                f"seed {self.seed}: {node.name} ({node.deployment}) took over from a newer one that is well"
+            )
+        if view.failures >= 2:
+            raise Violation(f"seed {self.seed}: {node.name} took over in quarantine")
 
     def changed(self, event: core.Event) -> core.Event:
         """Notifications: a hint that is lost now and then."""
@@ -540,7 +631,10 @@ class World:
         live = [n.name for n in self.nodes if n.alive]
         choice = rng.random()
         try:
-            if choice < 0.3:
+            if choice < 0.15:
+                db.execute("UPDATE bot_leases SET paused = NOT paused")
+                self.trace("operator: pauses or resumes")
+            elif choice < 0.3:
                 db.execute("UPDATE bot_instances SET is_active = FALSE")
                 self.trace("operator: all FALSE")
             elif choice < 0.9 and ids:
@@ -625,6 +719,7 @@ class World:
         if not any(n.alive and not n.state.stopping for n in self.nodes):
             self.deploy()
             self.run_until(self.time + 1)
+        self.db.db.execute("UPDATE bot_leases SET paused = FALSE")
         rows = self.db.db.execute("SELECT count(*) FROM bot_instances WHERE is_active").fetchone()
         if rows[0] == 0:
             # The operator wanted nobody to run. Now he wants somebody.

@@ -12,27 +12,34 @@ from botlease.model import (
     Arm,
     Ask,
     Claimed,
+    Crashed,
+    Danger,
     Denied,
     Done,
     Drain,
     End,
     Failed,
     Granted,
+    Healthy,
     HolderDied,
     How,
     Kill,
     Lease,
     Mode,
     Peer,
+    Ready,
     Reason,
     Registered,
     Renewed,
+    Restart,
     Seen,
     Start,
     StopAsked,
     Tick,
     Timing,
     TimingError,
+    Trial,
+    Unhealthy,
     Verb,
     View,
     Woken,
@@ -49,9 +56,9 @@ OTHER = Peer("other", 4, False, 3, 0.5)
 class Driver:
     """Feeds the core and remembers what it asked for."""
 
-    def __init__(self, mode: Mode = Mode.PREEMPT, timing: Timing = TIMING) -> None:
+    def __init__(self, mode: Mode = Mode.PREEMPT, timing: Timing = TIMING, **me: bool) -> None:
         self.now = 100.0
-        self.state: State = core.start(Candidate("me", mode), timing, self.now)
+        self.state: State = core.start(Candidate("me", mode, **me), timing, self.now)
         self.actions: list[core.Action] = []
         self.feed(Tick())
 
@@ -72,6 +79,24 @@ class Driver:
     def joined(self, view: View) -> Driver:
         assert self.question.verb is Verb.REGISTER
         self.answer(Registered, view)
+        return self
+
+    def renewed(self, after: float = 2.0) -> list[core.Action]:
+        """The next renewal is asked for and confirmed."""
+        self.feed(Tick(), after)
+        while self.question.verb is not Verb.RENEW:
+            self.answer(Done)
+            self.feed(Tick())
+        return self.answer(Renewed, True, False, "db")
+
+    def took_over(self) -> Driver:
+        """A newer deployment that has just taken over: it is on probation."""
+        self.joined(View(replace(HELD, term=3), "db", OTHER, 5))
+        self.answer(Claimed, True)
+        self.answer(Seen, View(FREE, "db", ME, 5))
+        assert self.question.verb is Verb.ACQUIRE and self.question.trial
+        self.answer(Granted, 4, "n", "db")
+        assert self.state.phase is Phase.WORKING
         return self
 
     def working(self) -> Driver:
@@ -258,7 +283,7 @@ def test_a_holder_that_is_not_assigned_any_more_drains(assigned: Peer | None, re
 
 def test_a_strictly_newer_generation_claims_once() -> None:
     d = Driver().joined(View(HELD, "db", OTHER, 5))
-    assert d.question.verb is Verb.CLAIM and d.question.source == "other"
+    assert d.question.verb is Verb.CLAIM and d.question.source == ("other", 4)
     d.answer(Claimed, True)
     d.answer(Seen, View(HELD, "db", OTHER, 5))  # the operator gave it back to the other one
     assert d.state.asking is None
@@ -318,6 +343,193 @@ def test_a_stop_ends_even_when_the_database_never_answers() -> None:
             break
         d.feed(Failed(d.question.serial) if d.state.asking else Tick(), after=0.2)
     assert d.state.phase is Phase.ENDED
+
+
+# Probation -----------------------------------------------------------------------------------------------------------
+
+
+MINE = Lease(4, 1, "n", "me", 10.0, "db")
+
+
+def test_a_term_filled_from_a_vacancy_is_not_on_probation() -> None:
+    for view in (View(FREE, "db", None, 5), View(FREE, "db", replace(OTHER, ended=True), 5)):
+        d = Driver().joined(view)
+        d.answer(Claimed, True)
+        d.answer(Seen, View(FREE, "db", ME, 5))
+        assert d.question.verb is Verb.ACQUIRE and not d.question.trial
+
+
+def test_probation_is_passed_when_the_work_has_lived_through_it() -> None:
+    d = Driver().took_over()
+    for _ in range(14):
+        d.renewed()
+    d.feed(Tick(), after=1.9)
+    assert d.state.asking is None
+    d.feed(Tick(), after=0.1)
+    d.answer(Renewed, True, False, "db")
+    assert d.question.verb is Verb.PASS and d.question.held == (4, "n")
+    d.answer(Done)
+    assert not d.state.trial
+
+
+def test_work_that_must_prove_progress_passes_only_when_it_has() -> None:
+    d = Driver(monitored=True).took_over()
+    for _ in range(20):
+        d.renewed()
+    assert d.state.trial and d.state.asking is None
+    d.feed(Healthy(4))
+    assert d.question.verb is Verb.PASS
+
+
+def test_a_crash_on_probation_gives_the_term_back_if_somebody_can_take_it() -> None:
+    d = Driver().took_over()
+    d.feed(Crashed(4))
+    assert d.question.verb is Verb.READ
+    assert d.answer(Seen, View(MINE, "db", ME, 5, others=1)) == [Drain(d.now + 10, Reason.FAILED)]
+    d.feed(WorkEnded(4))
+    assert d.question.verb is Verb.RELEASE and d.question.pass_on and d.question.leave
+    assert d.question.reason is Reason.FAILED
+
+
+def test_a_crash_on_probation_with_nobody_else_is_restarted_in_its_term() -> None:
+    d = Driver().took_over()
+    d.feed(Crashed(4))
+    assert d.answer(Seen, View(MINE, "db", ME, 5, others=0)) == []
+    assert d.state.phase is Phase.WORKING and d.state.trial
+
+
+def test_a_crash_begins_the_probation_anew() -> None:
+    d = Driver().took_over()
+    for _ in range(10):
+        d.renewed()
+    d.feed(Crashed(4))
+    d.answer(Seen, View(MINE, "db", ME, 5))
+    for _ in range(14):
+        d.renewed()
+    assert d.state.trial and d.state.asking is None
+
+
+def test_a_crash_after_the_probation_asks_nobody() -> None:
+    d = Driver().working()
+    d.feed(Crashed(4))
+    assert d.state.asking is None and d.state.phase is Phase.WORKING
+
+
+def test_work_that_ends_on_probation_has_failed_whatever_its_exit_code() -> None:
+    d = Driver().took_over()
+    d.feed(WorkEnded(4))
+    assert d.question.verb is Verb.RELEASE and d.question.reason is Reason.FAILED
+
+
+def test_hung_work_gives_the_term_up_to_somebody_else_or_is_restarted() -> None:
+    d = Driver().working()
+    d.feed(Unhealthy(4))
+    assert d.answer(Seen, View(MINE, "db", ME, 5, others=1)) == [Drain(d.now + 10, Reason.UNHEALTHY)]
+    d = Driver().working()
+    d.feed(Unhealthy(4))
+    assert d.answer(Seen, View(MINE, "db", ME, 5, others=0)) == [Restart()]
+    assert d.state.phase is Phase.WORKING
+
+
+def test_what_is_said_about_the_health_of_an_earlier_term_is_ignored() -> None:
+    d = Driver().working()
+    for event in (Unhealthy(3), Crashed(3), Healthy(3)):
+        d.feed(event)
+    assert d.state.asking is None and not d.state.healthy
+
+
+@pytest.mark.parametrize("failures", [1, 2, 7])
+def test_after_two_failed_probations_a_deployment_does_not_take_over_any_more(failures: int) -> None:
+    d = Driver().joined(View(HELD, "db", OTHER, 5, failures=failures))
+    assert (d.state.asking is None) is (failures >= 2)
+    assert d.state.label == ("quarantined" if failures >= 2 else "standby")
+
+
+def test_quarantined_or_not_a_vacancy_is_filled() -> None:
+    d = Driver().joined(View(FREE, "db", replace(OTHER, ended=True), 5, failures=2))
+    assert d.question.verb is Verb.CLAIM
+
+
+@pytest.mark.parametrize(("trial", "leaves"), [(Trial.ON, False), (Trial.PASSED, True), (Trial.NONE, False)])
+def test_the_superseded_one_leaves_when_the_newcomer_has_passed(trial: Trial, leaves: bool) -> None:
+    newer = Peer("other", 6, False, 3, 0.5)
+    for stays in (False, True):
+        d = Driver(leaves=not stays).working()
+        d.renewed()
+        d.feed(Woken())
+        d.answer(Seen, View(MINE, "db", newer, 5))
+        d.feed(WorkEnded(4))
+        d.answer(Done)
+        d.answer(Seen, View(HELD, "db", newer, 5, trial=trial))
+        if leaves and not stays:
+            assert d.question.verb is Verb.LEAVE and d.question.reason is Reason.SUPERSEDED
+        else:
+            assert d.state.asking is None and d.state.label == "passive"
+
+
+def test_moved_by_hand_to_an_older_one_the_newer_one_stays() -> None:
+    d = Driver(leaves=True).working()
+    d.feed(Woken())
+    d.answer(Seen, View(MINE, "db", OTHER, 5))
+    d.feed(WorkEnded(4))
+    d.answer(Done)
+    d.answer(Seen, View(HELD, "db", OTHER, 5, trial=Trial.PASSED))
+    assert d.state.asking is None
+
+
+# Warm, paused, in danger -----------------------------------------------------------------------------------------------
+
+
+def test_a_warm_newcomer_asks_when_its_work_has_come_to_the_gate() -> None:
+    d = Driver(warm=True).joined(View(HELD, "db", OTHER, 5))
+    assert d.state.asking is None and d.state.label == "warming"
+    d.feed(Ready(True))
+    assert d.question.verb is Verb.CLAIM
+
+
+def test_a_vacancy_is_filled_without_waiting_for_the_gate() -> None:
+    d = Driver(warm=True).joined(View(FREE, "db", None, 5))
+    assert d.question.verb is Verb.CLAIM
+
+
+def test_a_pause_drains_the_holder_and_keeps_it_waiting_with_the_assignment() -> None:
+    d = Driver().working()
+    d.feed(Tick(), after=2)
+    assert Drain(d.now + 10, Reason.PAUSED) in d.answer(Renewed, True, False, "db", True)
+    d.feed(WorkEnded(4))
+    assert d.question.verb is Verb.RELEASE and not d.question.pass_on
+    d.answer(Done)
+    d.answer(Seen, View(replace(FREE, term=4), "db", ME, 5, paused=True))
+    assert d.state.asking is None
+    d.feed(Woken())
+    d.answer(Seen, View(replace(FREE, term=4), "db", ME, 5))
+    assert d.question.verb is Verb.ACQUIRE
+
+
+def test_a_newcomer_waits_while_the_bot_is_paused() -> None:
+    d = Driver().joined(View(HELD, "db", OTHER, 5, paused=True))
+    assert d.state.asking is None
+
+
+def test_the_work_is_warned_before_the_end_of_trust_and_told_when_it_is_over() -> None:
+    d = Driver().working()
+    d.feed(Tick(), after=2)
+    late = d.question.serial
+    assert d.feed(Tick(), after=2) == [Danger(True)]
+    assert Danger(False) in d.feed(Renewed(late, True, False, "db"))
+    assert d.feed(Tick(), after=0.1) == []
+
+
+def test_danger_comes_before_the_drain() -> None:
+    for timing in (TIMING, Timing.for_ttl(3), Timing(renew_every=3.0, attempt=1.5)):
+        assert timing.renew_every + timing.attempt <= timing.danger_after <= timing.drain_after
+
+
+@pytest.mark.parametrize("age", [1.0, 1.6])
+def test_nothing_is_claimed_on_news_that_we_slept_over(age: float) -> None:
+    d = Driver()
+    d.answer(Registered, View(HELD, "db", OTHER, 5), after=age)
+    assert d.question.verb is (Verb.CLAIM if age < 1.5 else Verb.READ)
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,12 @@ import asyncpg
 import pytest
 from servers import PgBouncer, has_pgbouncer
 
-from botlease.model import How, Reason
-from botlease.stores import Store, StoreError, StoreRefused, open_store, redact
+from botlease.model import How, Reason, Trial
+from botlease.stores import Store, StoreError, StoreRefused, open_store, postgres, redact, sqlitefile
 from botlease.stores.postgres import PostgresStore
 from botlease.stores.sqlite import SqliteStore
 from botlease.stores.sqlitefile import NETWORK_FILE_SYSTEMS
-from botlease.testing import DEADLINE, StoreContract, acquire, lease_of, registration
+from botlease.testing import DEADLINE, StoreContract, acquire, claim, lease_of, registration
 
 
 async def two(url: str) -> AsyncIterator[list[Store]]:
@@ -139,7 +139,7 @@ async def test_a_table_of_an_earlier_system_is_adopted_and_its_rows_are_kept(any
     store = open_store(any_url)
     await store.open(DEADLINE)
     view = await store.register(registration("a"), DEADLINE)
-    assert await store.claim("bot", "a", None, DEADLINE)
+    assert await claim(store, "a")
     assert await acquire(store, "a", lease_of(view)) is not None
     await store.aclose()
 
@@ -180,6 +180,31 @@ async def test_every_other_table_of_ours_that_is_foreign_is_refused_and_nothing_
     await store.aclose()
     with pytest.raises((sqlite3.Error, asyncpg.PostgresError)):
         await run_sql(any_url, "SELECT * FROM bot_instances")
+
+
+async def test_a_database_of_the_first_version_is_upgraded_with_all_that_is_in_it(
+    any_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as old:
+        for module in (sqlitefile, postgres):
+            old.setattr(module, "SCHEMA_VERSION", 1)
+        store = open_store(any_url)
+        await store.open(DEADLINE)
+        await store.aclose()
+    rows = "('b', 7, 0, 'n', NULL, 10, 'o', '', 3, CURRENT_TIMESTAMP)"
+    await run_sql(
+        any_url,
+        "INSERT INTO bot_leases (bot, term, beat, nonce, holder, ttl, origin, proof, served, renewed_at) "
+        f"VALUES {rows}",
+    )
+    stores = [open_store(any_url), open_store(any_url)]
+    await asyncio.gather(*(s.open(DEADLINE) for s in stores))
+    view = await stores[0].register(registration("a", bot="b"), DEADLINE)
+    assert lease_of(view).term == 7 and not view.paused and view.trial is Trial.NONE
+    assert await claim(stores[1], "a", bot="b")
+    assert (await stores[0].read("b", "a", DEADLINE)).assigned is not None
+    for s in stores:
+        await s.aclose()
 
 
 async def test_a_schema_from_the_future_is_refused(any_url: str) -> None:
@@ -296,7 +321,16 @@ async def test_a_row_lock_does_not_hold_a_call_beyond_its_deadline(postgres_url:
         began = time.monotonic()
         with pytest.raises(StoreError):
             await store.acquire(
-                "bot", "a", lease_of(view).key, nonce="n", floor=0, how="released", ttl=10, proof="", deadline=0.5
+                "bot",
+                "a",
+                lease_of(view).key,
+                nonce="n",
+                floor=0,
+                how="released",
+                ttl=10,
+                proof="",
+                trial=False,
+                deadline=0.5,
             )  # type: ignore[arg-type]
         assert time.monotonic() - began < 1.0
     await other.close()
@@ -416,7 +450,7 @@ async def test_while_the_work_of_a_deleted_file_runs_nobody_acquires_on_the_new_
     (tmp_path / "lease.db").unlink()
     b = await opened(tmp_path)
     view = await b.register(registration("b"), DEADLINE)
-    assert await b.claim("bot", "b", None, DEADLINE)
+    assert await claim(b, "b")
 
     assert await acquire(b, "b", lease_of(view)) is None
     await a.aclose()
@@ -516,6 +550,7 @@ async def test_the_documented_privileges_are_enough_to_run(postgres_url: str) ->
         f"CREATE ROLE {role} LOGIN",
         f"GRANT SELECT, INSERT, UPDATE, DELETE ON bot_instances, bot_terms TO {role}",
         f"GRANT SELECT, INSERT, UPDATE ON bot_leases, bot_deployments TO {role}",
+        f"GRANT SELECT ON bot_failures TO {role}",
         f"GRANT SELECT ON botlease_schema TO {role}",
     )
     store = PostgresStore(postgres_url.replace("postgres@", f"{role}@"))
@@ -548,12 +583,21 @@ async def test_opening_a_second_store_in_the_process_does_not_drop_the_locks_of_
 async def test_a_failed_acquire_does_not_keep_the_side_car_lock(tmp_path: Path) -> None:
     a = await opened(tmp_path)
     view = await a.register(registration("a"), DEADLINE)
-    assert await a.claim("bot", "a", None, DEADLINE)
+    assert await claim(a, "a")
     other = sqlite3.connect(tmp_path / "lease.db", isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     with pytest.raises(StoreError):
         await a.acquire(
-            "bot", "a", lease_of(view).key, nonce="n", floor=0, how=How.RELEASED, ttl=10, proof="", deadline=0.3
+            "bot",
+            "a",
+            lease_of(view).key,
+            nonce="n",
+            floor=0,
+            how=How.RELEASED,
+            ttl=10,
+            proof="",
+            trial=False,
+            deadline=0.3,
         )
     other.execute("ROLLBACK")
     other.close()

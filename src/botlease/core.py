@@ -35,15 +35,19 @@ Kubernetes client-go and the DynamoDB lock client; fencing tokens and the lock-d
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from botlease.model import (
     TERM_GAP,
+    TRIES,
     Action,
     Arm,
     Ask,
     Claimed,
+    Crashed,
+    Danger,
     Denied,
     Done,
     Drain,
@@ -51,6 +55,7 @@ from botlease.model import (
     Event,
     Failed,
     Granted,
+    Healthy,
     HolderDied,
     How,
     Kill,
@@ -58,14 +63,18 @@ from botlease.model import (
     Mode,
     Peer,
     Question,
+    Ready,
     Reason,
     Registered,
     Renewed,
+    Restart,
     Seen,
     Start,
     StopAsked,
     Tick,
     Timing,
+    Trial,
+    Unhealthy,
     Verb,
     View,
     Watch,
@@ -104,6 +113,12 @@ class Candidate:
 
     instance_id: str
     mode: Mode = Mode.PREEMPT
+    warm: bool = False
+    """The work is started up to its gate beforehand; a handover is asked for only when it has come there."""
+    monitored: bool = False
+    """The work must prove progress; a probation is not passed without."""
+    leaves: bool = False
+    """Superseded for good it ends (its platform would not start it again) instead of staying passive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +146,19 @@ class State:
     proved: tuple[int, str] | None = None
     claimed: bool = False
     was_active: bool = False
+    ready: bool = True
     give_back_at: float = 0.0
     # what is held
     term: Term | None = None
     drain_until: float = 0.0
     killed: bool = False
     reason: Reason | None = None
+    trial: bool = False  # on probation
+    work_since: float = 0.0
+    healthy: bool = False
+    ailing: bool = False  # crashed on probation, or without progress: somebody else may have to take over
+    hung: bool = False  # ailing, though it runs
+    danger: bool = False
     # the end
     stopping: bool = False
     leave_by: float = 0.0
@@ -144,13 +166,17 @@ class State:
     @property
     def label(self) -> str:
         """The word for the status table: a superseded instance is passive, not a mere standby."""
-        if self.phase is Phase.STANDBY and self.was_active:
+        if self.phase is not Phase.STANDBY:
+            return str(self.phase)
+        if self.was_active:
             return "passive"
-        return str(self.phase)
+        if self.view is not None and self.view.failures >= TRIES:
+            return "quarantined"
+        return "standby" if self.ready else "warming"
 
 
 def start(me: Candidate, timing: Timing, now: float) -> State:
-    return State(me=me, timing=timing, look_at=now, contact_since=now, touch_at=now + timing.ttl)
+    return State(me=me, timing=timing, look_at=now, contact_since=now, touch_at=now + timing.ttl, ready=not me.warm)
 
 
 def step(state: State, event: Event, now: float) -> tuple[State, list[Action]]:
@@ -178,6 +204,9 @@ def _deadlines(s: State, now: float, out: list[Action]) -> State:
             return _kill(s, Reason.SILENT, out)
         if now >= t.asked_at + s.timing.drain_after:
             return _drain(s, t.trusted_until, Reason.SILENT, out)
+        if not s.danger and now >= t.asked_at + s.timing.danger_after:
+            out.append(Danger(True))
+            return replace(s, danger=True)
     if s.phase is Phase.DRAINING and not s.killed and now >= min(s.drain_until, t.trusted_until):
         return _kill(s, s.reason or Reason.SILENT, out)
     return s
@@ -221,6 +250,10 @@ def _absorb(s: State, event: Event, now: float, out: list[Action]) -> State:
             return _work_ended(s, term, now)
         case HolderDied(term, nonce):
             return replace(s, proved=(term, nonce))
+        case Ready(ready):
+            return replace(s, ready=ready)
+        case Healthy() | Crashed() | Unhealthy():
+            return _felt(s, event, now)
     q = s.asking
     if q is None or q.serial != event.serial:
         return s  # the answer to a question we gave up on: late, repeated or reordered
@@ -230,13 +263,15 @@ def _absorb(s: State, event: Event, now: float, out: list[Action]) -> State:
     if s.failures:
         s = replace(s, failures=0, contact_since=now)
     match event:
-        case Registered(view=view):
+        case Registered(view=view) | Seen(view=view):
             s = replace(s, phase=Phase.STANDBY) if s.phase is Phase.JOINING else s
-            return _saw(s, view, now, out)
-        case Seen(view=view):
-            return _saw(s, view, now, out)
+            s = _saw(s, view, now, out)
+            if now > q.asked_at + s.timing.attempt:
+                # We slept over it. Good enough to watch by, but nothing is claimed on the strength of old news.
+                s = replace(s, view=None, look_at=min(s.look_at, now))
+            return s
         case Claimed(ok=ok):
-            return replace(s, claimed=s.claimed or ok, view=None, look_at=now)
+            return replace(s, claimed=s.claimed or ok, trial=s.trial and ok, view=None, look_at=now)
         case Granted():
             return _granted(s, q, event, now, out)
         case Denied():
@@ -259,6 +294,30 @@ def _stop(s: State, now: float, out: list[Action]) -> State:
     return replace(s, reason=Reason.STOPPED) if s.phase in (Phase.JOINING, Phase.STANDBY) else s
 
 
+def _felt(s: State, event: Healthy | Crashed | Unhealthy, now: float) -> State:
+    """How the work is. If it ails, the database is asked whether anybody could do better."""
+    if s.phase is not Phase.WORKING or s.term is None or s.term.number != event.term:
+        return s
+    if isinstance(event, Healthy):
+        return replace(s, healthy=True)
+    hung = isinstance(event, Unhealthy)
+    if not hung:
+        s = replace(s, work_since=now, healthy=False)  # a probation begins anew with a new process
+        if not s.trial:
+            return s  # it has proved itself: it is started again within the term
+    return replace(s, ailing=True, hung=s.hung or hung, look_at=now)
+
+
+def _ails(s: State, others: int, now: float, out: list[Action]) -> State:
+    """The answer. Somebody else is there: give the term up, and end. Nobody is: go on trying."""
+    if others:
+        s = replace(s, stopping=True, leave_by=now + 3 * s.timing.attempt)
+        return _drain(s, now + s.timing.stop_grace, Reason.FAILED if s.trial else Reason.UNHEALTHY, out)
+    if s.hung:
+        out.append(Restart())
+    return replace(s, ailing=False, hung=False)
+
+
 def _work_ended(s: State, term: int, now: float) -> State:
     if s.term is None or s.term.number != term or s.phase not in (Phase.WORKING, Phase.DRAINING):
         return s
@@ -266,7 +325,7 @@ def _work_ended(s: State, term: int, now: float) -> State:
     if asking is not None and asking.verb is not Verb.ACQUIRE:
         asking = None  # its answer can no longer matter, and the release must not wait for it
     if s.phase is Phase.WORKING:  # it ended by itself: the instance is finished
-        s = replace(s, reason=Reason.WORK_ENDED, stopping=True)
+        s = replace(s, reason=Reason.FAILED if s.trial else Reason.WORK_ENDED, stopping=True)
     return replace(
         s, phase=Phase.RELEASING, asking=asking, was_active=True, leave_by=now + 3 * s.timing.attempt, ask_after=now
     )
@@ -296,7 +355,9 @@ def _saw(s: State, view: View, now: float, out: list[Action]) -> State:
             return _term_over(s, Reason.LOST, now, out)
         assigned = view.assigned is not None and view.assigned.instance_id == s.me.instance_id
         s = replace(s, look_at=now + 3600.0)
-        return s if assigned else _unassigned(s, view.assigned is None, now, out)
+        if not assigned or view.paused:
+            return _unassigned(s, _why_not(view.paused, view.assigned is None), now, out)
+        return _ails(s, view.others, now, out) if s.ailing and s.phase is Phase.WORKING else s
     if lease is None:
         return replace(s, view=view, key=None, doubted=True, origin=view.origin, look_at=now + _interval(s, view))
     if s.key != lease.key:
@@ -321,8 +382,13 @@ def _interval(s: State, view: View) -> float:
     return min(0.2, s.timing.renew_every) if mine else s.timing.renew_every
 
 
-def _unassigned(s: State, vacant: bool, now: float, out: list[Action]) -> State:
-    reason = Reason.DEACTIVATED if vacant else Reason.SUPERSEDED
+def _why_not(paused: bool, vacant: bool) -> Reason:
+    if paused:
+        return Reason.PAUSED
+    return Reason.DEACTIVATED if vacant else Reason.SUPERSEDED
+
+
+def _unassigned(s: State, reason: Reason, now: float, out: list[Action]) -> State:
     if s.phase is Phase.WORKING:
         return _drain(s, now + s.timing.stop_grace, reason, out)
     if s.phase is Phase.HOLDING:
@@ -356,6 +422,8 @@ def _denied(s: State, q: Question, now: float, out: list[Action]) -> State:
         return _term_over(s, Reason.LOST, now, out)
     if q.verb is Verb.RELEASE:
         return _done(s, q, now)  # the term is not ours any more: just as good
+    if q.verb is Verb.PASS:
+        return replace(s, look_at=now)  # so it says; the row itself decides
     return replace(s, view=None, look_at=now)
 
 
@@ -369,17 +437,24 @@ def _renewed(s: State, q: Question, event: Renewed, now: float, out: list[Action
     s = replace(s, term=t)
     if s.phase in (Phase.WORKING, Phase.DRAINING) and not s.killed:
         out.append(Arm(t.trusted_until))
-    return s if event.assigned else _unassigned(s, event.vacant, now, out)
+    if s.danger and s.phase is Phase.WORKING:
+        out.append(Danger(False))
+        s = replace(s, danger=False)
+    if event.assigned and not event.paused:
+        return s
+    return _unassigned(s, _why_not(event.paused, event.vacant), now, out)
 
 
 def _done(s: State, q: Question, now: float) -> State:
     if q.verb is Verb.TOUCH:
         return replace(s, touch_at=now + s.timing.ttl)
+    if q.verb is Verb.PASS:
+        return replace(s, trial=False)
     if q.verb is Verb.LEAVE or q.leave:
         return replace(s, phase=Phase.ENDED, term=None)
     if q.verb is Verb.RELEASE:
         phase = Phase.STANDBY if s.phase is Phase.RELEASING else s.phase
-        return replace(s, phase=phase, term=None, view=None, look_at=now, give_back_at=0.0)
+        return replace(s, phase=phase, term=None, view=None, look_at=now, give_back_at=0.0, trial=False)
     return s
 
 
@@ -392,7 +467,8 @@ def _plan(s: State, now: float, out: list[Action]) -> State:
     if s.phase is Phase.HOLDING and t is not None and now >= t.start_at:
         out.append(Arm(t.trusted_until))
         out.append(Start(t.number, t.nonce, t.trusted_until))
-        s = replace(s, phase=Phase.WORKING, was_active=True, look_at=now + 3600.0)
+        s = replace(s, phase=Phase.WORKING, was_active=True, look_at=now + 3600.0, work_since=now)
+        s = replace(s, healthy=False, ailing=False, hung=False, danger=False)
     if s.phase is Phase.ENDED:
         out.append(End(s.reason or Reason.STOPPED))
         return s
@@ -446,9 +522,18 @@ def _plan_hold(s: State, now: float, out: list[Action]) -> State:
         return _ask(s, now, out, Verb.RENEW, held=(t.number, t.nonce))
     if now >= s.look_at and s.phase is not Phase.DRAINING:
         return _ask(s, now, out, Verb.READ)
+    if s.phase is Phase.WORKING and now >= _passed_at(s):
+        return _ask(s, now, out, Verb.PASS, held=(t.number, t.nonce))
     if now >= s.touch_at and s.phase is Phase.WORKING:
         return _ask(s, now, out, Verb.TOUCH, label=s.label)
     return s
+
+
+def _passed_at(s: State) -> float:
+    """When the probation is over, as things are now."""
+    if not s.trial or s.ailing or (s.me.monitored and not s.healthy):
+        return math.inf
+    return s.work_since + s.timing.probation
 
 
 def _plan_standby(s: State, now: float, out: list[Action]) -> State:
@@ -468,6 +553,12 @@ def _plan_standby(s: State, now: float, out: list[Action]) -> State:
         return _finish(s, now, out)
     if s.me.mode is Mode.REFUSE and _somebody_lives(s, view, now):
         return _finish(replace(s, stopping=True, leave_by=now + s.timing.attempt * 2, reason=Reason.REFUSED), now, out)
+    if s.was_active and s.me.leaves and _superseded_for_good(view, lease):
+        return _finish(
+            replace(s, stopping=True, leave_by=now + s.timing.attempt * 2, reason=Reason.SUPERSEDED), now, out
+        )
+    if view.paused:
+        return _ask(s, now, out, Verb.TOUCH, label=s.label) if now >= s.touch_at else s
     if view.assigned is not None and view.assigned.instance_id == s.me.instance_id:
         s = replace(s, claimed=True)
         how = _vacancy(s, lease, now)
@@ -475,10 +566,13 @@ def _plan_standby(s: State, now: float, out: list[Action]) -> State:
             floor = max(s.floor, lease.term)
             if lease.origin != view.origin:
                 floor = max(floor + TERM_GAP, view.era)
-            return _ask(s, now, out, Verb.ACQUIRE, key=lease.key, floor=floor, how=how)
+            return _ask(s, now, out, Verb.ACQUIRE, key=lease.key, floor=floor, how=how, trial=s.trial)
     elif _may_claim(s, view, lease, now):
-        source = view.assigned.instance_id if view.assigned else None
-        return _ask(s, now, out, Verb.CLAIM, source=source)
+        peer = view.assigned
+        # With nobody to give it back to there is no probation.
+        newcomer = peer is not None and not peer.ended and view.generation > peer.generation
+        s = replace(s, trial=newcomer and s.timing.probation > 0)
+        return _ask(s, now, out, Verb.CLAIM, source=(peer.instance_id, peer.generation) if peer else None)
     if now >= s.touch_at:
         return _ask(s, now, out, Verb.TOUCH, label=s.label)
     return s
@@ -493,6 +587,14 @@ def _vacancy(s: State, lease: Lease, now: float) -> How | None:
     if now >= s.key_since + s.timing.patience(lease.ttl):
         return How.EXPIRED
     return None
+
+
+def _superseded_for_good(view: View, lease: Lease) -> bool:
+    """A newer one took over, works, and has passed its probation."""
+    peer = view.assigned
+    if peer is None or lease.holder != peer.instance_id:
+        return False
+    return view.trial is Trial.PASSED and peer.generation > view.generation
 
 
 def _somebody_lives(s: State, view: View, now: float) -> bool:
@@ -512,7 +614,8 @@ def _may_claim(s: State, view: View, lease: Lease, now: float) -> bool:
         # had its turn may end that; nobody promotes himself back.
         new = lease.served == 0 if s.me.mode is Mode.WAIT else view.generation > lease.served
         return new and not s.claimed
-    if s.me.mode is Mode.PREEMPT and not s.claimed and view.generation > peer.generation:
+    newest = s.me.mode is Mode.PREEMPT and not s.claimed and view.generation > peer.generation
+    if newest and s.ready and view.failures < TRIES:
         return True
     return now >= _failover_at(s, view, lease, peer)
 
@@ -545,6 +648,8 @@ def next_wakeup(s: State) -> float | None:
             due += [t.start_at, t.trusted_until]
         elif s.phase is Phase.WORKING:
             due += [t.asked_at + s.timing.drain_after, t.trusted_until]
+            if not s.danger:
+                due.append(t.asked_at + s.timing.danger_after)
         elif s.phase is Phase.DRAINING and not s.killed:
             due += [s.drain_until, t.trusted_until]
     if s.stopping and s.phase in (Phase.JOINING, Phase.STANDBY, Phase.LEAVING, Phase.RELEASING):
@@ -564,7 +669,7 @@ def _next_question(s: State) -> float | None:
         if s.phase is not Phase.DRAINING:
             due.append(s.look_at)
         if s.phase is Phase.WORKING:
-            due.append(s.touch_at)
+            due += [s.touch_at, _passed_at(s)]
         return min(due) if due else None
     if s.phase is Phase.RELEASING and t is not None:
         return max(s.ask_after, _release_from(t))
@@ -576,6 +681,8 @@ def _next_question(s: State) -> float | None:
         due.append(s.give_back_at)
         return min(due)
     due.append(s.touch_at)
+    if view.paused:
+        return min(due)
     if view.assigned is not None and view.assigned.instance_id == s.me.instance_id:
         due.append(s.key_since + s.timing.patience(view.lease.ttl))
     elif view.assigned is not None:

@@ -209,6 +209,7 @@ class Keeper:
                     how=q.how,
                     ttl=self.timing.ttl,
                     proof=self.work.proof,
+                    trial=q.trial,
                     deadline=limit,
                 )
                 return Granted(q.serial, grant.term, nonce, grant.origin) if grant else Denied(q.serial)
@@ -217,7 +218,7 @@ class Keeper:
                 renewal = await store.renew(me.bot, me.instance_id, *q.held, limit)
                 if renewal is None:
                     return Denied(q.serial)
-                return Renewed(q.serial, renewal.assigned, renewal.vacant, renewal.origin)
+                return Renewed(q.serial, renewal.assigned, renewal.vacant, renewal.origin, renewal.paused)
             case Verb.RELEASE:
                 assert q.held is not None and q.reason is not None
                 released = await store.release(
@@ -230,6 +231,11 @@ class Keeper:
                     deadline=limit,
                 )
                 return Done(q.serial) if released else Denied(q.serial)
+            case Verb.PASS:
+                assert q.held is not None
+                if not await store.passed(me.bot, me.instance_id, *q.held, limit):
+                    return Denied(q.serial)
+                self.say(f"term {q.held[0]} has passed its probation")
             case Verb.TOUCH:
                 await store.touch(me.instance_id, q.label, limit)
             case Verb.LEAVE:

@@ -14,6 +14,10 @@ TERM_GAP: Final = 1000
 commits, and with them terms that were already handed out. Nobody acquires 1,000 times in a lost tail;
 :attr:`View.era` covers a second fail-over that loses the first one's terms too."""
 
+TRIES: Final = 2
+"""Failed probations after which a deployment is in quarantine: it only fills a vacancy from then on. One could be bad
+luck (the database, the machine); a third would only cost the healthy one's time."""
+
 
 class TimingError(ValueError):
     """The timings contradict each other; the message shows the arithmetic."""
@@ -35,12 +39,19 @@ class Timing:
     """From SIGTERM to SIGKILL in a planned drain."""
     rho: float = 0.01
     """Bound on the difference of clock rates. Kernels slew by at most 500 ppm; the rest is reserve."""
+    probation: float = 30.0
+    """How long a newcomer must work well before the one it took over from may go. 0: no probation."""
 
     @classmethod
-    def for_ttl(cls, ttl: float, *, stop_grace: float = 10.0) -> Timing:
+    def for_ttl(cls, ttl: float, *, stop_grace: float = 10.0, probation: float = 30.0) -> Timing:
         """The defaults scaled to ``ttl``: they are 20 %, 15 % and 10 % of it, kill_budget between 0.1 and 1 s."""
         return cls(
-            ttl=ttl, renew_every=ttl * 0.2, attempt=ttl * 0.15, kill_budget=min(1.0, ttl / 6), stop_grace=stop_grace
+            ttl=ttl,
+            renew_every=ttl * 0.2,
+            attempt=ttl * 0.15,
+            kill_budget=min(1.0, ttl / 6),
+            stop_grace=stop_grace,
+            probation=probation,
         )
 
     @property
@@ -52,12 +63,18 @@ class Timing:
         """Without a confirmed renewal the work is asked to stop this long after the last one was sent."""
         return self.ttl * 0.6
 
+    @property
+    def danger_after(self) -> float:
+        """Without a confirmed renewal for so long the work is told to open nothing new: one attempt has failed by
+        then, and the drain is one more away."""
+        return min(self.drain_after, max(self.ttl * 0.4, self.renew_every + self.attempt))
+
     def patience(self, row_ttl: float) -> float:
         """How long a challenger must see the row unchanged. The longer ttl counts where two differ."""
         return max(self.ttl, row_ttl) * (1 + self.rho)
 
     def __post_init__(self) -> None:
-        for name in ("ttl", "renew_every", "attempt", "lock_delay", "kill_budget", "stop_grace", "rho"):
+        for name in ("ttl", "renew_every", "attempt", "lock_delay", "kill_budget", "stop_grace", "rho", "probation"):
             value = getattr(self, name)
             if not 0 <= value < 86_400:
                 raise TimingError(f"{name} is {value:g}; it must be between 0 and 86400 seconds")
@@ -88,7 +105,10 @@ class Reason(StrEnum):
     STOPPED = "stopped"  # a stop signal reached the instance
     SUPERSEDED = "superseded"  # another instance has the assignment
     DEACTIVATED = "deactivated"  # the operator took the assignment away, nobody has it
+    PAUSED = "paused"  # the operator paused the bot; the assignment stays
     WORK_ENDED = "work_ended"  # the work came to an end by itself (or used up its crash budget)
+    FAILED = "failed"  # the newcomer did not pass its probation
+    UNHEALTHY = "unhealthy"  # no proof of progress came from the work, and another instance can take over
     SILENT = "store_silent"  # no renewal was confirmed in time
     LOST = "lease_lost"  # the row says that the term is over
     CHANGED = "store_changed"  # another database, timeline or file answered
@@ -102,6 +122,14 @@ class Mode(StrEnum):
     PREEMPT = "preempt"  # a strictly newer generation asks for the handover
     WAIT = "wait"  # only ever fills a vacancy
     REFUSE = "refuse"  # leaves if another instance is alive: a second start by hand
+
+
+class Trial(StrEnum):
+    """The probation of a term, as the journal keeps it."""
+
+    NONE = ""
+    ON = "on"
+    PASSED = "passed"
 
 
 class How(StrEnum):
@@ -155,6 +183,10 @@ class View:
     ahead: int = 0  # live standbys that come before us in a fail-over
     renewed_ago: float = 0.0  # by the database's clock, for display and refusals only
     era: int = 0  # rises from one incarnation of the database to the next; terms of a new one begin above it
+    paused: bool = False  # the operator wants nobody to work for now
+    trial: Trial = Trial.NONE  # the probation of the lease's term
+    failures: int = 0  # probations that our deployment did not pass
+    others: int = 0  # live instances of this bot beside us
 
 
 # Questions, events, actions --------------------------------------------------------------------------
@@ -167,6 +199,7 @@ class Verb(StrEnum):
     ACQUIRE = "acquire"
     RENEW = "renew"
     RELEASE = "release"
+    PASS = "pass"  # noqa: S105 - no password: the probation is passed
     TOUCH = "touch"
     LEAVE = "leave"
 
@@ -181,8 +214,9 @@ class Question:
     key: tuple[int, int, str, str | None] | None = None  # acquire: the row as we saw it
     floor: int = 0  # acquire: the term must rise above this
     how: How = How.RELEASED
-    held: tuple[int, str] | None = None  # renew, release: exactly this (term, nonce)
-    source: str | None = None  # claim: who has the assignment now
+    trial: bool = False  # acquire: the term begins on probation
+    held: tuple[int, str] | None = None  # renew, release, pass: exactly this (term, nonce)
+    source: tuple[str, int] | None = None  # claim: who has the assignment now, and its generation
     reason: Reason | None = None
     pass_on: bool = False  # release, leave: give the assignment to the best live standby
     leave: bool = False  # release: the instance ends with it
@@ -228,11 +262,12 @@ class Renewed:
     assigned: bool
     vacant: bool  # nobody has the assignment
     origin: str
+    paused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """Release, touch or leave was confirmed."""
+    """Release, pass, touch or leave was confirmed."""
 
     serial: int
 
@@ -267,6 +302,34 @@ class WorkEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class Ready:
+    """A warm start: the work has come to its gate, or is not there any more."""
+
+    ready: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Crashed:
+    """The work died and will be started again within the term unless it is drained before."""
+
+    term: int
+
+
+@dataclass(frozen=True, slots=True)
+class Healthy:
+    """The work proved progress."""
+
+    term: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unhealthy:
+    """The work has not proved progress for too long, though it runs."""
+
+    term: int
+
+
+@dataclass(frozen=True, slots=True)
 class HolderDied:
     """The kernel of this host proved the owner of this (term, nonce) dead."""
 
@@ -287,6 +350,10 @@ Event = (
     | Woken
     | StopAsked
     | WorkEnded
+    | Ready
+    | Crashed
+    | Healthy
+    | Unhealthy
     | HolderDied
 )
 
@@ -322,6 +389,18 @@ class Kill:
 
 
 @dataclass(frozen=True, slots=True)
+class Restart:
+    """End the work and start it again within the term: nobody else is there to take over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Danger:
+    """The end of trust comes nearer (or not any more): open nothing new, finish what is open."""
+
+    on: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Watch:
     """A new holder was seen: if its proof is of this host, watch it die."""
 
@@ -333,4 +412,4 @@ class End:
     reason: Reason
 
 
-Action = Ask | Arm | Start | Drain | Kill | Watch | End
+Action = Ask | Arm | Start | Drain | Kill | Restart | Danger | Watch | End

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from botlease.model import How, Lease, Reason, View
+from botlease.model import How, Lease, Reason, Trial, View
 from botlease.stores import Registration, Store
 
 DEADLINE = 5.0
@@ -28,18 +28,35 @@ def registration(instance_id: str, deployment: str = "d1", bot: str = "bot") -> 
     return Registration(instance_id, bot, deployment, "host", 1, "1", 10.0)
 
 
-async def acquire(store: Store, me: str, lease: Lease, *, bot: str = "bot", floor: int = 0, nonce: str = "") -> Any:
+async def acquire(
+    store: Store,
+    me: str,
+    lease: Lease,
+    *,
+    bot: str = "bot",
+    floor: int = 0,
+    nonce: str = "",
+    trial: bool = False,
+    how: How = How.RELEASED,
+) -> Any:
     return await store.acquire(
         bot,
         me,
         lease.key,
         nonce=nonce or f"nonce-{me}",
         floor=floor,
-        how=How.RELEASED,
+        how=how,
         ttl=10.0,
         proof="proof",
+        trial=trial,
         deadline=DEADLINE,
     )
+
+
+async def claim(store: Store, me: str, source: str | None = None, *, bot: str = "bot") -> bool:
+    """A claim from ``source``, as whoever has just read the row makes it."""
+    peer = (await store.read(bot, me, DEADLINE)).assigned
+    return await store.claim(bot, me, None if source is None else (source, peer.generation if peer else 0), DEADLINE)
 
 
 def lease_of(view: View) -> Lease:
@@ -53,7 +70,7 @@ class StoreContract:
 
     async def held(self, a: Store, me: str = "a") -> Any:
         view = await a.register(registration(me), DEADLINE)
-        assert await a.claim("bot", me, None, DEADLINE)
+        assert await claim(a, me)
         grant = await acquire(a, me, lease_of(view))
         assert grant is not None
         return grant
@@ -87,9 +104,9 @@ class StoreContract:
         a, b = stores
         view = await a.register(registration("a"), DEADLINE)
         await b.register(registration("b"), DEADLINE)
-        await a.claim("bot", "a", None, DEADLINE)
+        await claim(a, "a")
         assert await acquire(a, "a", lease_of(view)) is not None
-        assert await b.claim("bot", "b", "a", DEADLINE)
+        assert await claim(b, "b", "a")
 
         for wrong in (
             lease_of(view),
@@ -102,7 +119,7 @@ class StoreContract:
     async def test_of_many_acquires_at_once_one_is_granted(self, stores: Sequence[Store]) -> None:
         a, b = stores
         view = await a.register(registration("a"), DEADLINE)
-        await a.claim("bot", "a", None, DEADLINE)
+        await claim(a, "a")
         grants = await asyncio.gather(
             *(acquire(s, "a", lease_of(view), nonce=f"n{i}") for i, s in enumerate((a, b) * 4)), return_exceptions=True
         )
@@ -154,9 +171,9 @@ class StoreContract:
         await self.held(a)
         await b.register(registration("b", "d2"), DEADLINE)
 
-        assert not await b.claim("bot", "b", None, DEADLINE)
-        assert not await b.claim("bot", "b", "somebody", DEADLINE)
-        assert await b.claim("bot", "b", "a", DEADLINE)
+        assert not await claim(b, "b")
+        assert not await claim(b, "b", "somebody")
+        assert await claim(b, "b", "a")
         renewal = await a.renew("bot", "a", 1, "nonce-a", DEADLINE)
         assert renewal is not None and not renewal.assigned and not renewal.vacant
 
@@ -165,9 +182,7 @@ class StoreContract:
         for n in range(20):
             for name in (f"a{n}", f"b{n}"):
                 await a.register(registration(name, bot=f"many{n}"), DEADLINE)
-            won = await asyncio.gather(
-                a.claim(f"many{n}", f"a{n}", None, DEADLINE), b.claim(f"many{n}", f"b{n}", None, DEADLINE)
-            )
+            won = await asyncio.gather(claim(a, f"a{n}", bot=f"many{n}"), claim(b, f"b{n}", bot=f"many{n}"))
             assert sorted(won) == [False, True]
 
     async def test_a_release_and_a_claim_at_once_do_not_hinder_each_other(self, stores: Sequence[Store]) -> None:
@@ -176,12 +191,10 @@ class StoreContract:
             bot, one, two = f"bot{n}", f"a{n}", f"b{n}"
             view = await a.register(registration(one, "d1", bot), DEADLINE)
             await b.register(registration(two, "d2", bot), DEADLINE)
-            assert await a.claim(bot, one, None, DEADLINE)
+            assert await claim(a, one, bot=bot)
             grant = await acquire(a, one, lease_of(view), bot=bot)
             kinds: Any = {"reason": Reason.STOPPED, "pass_on": True, "leave": n % 2 == 0, "deadline": DEADLINE}
-            await asyncio.gather(
-                a.release(bot, one, grant.term, f"nonce-{one}", **kinds), b.claim(bot, two, one, DEADLINE)
-            )
+            await asyncio.gather(a.release(bot, one, grant.term, f"nonce-{one}", **kinds), claim(b, two, one, bot=bot))
             view = await b.read(bot, two, DEADLINE)
             assert view.assigned is not None and view.assigned.instance_id == two
             assert lease_of(view).holder is None
@@ -189,7 +202,7 @@ class StoreContract:
     async def test_an_instance_that_left_never_acquires(self, stores: Sequence[Store]) -> None:
         a, b = stores
         view = await a.register(registration("a"), DEADLINE)
-        await a.claim("bot", "a", None, DEADLINE)
+        await claim(a, "a")
         await a.leave("bot", "a", reason=Reason.STOPPED, pass_on=True, deadline=DEADLINE)
 
         assert await acquire(b, "a", lease_of(view)) is None
@@ -249,7 +262,7 @@ class StoreContract:
         await self.held(a)
         odd = "naïve '\"; DROP TABLE bot_leases; -- \U0001f916"
         view = await b.register(registration("b", bot=odd), DEADLINE)
-        assert await b.claim(odd, "b", None, DEADLINE)
+        assert await claim(b, "b", bot=odd)
         assert await acquire(b, "b", lease_of(view), bot=odd) is not None
 
         assert await a.renew("bot", "a", 1, "nonce-a", DEADLINE) is not None
@@ -267,21 +280,169 @@ class StoreContract:
         a, b = stores
         await self.held(a)
         view = await b.register(registration("b", "d2"), DEADLINE)
-        await b.claim("bot", "b", "a", DEADLINE)
-        await b.acquire(
-            "bot",
-            "b",
-            lease_of(view).key,
-            nonce="nb",
-            floor=0,
-            how=How.EXPIRED,
-            ttl=10,
-            proof="",
-            deadline=DEADLINE,
-        )
+        await claim(b, "b", "a")
+        await acquire(b, "b", lease_of(view), how=How.EXPIRED)
         rows = await execute("SELECT term, instance_id, reason FROM bot_terms ORDER BY term")
 
         assert [tuple(r.values()) if isinstance(r, dict) else tuple(r) for r in rows] == [
             (1, "a", "expired"),
             (2, "b", None),
         ]
+
+    # Who is newest -------------------------------------------------------------------------------------------------
+
+    async def handed_over(self, a: Store, b: Store, *, reason: Reason, trial: bool = True, back: str = "a") -> View:
+        """ "a" of d1 holds, "b" of d2 takes over on probation and ends for ``reason``. What ``back`` sees."""
+        first = await self.held(a)
+        await b.register(registration("b", "d2"), DEADLINE)
+        assert await claim(b, "b", "a")
+        release: Any = {"deadline": DEADLINE, "pass_on": False, "leave": False, "reason": Reason.SUPERSEDED}
+        assert await a.release("bot", "a", first.term, "nonce-a", **release)
+        grant = await acquire(b, "b", lease_of(await b.read("bot", "b", DEADLINE)), trial=trial)
+        assert await b.release(
+            "bot", "b", grant.term, "nonce-b", **{**release, "pass_on": True, "leave": True, "reason": reason}
+        )
+        return await a.read("bot", back, DEADLINE)
+
+    async def test_a_failed_probation_gives_back_and_is_counted(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        await b.register(registration("b2", "d2"), DEADLINE)  # newer than "a", but of the deployment that fails
+        view = await self.handed_over(a, b, reason=Reason.FAILED)
+        other = await b.read("bot", "b2", DEADLINE)
+
+        assert view.assigned is not None and view.assigned.instance_id == "a"
+        assert (view.failures, other.failures) == (0, 1)
+
+    async def test_a_planned_end_on_probation_is_no_failure(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        await self.handed_over(a, b, reason=Reason.STOPPED)
+        view = await b.register(registration("b2", "d2"), DEADLINE)
+
+        assert view.failures == 0
+
+    async def test_a_holder_that_dies_on_probation_has_failed(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        view = await a.register(registration("a"), DEADLINE)
+        await claim(a, "a")
+        await acquire(a, "a", lease_of(view), trial=True)
+        await b.register(registration("b", "d2"), DEADLINE)
+        await claim(b, "b", "a")
+        await acquire(b, "b", lease_of(await b.read("bot", "b", DEADLINE)), how=How.DIED)
+        view = await a.register(registration("a2", "d1"), DEADLINE)
+
+        assert view.failures == 1
+
+    async def test_a_probation_that_was_passed_is_no_failure_and_is_seen(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        view = await a.register(registration("a"), DEADLINE)
+        await claim(a, "a")
+        grant = await acquire(a, "a", lease_of(view), trial=True)
+        assert (await b.read("bot", "a", DEADLINE)).trial is Trial.ON
+        assert not await a.passed("bot", "a", grant.term, "another nonce", DEADLINE)
+        assert await a.passed("bot", "a", grant.term, "nonce-a", DEADLINE)
+        assert not await a.passed("bot", "a", grant.term, "nonce-a", DEADLINE)
+        assert (await b.read("bot", "a", DEADLINE)).trial is Trial.PASSED
+
+    async def test_an_older_deployment_chosen_by_hand_becomes_the_newest(
+        self, stores: Sequence[Store], execute: Callable[[str], Any]
+    ) -> None:
+        a, b = stores
+        await self.held(a)
+        await b.register(registration("b", "d2"), DEADLINE)
+        assert await claim(b, "b", "a")
+        one, two = [await s.read("bot", name, DEADLINE) for s, name in ((a, "a"), (b, "b"))]
+        assert one.generation < two.generation
+        await execute("UPDATE bot_instances SET is_active = FALSE")
+        await execute("UPDATE bot_instances SET is_active = TRUE WHERE instance_id = 'a'")
+        view = await b.register(registration("b2", "d2"), DEADLINE)
+        assert view.assigned is not None and view.assigned.generation > view.generation == two.generation
+        assert (await b.register(registration("c", "d3"), DEADLINE)).generation > view.assigned.generation
+        assert not await b.claim("bot", "b2", ("a", one.generation), DEADLINE)  # decided on old news
+
+    async def test_a_claim_from_a_newer_one_that_failed_does_not_make_the_claimer_newer(
+        self, stores: Sequence[Store]
+    ) -> None:
+        a, b = stores
+        before = (await a.register(registration("a"), DEADLINE)).generation
+        await b.register(registration("b", "d2"), DEADLINE)
+        assert await claim(b, "b")
+        assert await claim(a, "a", "b")
+        assert (await a.read("bot", "a", DEADLINE)).generation == before
+
+    async def test_a_roll_back_that_reuses_its_key_is_the_newest_once_the_newer_is_stopped(
+        self, stores: Sequence[Store]
+    ) -> None:
+        a, b = stores
+        await a.register(registration("a", "d1"), DEADLINE)
+        view = await b.register(registration("b", "d2"), DEADLINE)
+        await claim(b, "b")
+        await acquire(b, "b", lease_of(view))
+        await a.leave("bot", "a", reason=Reason.STOPPED, pass_on=True, deadline=DEADLINE)
+        old = await a.register(registration("a2", "d1"), DEADLINE)
+        assert old.generation < view.generation
+        release: Any = {"deadline": DEADLINE, "pass_on": True, "leave": True, "reason": Reason.STOPPED}
+        await b.release("bot", "b", lease_of(await b.read("bot", "b", DEADLINE)).term, "nonce-b", **release)
+        again = await b.register(registration("b2", "d2"), DEADLINE)
+
+        assert again.assigned is not None and again.assigned.instance_id == "a2"
+        assert again.generation < again.assigned.generation
+
+    async def test_one_left_over_from_before_does_not_become_the_newest_when_the_newer_restarts(
+        self, stores: Sequence[Store]
+    ) -> None:
+        a, b = stores
+        await self.handed_over(a, b, reason=Reason.STOPPED, trial=False)
+        again = await b.register(registration("b2", "d2"), DEADLINE)
+
+        assert again.assigned is not None and again.assigned.instance_id == "a"
+        assert again.generation > again.assigned.generation
+
+    # The operator ----------------------------------------------------------------------------------------------------
+
+    async def test_a_pause_keeps_everybody_out_and_the_assignment_where_it_is(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        grant = await self.held(a)
+        assert await b.pause("bot", True, DEADLINE) == 1 and await b.pause("bot", True, DEADLINE) == 0
+        renewal = await a.renew("bot", "a", grant.term, "nonce-a", DEADLINE)
+        assert renewal is not None and renewal.paused and renewal.assigned
+        release: Any = {"deadline": DEADLINE, "pass_on": False, "leave": False, "reason": Reason.PAUSED}
+        assert await a.release("bot", "a", grant.term, "nonce-a", **release)
+        view = await a.read("bot", "a", DEADLINE)
+        assert view.paused and await acquire(a, "a", lease_of(view), nonce="again") is None
+        assert await b.pause(None, False, DEADLINE) == 1
+        assert await acquire(a, "a", lease_of(view), nonce="again") is not None
+
+    async def test_deactivating_takes_the_assignment_away(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        await self.held(a)
+        assert await b.deactivate("bot", "nobody", DEADLINE) == 0
+        assert await b.deactivate("bot", "a", DEADLINE) == 1
+        assert (await a.read("bot", "a", DEADLINE)).assigned is None
+
+    async def test_the_journal_tells_how_each_term_came_and_went(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        await self.handed_over(a, b, reason=Reason.FAILED)
+        second, first = await a.terms("bot", 10, DEADLINE)
+
+        assert (first["instance_id"], first["reason"], first["trial"]) == ("a", "superseded", "")
+        assert (second["instance_id"], second["reason"], second["trial"]) == ("b", "failed", "on")
+        assert first["acquired_at"] <= first["released_at"] <= second["acquired_at"] <= second["released_at"]
+        assert await a.terms("another", 10, DEADLINE) == [] and len(await a.terms(None, 1, DEADLINE)) == 1
+
+    async def test_a_term_that_ran_out_is_journalled_with_its_last_beat(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        await self.held(a)
+        await b.register(registration("b", "d2"), DEADLINE)
+        await claim(b, "b", "a")
+        await acquire(b, "b", lease_of(await b.read("bot", "b", DEADLINE)), how=How.EXPIRED)
+        _, first = await a.terms("bot", 10, DEADLINE)
+
+        assert first["reason"] == "expired" and first["ttl"] == 10.0
+        assert first["acquired_at"] <= first["last_beat"] <= first["released_at"]
+
+    async def test_pruning_keeps_what_lives(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        await self.handed_over(a, b, reason=Reason.STOPPED)
+        assert await a.prune("bot", 1.0, DEADLINE) == (0, 0)
+        assert await a.prune("bot", -1.0, DEADLINE) == (1, 1)  # "a" has the assignment, and the last term numbers on
+        assert (await a.read("bot", "a", DEADLINE)).assigned is not None

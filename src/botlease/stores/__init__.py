@@ -1,4 +1,4 @@
-"""The store protocol: where the lease lives, in eight verbs.
+"""The store protocol: where the lease lives, in nine verbs, and what an operator asks of it.
 
 A store is a class with the verbs below. What each must keep:
 
@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from botlease.model import How, Lease, Peer, Reason, View
+from botlease.model import How, Lease, Peer, Reason, Trial, View
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 SEED_COLUMNS: Final = ("instance_id", "started_at", "last_heartbeat", "is_active")
 KEEP_ENDED_DAYS: Final = 30
 """Rows of ended instances and terms older than this are pruned when somebody registers."""
@@ -57,6 +57,7 @@ class Renewal:
     assigned: bool
     vacant: bool
     origin: str
+    paused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +81,8 @@ class Store(Protocol):
 
     async def read(self, bot: str, instance_id: str, deadline: float) -> View: ...
 
-    async def claim(self, bot: str, instance_id: str, source: str | None, deadline: float) -> bool:
-        """Take the assignment from exactly ``source`` (None: from nobody)."""
+    async def claim(self, bot: str, instance_id: str, source: tuple[str, int] | None, deadline: float) -> bool:
+        """Take the assignment from exactly ``source``, an instance and its generation (None: from nobody)."""
 
     async def acquire(
         self,
@@ -94,9 +95,11 @@ class Store(Protocol):
         how: How,
         ttl: float,
         proof: str,
+        trial: bool,
         deadline: float,
     ) -> Grant | None:
-        """Begin a term above ``floor`` if the row is still exactly ``key`` and we are assigned and not ended."""
+        """Begin a term above ``floor`` if the row is still exactly ``key``, the bot is not paused, and we are assigned
+        and not ended. ``trial``: it begins on probation."""
 
     async def renew(self, bot: str, instance_id: str, term: int, nonce: str, deadline: float) -> Renewal | None: ...
 
@@ -114,6 +117,9 @@ class Store(Protocol):
     ) -> bool:
         """End the term, journal it, notify; with ``pass_on`` hand our assignment to the best live standby."""
 
+    async def passed(self, bot: str, instance_id: str, term: int, nonce: str, deadline: float) -> bool:
+        """Journal that the term has passed its probation, and notify."""
+
     async def touch(self, instance_id: str, state: str, deadline: float) -> None:
         """One heartbeat of the instance row."""
 
@@ -125,6 +131,18 @@ class Store(Protocol):
 
     async def promote(self, instance_id: str, deadline: float) -> None:
         """What the operator's UPDATE does. Raises :class:`StoreRefused` for an unknown or ended instance."""
+
+    async def terms(self, bot: str | None, limit: int, deadline: float) -> list[dict[str, Any]]:
+        """The journal, newest term first, of one bot or (None) of all."""
+
+    async def deactivate(self, bot: str | None, instance_id: str | None, deadline: float) -> int:
+        """Take the assignment away; None means every one. Returns from how many."""
+
+    async def pause(self, bot: str | None, on: bool, deadline: float) -> int:
+        """Set or end the pause. Returns for how many bots that was a change."""
+
+    async def prune(self, bot: str | None, days: float, deadline: float) -> tuple[int, int]:
+        """Delete ended instances and closed terms older than that. Returns how many of each."""
 
     def guard_fd(self, bot: str) -> int | None:
         """A lock for the owner of the work to keep as long as it runs, where the store has one. The caller owns
@@ -158,6 +176,10 @@ def make_view(row: Any, origin: str, era: int) -> View:
         ahead=row["ahead"],
         renewed_ago=float(row["renewed_ago"] or 0),
         era=era,
+        paused=bool(row["paused"]),
+        trial=Trial(row["trial"] or ""),
+        failures=row["failures"],
+        others=row["others"],
     )
 
 

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import asyncpg
 
 from botlease import clock
-from botlease.model import How, Reason, View
+from botlease.model import TRIES, How, Reason, Trial, View
 from botlease.stores import (
     KEEP_ENDED_DAYS,
     SCHEMA_VERSION,
@@ -117,24 +117,84 @@ CREATE TRIGGER botlease_occupancy AFTER UPDATE ON bot_leases FOR EACH ROW
   WHEN (OLD.holder IS DISTINCT FROM NEW.holder) EXECUTE FUNCTION botlease_notify();
 """
 
+# From version 1 to 2: probation, pause, evidence in the journal, and an operator's choice that lasts.
+# An edit by hand is told from a claim or a handing-on by the beat, which those raise: who gives the assignment to an
+# older deployment by hand wants it to stay there, whatever restarts meanwhile. So that deployment becomes the newest.
+UPGRADE_2: Final = """
+ALTER TABLE bot_leases ADD COLUMN paused boolean NOT NULL DEFAULT FALSE;
+ALTER TABLE bot_terms ADD COLUMN trial text NOT NULL DEFAULT '', ADD COLUMN host text,
+  ADD COLUMN last_beat timestamptz, ADD COLUMN ttl double precision;
+CREATE INDEX bot_terms_trials ON bot_terms (bot, deployment) WHERE trial = 'on';
+CREATE VIEW bot_failures AS
+  SELECT bot, deployment, count(*) AS failures FROM bot_terms
+  WHERE trial = 'on' AND reason IN ('failed', 'died', 'expired') GROUP BY bot, deployment;
+CREATE OR REPLACE FUNCTION botlease_one_active() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE fresh bigint;
+BEGIN
+  EXECUTE format('UPDATE %I.%I SET is_active = FALSE WHERE bot = $1 AND instance_id <> $2 AND is_active',
+                 TG_TABLE_SCHEMA, TG_TABLE_NAME) USING NEW.bot, NEW.instance_id;
+  IF NEW.beat = OLD.beat THEN
+    EXECUTE format('UPDATE %I.bot_deployments m SET generation = DEFAULT WHERE bot = $1 AND deployment = $2
+                    AND EXISTS (SELECT 1 FROM %I.bot_deployments d WHERE d.bot = $1 AND d.generation > m.generation)
+                    RETURNING generation', TG_TABLE_SCHEMA, TG_TABLE_SCHEMA)
+      INTO fresh USING NEW.bot, NEW.deployment;
+    IF fresh IS NOT NULL THEN
+      NEW.generation := fresh;
+      EXECUTE format('UPDATE %I.%I SET generation = $1 WHERE bot = $2 AND deployment = $3 AND instance_id <> $4
+                      AND ended_at IS NULL', TG_TABLE_SCHEMA, TG_TABLE_NAME)
+        USING fresh, NEW.bot, NEW.deployment, NEW.instance_id;
+    END IF;
+  END IF;
+  RETURN NEW;
+END $$;
+CREATE OR REPLACE FUNCTION botlease_claim(the_bot text, me text, source text, its_generation bigint) RETURNS boolean
+LANGUAGE plpgsql AS $$
+DECLARE current_one record;
+BEGIN
+  PERFORM 1 FROM bot_leases WHERE bot = the_bot FOR UPDATE;
+  PERFORM 1 FROM bot_instances WHERE instance_id = me AND ended_at IS NULL FOR UPDATE;
+  IF NOT FOUND THEN RETURN FALSE; END IF;
+  SELECT instance_id, generation INTO current_one FROM bot_instances WHERE bot = the_bot AND is_active FOR UPDATE;
+  IF current_one.instance_id IS DISTINCT FROM source OR coalesce(current_one.generation, 0) <> its_generation THEN
+    RETURN FALSE;
+  END IF;
+  UPDATE bot_instances SET is_active = TRUE, beat = beat + 1 WHERE instance_id = me;
+  RETURN TRUE;
+END $$;
+CREATE TRIGGER botlease_pause AFTER UPDATE ON bot_leases FOR EACH ROW
+  WHEN (OLD.paused IS DISTINCT FROM NEW.paused) EXECUTE FUNCTION botlease_notify();
+CREATE TRIGGER botlease_probation AFTER UPDATE ON bot_terms FOR EACH ROW
+  WHEN (OLD.trial IS DISTINCT FROM NEW.trial) EXECUTE FUNCTION botlease_notify();
+"""
+UPGRADES: Final = {2: UPGRADE_2}
+
 # Which incarnation of the database answers. The timeline changes with every promotion, and the function fails
 # on a standby, so a stale replica can never be believed. Some hosted PostgreSQL do not have it.
 TIMELINE: Final = "left(pg_walfile_name(pg_current_wal_lsn()), 8)"
 NO_TIMELINE: Final = "'00000001'::text"
 
 READ: Final = """
-SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served,
+SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, coalesce(l.paused, FALSE) AS paused,
+       (SELECT t.trial FROM bot_terms t WHERE t.bot = $1 AND t.term = l.term) AS trial,
+       coalesce(mine.failures, 0) AS failures,
+       (SELECT count(*) FROM bot_instances o
+          LEFT JOIN bot_failures f ON f.bot = o.bot AND f.deployment = o.deployment
+        WHERE o.bot = $1 AND o.ended_at IS NULL AND o.instance_id <> $2 AND coalesce(f.failures, 0) < {tries}
+          AND extract(epoch FROM clock_timestamp() - o.last_heartbeat)::float8 < 3 * coalesce(l.ttl, 10)) AS others,
        extract(epoch FROM clock_timestamp() - l.renewed_at)::float8 AS renewed_ago,
        a.instance_id AS a_id, a.generation AS a_generation, a.ended_at IS NOT NULL AS a_ended, a.beat AS a_beat,
        extract(epoch FROM clock_timestamp() - a.last_heartbeat)::float8 AS a_age,
        me.generation AS my_generation, {timeline} AS timeline,
-       (SELECT count(*) FROM bot_instances o WHERE o.bot = $1 AND o.ended_at IS NULL AND NOT o.is_active
-          AND o.instance_id <> $2
-          AND (o.generation > me.generation OR (o.generation = me.generation AND o.started_at < me.started_at))
+       (SELECT count(*) FROM bot_instances o
+          LEFT JOIN bot_failures f ON f.bot = o.bot AND f.deployment = o.deployment
+        WHERE o.bot = $1 AND o.ended_at IS NULL AND NOT o.is_active AND o.instance_id <> $2
+          AND (coalesce(f.failures, 0), -o.generation, o.started_at)
+              < (coalesce(mine.failures, 0), -me.generation, me.started_at)
           AND extract(epoch FROM clock_timestamp() - o.last_heartbeat)::float8 < 3 * coalesce(l.ttl, 10)) AS ahead
 FROM (SELECT 1) x LEFT JOIN bot_leases l ON l.bot = $1
      LEFT JOIN bot_instances a ON a.bot = $1 AND a.is_active
      LEFT JOIN bot_instances me ON me.instance_id = $2
+     LEFT JOIN bot_failures mine ON mine.bot = $1 AND mine.deployment = me.deployment
 """
 
 # A lease that is missing although the journal knows terms of this bot was lost, and on a database that is not
@@ -167,25 +227,28 @@ WITH deployed AS (
 ) SELECT generation FROM deployed
 """
 
-CLAIM: Final = "SELECT botlease_claim($1, $2, $3)"
+CLAIM: Final = "SELECT botlease_claim($1, $2, $3, $4)"
 
-# The compare-and-set that begins a term, with its journal, in one statement.
+# The compare-and-set that begins a term, with its journal, in one statement. "old" is the row as the snapshot has it:
+# had anybody changed it since, the key would not match.
 ACQUIRE: Final = """
-WITH got AS (
+WITH old AS (
+  SELECT renewed_at, ttl FROM bot_leases WHERE bot = $1
+), got AS (
   UPDATE bot_leases SET
     term = greatest($7::bigint, term, (SELECT coalesce(max(t.term), 0) FROM bot_terms t WHERE t.bot = $1)) + 1,
     beat = 0, nonce = $8, holder = $2, ttl = $9, origin = $10 || {timeline}, proof = $11,
     renewed_at = clock_timestamp(),
     served = greatest(served, (SELECT generation FROM bot_instances WHERE instance_id = $2))
   WHERE bot = $1 AND term = $3 AND beat = $4 AND nonce = $5 AND holder IS NOT DISTINCT FROM $6
-    AND EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = $2 AND bot = $1 AND is_active AND ended_at IS NULL)
-  RETURNING term, origin
+    AND NOT paused AND EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = $2 AND bot = $1 AND is_active AND ended_at IS NULL)
+  RETURNING term, origin, renewed_at
 ), closed AS (
-  UPDATE bot_terms SET released_at = clock_timestamp(), reason = $12
-  WHERE bot = $1 AND released_at IS NULL AND EXISTS (SELECT 1 FROM got)
+  UPDATE bot_terms SET released_at = got.renewed_at, reason = $12, last_beat = old.renewed_at, ttl = old.ttl
+  FROM old, got WHERE bot = $1 AND released_at IS NULL
 ), opened AS (
-  INSERT INTO bot_terms (bot, term, instance_id, deployment, how, acquired_at)
-  SELECT $1, got.term, $2, i.deployment, $12, clock_timestamp() FROM got, bot_instances i WHERE i.instance_id = $2
+  INSERT INTO bot_terms (bot, term, instance_id, deployment, host, how, acquired_at, trial)
+  SELECT $1, got.term, $2, i.deployment, i.host, $12, got.renewed_at, $13 FROM got, bot_instances i WHERE i.instance_id = $2
 ), buried AS (  -- the kernel proved it dead: it must not count as a standby
   UPDATE bot_instances SET state = 'stopped', stop_reason = $12, ended_at = clock_timestamp()
   WHERE $12 = 'died' AND instance_id = $6 AND ended_at IS NULL AND EXISTS (SELECT 1 FROM got)
@@ -201,27 +264,38 @@ UPDATE bot_leases SET beat = beat + 1, renewed_at = clock_timestamp()
 WHERE bot = $1 AND term = $3 AND nonce = $4 AND holder = $2
 RETURNING EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = $2 AND is_active) AS assigned,
           NOT EXISTS (SELECT 1 FROM bot_instances a WHERE a.bot = $1 AND a.is_active) AS vacant,
-          {timeline} AS timeline
+          paused, {timeline} AS timeline
+"""
+
+PASS: Final = """
+UPDATE bot_terms SET trial = 'passed' WHERE bot = $1 AND term = $3 AND trial = 'on'
+  AND EXISTS (SELECT 1 FROM bot_leases WHERE bot = $1 AND term = $3 AND nonce = $4 AND holder = $2)
+RETURNING 1
 """
 
 # The best live standby gets the assignment, if it is ours to give. With nobody to take it, it stays: a
-# vacancy would mean that the operator wants nobody to run.
+# vacancy would mean that the operator wants nobody to run. The best: after a failed probation another deployment; then
+# one that failed none; then the newest. One of an older deployment that started after us, when a stop signal ended us,
+# is a roll-back: left without its beat it counts as chosen by hand, and stays.
 # Locked in the same order as a claim does it: the lease, the one who gets the assignment, the one who has it. The
 # other order deadlocks (measured: a second lost each time). "handed_on" reads from "me" so that our own row is written
 # before the trigger takes our assignment away.
 BEST: Final = """
 best AS (
-  SELECT o.instance_id FROM bot_instances o
+  SELECT o.instance_id, {reason} = 'stopped' AND o.generation < m.generation AND o.started_at > m.started_at AS back
+  FROM bot_instances o JOIN bot_instances m ON m.instance_id = $2
+    LEFT JOIN bot_failures f ON f.bot = o.bot AND f.deployment = o.deployment
   WHERE {when} AND (SELECT count(*) FROM {lease}) >= 0 AND o.bot = $1 AND o.ended_at IS NULL AND o.instance_id <> $2
     AND extract(epoch FROM clock_timestamp() - o.last_heartbeat)::float8
         < 3 * coalesce((SELECT ttl FROM bot_leases WHERE bot = $1), 10)
-    AND EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = $2 AND is_active)
-  ORDER BY o.generation DESC, o.started_at LIMIT 1 FOR UPDATE
+    AND m.is_active
+  ORDER BY {reason} = 'failed' AND o.deployment IS NOT DISTINCT FROM m.deployment, coalesce(f.failures, 0),
+    o.generation DESC, o.started_at LIMIT 1 FOR UPDATE OF o
 ), """
 HAND_ON: Final = """
 handed_on AS (
-  UPDATE bot_instances SET is_active = TRUE
-  WHERE (SELECT bool_or(is_active) FROM me) AND instance_id = (SELECT instance_id FROM best)
+  UPDATE bot_instances SET is_active = TRUE, beat = beat + CASE WHEN best.back THEN 0 ELSE 1 END
+  FROM best WHERE (SELECT bool_or(is_active) FROM me) AND bot_instances.instance_id = best.instance_id
 )"""
 
 RELEASE: Final = (
@@ -233,7 +307,7 @@ WITH gone AS (
   UPDATE bot_terms SET released_at = clock_timestamp(), reason = $5
   WHERE bot = $1 AND term = $3 AND EXISTS (SELECT 1 FROM gone)
 ), """
-    + BEST.format(when="$6", lease="gone")
+    + BEST.format(when="$6", lease="gone", reason="$5")
     + """
 me AS (
   UPDATE bot_instances SET last_heartbeat = clock_timestamp(), beat = beat + 1,
@@ -250,7 +324,7 @@ LEAVE: Final = (
 WITH locked AS (
   SELECT 1 FROM bot_leases WHERE bot = $1 FOR UPDATE
 ), """
-    + BEST.format(when="$4", lease="locked")
+    + BEST.format(when="$4", lease="locked", reason="$3")
     + """
 me AS (
   UPDATE bot_instances SET state = 'stopped', stop_reason = $3, ended_at = clock_timestamp(),
@@ -265,7 +339,23 @@ TOUCH: Final = """
 UPDATE bot_instances SET last_heartbeat = clock_timestamp(), beat = beat + 1, state = $2
 WHERE instance_id = $1 AND ended_at IS NULL
 """
-LEASES: Final = "SELECT bot, term, beat, holder, ttl, renewed_at FROM bot_leases ORDER BY bot"
+LEASES: Final = "SELECT bot, term, beat, holder, ttl, renewed_at, paused FROM bot_leases ORDER BY bot"
+TERMS: Final = """
+SELECT bot, term, instance_id, deployment, host, how, acquired_at, released_at, reason, trial, last_beat, ttl
+FROM bot_terms WHERE ($1::text IS NULL OR bot = $1) ORDER BY bot, term DESC LIMIT $2
+"""
+FAILURES: Final = "SELECT bot, deployment, failures FROM bot_failures"
+DEACTIVATE: Final = """
+UPDATE bot_instances SET is_active = FALSE WHERE is_active AND bot IS NOT NULL
+  AND ($1::text IS NULL OR bot = $1) AND ($2::text IS NULL OR instance_id = $2)
+"""
+PAUSE: Final = "UPDATE bot_leases SET paused = $2 WHERE paused <> $2 AND ($1::text IS NULL OR bot = $1)"
+PRUNE: Final = (
+    "DELETE FROM bot_instances WHERE last_heartbeat < clock_timestamp() - make_interval(secs => $2) AND NOT is_active "
+    "AND bot IS NOT NULL AND ($1::text IS NULL OR bot = $1)",
+    "DELETE FROM bot_terms t WHERE released_at < clock_timestamp() - make_interval(secs => $2) "
+    "AND ($1::text IS NULL OR bot = $1) AND term < (SELECT l.term FROM bot_leases l WHERE l.bot = t.bot)",
+)
 INSTANCES: Final = """
 SELECT bot, instance_id, is_active, state, term, deployment, generation, host, pid, started_at,
        last_heartbeat, stop_reason, ended_at, version
@@ -391,7 +481,7 @@ class PostgresStore:
 
     def _sql(self, text: str) -> str:
         era = f"('x' || {self._timeline})::bit(32)::bigint * 1000000"
-        return text.replace("{timeline}", self._timeline).replace("{era}", era)
+        return text.replace("{timeline}", self._timeline).replace("{era}", era).replace("{tries}", str(TRIES))
 
     async def open(self, deadline: float) -> None:
         async def work(connection: asyncpg.Connection) -> None:
@@ -401,7 +491,7 @@ class PostgresStore:
                 version = None
             except asyncpg.UndefinedColumnError:
                 raise StoreRefused(f"botlease_schema in {self.url} is not ours: {OWN_SCHEMA}") from None
-            if version is None:
+            if version is None or version < SCHEMA_VERSION:
                 await self._migrate(connection)
             elif version > SCHEMA_VERSION:
                 raise StoreRefused(
@@ -426,26 +516,26 @@ class PostgresStore:
     async def _migrate(self, connection: asyncpg.Connection) -> None:
         async with connection.transaction():
             await connection.execute(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
-            if await connection.fetchval("SELECT to_regclass('botlease_schema') IS NOT NULL"):
-                return  # another first start was quicker
-            taken = await connection.fetchval(
-                "SELECT string_agg(t, ', ') FROM unnest(ARRAY['bot_leases', 'bot_deployments', 'bot_terms']) t "
-                "WHERE to_regclass(t) IS NOT NULL"
-            )
-            if taken:
-                raise StoreRefused(
-                    f"{taken} in {self.url} belongs to something else; nothing was changed: {OWN_SCHEMA}"
-                )
-            kind = await connection.fetchval(
-                "SELECT relkind::text FROM pg_class WHERE oid = to_regclass('bot_instances')"
-            )
-            if kind is None:
-                await connection.execute(CREATE_INSTANCES)
-            await self._adopt(connection, kind or "r")
-            await connection.execute(CREATE_REST)
-            await connection.execute(
-                f"INSERT INTO botlease_schema VALUES ({SCHEMA_VERSION}, $1 || {self._timeline})", self._system
-            )
+            if not await connection.fetchval("SELECT to_regclass('botlease_schema') IS NOT NULL"):
+                await self._create(connection)  # else another first start was quicker
+            version = await connection.fetchval("SELECT version FROM botlease_schema")
+            for each in range(version + 1, SCHEMA_VERSION + 1):
+                await connection.execute(UPGRADES[each])
+                await connection.execute("UPDATE botlease_schema SET version = $1", each)
+
+    async def _create(self, connection: asyncpg.Connection) -> None:
+        taken = await connection.fetchval(
+            "SELECT string_agg(t, ', ') FROM unnest(ARRAY['bot_leases', 'bot_deployments', 'bot_terms']) t "
+            "WHERE to_regclass(t) IS NOT NULL"
+        )
+        if taken:
+            raise StoreRefused(f"{taken} in {self.url} belongs to something else; nothing was changed: {OWN_SCHEMA}")
+        kind = await connection.fetchval("SELECT relkind::text FROM pg_class WHERE oid = to_regclass('bot_instances')")
+        if kind is None:
+            await connection.execute(CREATE_INSTANCES)
+        await self._adopt(connection, kind or "r")
+        await connection.execute(CREATE_REST)
+        await connection.execute(f"INSERT INTO botlease_schema VALUES (1, $1 || {self._timeline})", self._system)
 
     async def _adopt(self, connection: asyncpg.Connection, kind: str) -> None:
         """Take over a table of an earlier system by adding columns; refuse one that is something else."""
@@ -507,10 +597,10 @@ class PostgresStore:
     async def read(self, bot: str, instance_id: str, deadline: float) -> View:
         return await self._call(deadline, lambda c: self._view(c, bot, instance_id))
 
-    async def claim(self, bot: str, instance_id: str, source: str | None, deadline: float) -> bool:
+    async def claim(self, bot: str, instance_id: str, source: tuple[str, int] | None, deadline: float) -> bool:
         async def work(c: asyncpg.Connection) -> bool:
             try:
-                return bool(await c.fetchval(CLAIM, bot, instance_id, source))
+                return bool(await c.fetchval(CLAIM, bot, instance_id, *(source or (None, 0))))
             except (asyncpg.UniqueViolationError, asyncpg.DeadlockDetectedError):
                 return False  # rolled back: an operator's edit of this very moment was quicker
 
@@ -527,19 +617,27 @@ class PostgresStore:
         how: How,
         ttl: float,
         proof: str,
+        trial: bool,
         deadline: float,
     ) -> Grant | None:
         row = await self._call(
             deadline,
             lambda c: c.fetchrow(
-                self._sql(ACQUIRE), bot, instance_id, *key, floor, nonce, ttl, self._system, proof, str(how)
+                self._sql(ACQUIRE),
+                *(bot, instance_id, *key, floor, nonce, ttl, self._system, proof, str(how)),
+                Trial.ON if trial else Trial.NONE,
             ),
         )
         return Grant(row["term"], row["origin"]) if row else None
 
     async def renew(self, bot: str, instance_id: str, term: int, nonce: str, deadline: float) -> Renewal | None:
         row = await self._call(deadline, lambda c: c.fetchrow(self._sql(RENEW), bot, instance_id, term, nonce))
-        return Renewal(row["assigned"], row["vacant"], self._system + row["timeline"]) if row else None
+        if row is None:
+            return None
+        return Renewal(row["assigned"], row["vacant"], self._system + row["timeline"], row["paused"])
+
+    async def passed(self, bot: str, instance_id: str, term: int, nonce: str, deadline: float) -> bool:
+        return bool(await self._call(deadline, lambda c: c.fetchval(PASS, bot, instance_id, term, nonce)))
 
     async def release(
         self,
@@ -571,6 +669,7 @@ class PostgresStore:
             return {
                 "leases": [dict(r) for r in await c.fetch(LEASES)],
                 "instances": [dict(r) for r in await c.fetch(INSTANCES)],
+                "failures": [dict(r) for r in await c.fetch(FAILURES)],
             }
 
         return await self._call(deadline, work)
@@ -586,8 +685,29 @@ class PostgresStore:
 
         await self._call(deadline, work)
 
+    async def terms(self, bot: str | None, limit: int, deadline: float) -> list[dict[str, Any]]:
+        return [dict(r) for r in await self._call(deadline, lambda c: c.fetch(TERMS, bot, limit))]
+
+    async def deactivate(self, bot: str | None, instance_id: str | None, deadline: float) -> int:
+        return _count(await self._call(deadline, lambda c: c.execute(DEACTIVATE, bot, instance_id)))
+
+    async def pause(self, bot: str | None, on: bool, deadline: float) -> int:
+        return _count(await self._call(deadline, lambda c: c.execute(PAUSE, bot, on)))
+
+    async def prune(self, bot: str | None, days: float, deadline: float) -> tuple[int, int]:
+        async def work(c: asyncpg.Connection) -> tuple[int, int]:
+            instances, terms = [_count(await c.execute(statement, bot, days * 86_400)) for statement in PRUNE]
+            return instances, terms
+
+        return await self._call(deadline, work)
+
     def guard_fd(self, bot: str) -> int | None:
         return None
+
+
+def _count(tag: str) -> int:
+    """How many rows, from the server's "UPDATE 3"."""
+    return int(tag.split()[-1])
 
 
 def _explain(e: Exception, url: str) -> StoreError:

@@ -140,7 +140,7 @@ class SqliteStore:
     async def read(self, bot: str, instance_id: str, deadline: float) -> View:
         return await self._call(deadline, lambda f: f.read(bot, instance_id))
 
-    async def claim(self, bot: str, instance_id: str, source: str | None, deadline: float) -> bool:
+    async def claim(self, bot: str, instance_id: str, source: tuple[str, int] | None, deadline: float) -> bool:
         return await self._call(deadline, lambda f: f.claim(bot, instance_id, source))
 
     async def acquire(
@@ -154,6 +154,7 @@ class SqliteStore:
         how: How,
         ttl: float,
         proof: str,
+        trial: bool,
         deadline: float,
     ) -> Grant | None:
         def call(f: SqliteFile) -> Grant | None:
@@ -161,7 +162,9 @@ class SqliteStore:
                 return None
             grant = None
             try:
-                grant = f.acquire(bot, instance_id, key, nonce=nonce, floor=floor, how=how, ttl=ttl, proof=proof)
+                grant = f.acquire(
+                    bot, instance_id, key, nonce=nonce, floor=floor, how=how, ttl=ttl, proof=proof, trial=trial
+                )
             finally:
                 if grant is None:  # denied, or failed: a lock we kept would shut everybody else out
                     self._drop_guard(bot)
@@ -191,6 +194,9 @@ class SqliteStore:
 
         return await self._call(deadline, call)
 
+    async def passed(self, bot: str, instance_id: str, term: int, nonce: str, deadline: float) -> bool:
+        return await self._call(deadline, lambda f: f.passed(bot, instance_id, term, nonce))
+
     async def touch(self, instance_id: str, state: str, deadline: float) -> None:
         await self._call(deadline, lambda f: f.touch(instance_id, state))
 
@@ -202,6 +208,18 @@ class SqliteStore:
 
     async def promote(self, instance_id: str, deadline: float) -> None:
         await self._call(deadline, lambda f: f.promote(instance_id))
+
+    async def terms(self, bot: str | None, limit: int, deadline: float) -> list[dict[str, Any]]:
+        return await self._call(deadline, lambda f: f.terms(bot, limit))
+
+    async def deactivate(self, bot: str | None, instance_id: str | None, deadline: float) -> int:
+        return await self._call(deadline, lambda f: f.deactivate(bot, instance_id))
+
+    async def pause(self, bot: str | None, on: bool, deadline: float) -> int:
+        return await self._call(deadline, lambda f: f.pause(bot, on))
+
+    async def prune(self, bot: str | None, days: float, deadline: float) -> tuple[int, int]:
+        return await self._call(deadline, lambda f: f.prune(bot, days))
 
     # The side-car lock --------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from botlease import clock
-from botlease.model import How, Reason, View
+from botlease.model import TRIES, How, Reason, Trial, View
 from botlease.stores import (
     KEEP_ENDED_DAYS,
     SCHEMA_VERSION,
@@ -75,19 +75,53 @@ WHEN NEW.is_active AND NOT OLD.is_active AND NEW.bot IS NOT NULL BEGIN
 END;
 """
 
-READ: Final = """
-SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served,
+# From version 1 to 2: probation, pause, evidence in the journal, and an operator's choice that lasts.
+# An edit by hand is told from a claim or a handing-on by the beat, which those raise: who gives the assignment to an
+# older deployment by hand wants it to stay there, whatever restarts meanwhile. So that deployment becomes the newest.
+UPGRADE_2: Final = """
+ALTER TABLE bot_leases ADD COLUMN paused BOOLEAN NOT NULL DEFAULT FALSE;
+ALTER TABLE bot_terms ADD COLUMN trial TEXT NOT NULL DEFAULT '';
+ALTER TABLE bot_terms ADD COLUMN host TEXT;
+ALTER TABLE bot_terms ADD COLUMN last_beat TIMESTAMP;
+ALTER TABLE bot_terms ADD COLUMN ttl REAL;
+CREATE INDEX bot_terms_trials ON bot_terms (bot, deployment) WHERE trial = 'on';
+CREATE VIEW bot_failures AS
+  SELECT bot, deployment, count(*) AS failures FROM bot_terms
+  WHERE trial = 'on' AND reason IN ('failed', 'died', 'expired') GROUP BY bot, deployment;
+CREATE TRIGGER bot_instances_by_hand AFTER UPDATE OF is_active ON bot_instances
+WHEN NEW.is_active AND NOT OLD.is_active AND NEW.bot IS NOT NULL AND NEW.beat = OLD.beat
+  AND EXISTS (SELECT 1 FROM bot_deployments d WHERE d.bot = NEW.bot AND d.generation > NEW.generation) BEGIN
+  INSERT OR REPLACE INTO bot_deployments (bot, deployment, first_seen)
+    SELECT bot, deployment, first_seen FROM bot_deployments WHERE bot = NEW.bot AND deployment = NEW.deployment;
+  UPDATE bot_instances SET generation = (
+    SELECT d.generation FROM bot_deployments d WHERE d.bot = NEW.bot AND d.deployment = NEW.deployment)
+  WHERE bot = NEW.bot AND deployment = NEW.deployment AND ended_at IS NULL;
+END;
+"""
+UPGRADES: Final = {2: UPGRADE_2}
+
+READ: Final = f"""
+SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, coalesce(l.paused, FALSE) AS paused,
+       (SELECT t.trial FROM bot_terms t WHERE t.bot = :bot AND t.term = l.term) AS trial,
+       coalesce(mine.failures, 0) AS failures,
+       (SELECT count(*) FROM bot_instances o
+          LEFT JOIN bot_failures f ON f.bot = o.bot AND f.deployment = o.deployment
+        WHERE o.bot = :bot AND o.ended_at IS NULL AND o.instance_id <> :me AND coalesce(f.failures, 0) < {TRIES}
+          AND (julianday(:now) - julianday(o.last_heartbeat)) * 86400.0 < 3 * coalesce(l.ttl, 10)) AS others,
        (julianday(:now) - julianday(l.renewed_at)) * 86400.0 AS renewed_ago,
        a.instance_id AS a_id, a.generation AS a_generation, a.ended_at IS NOT NULL AS a_ended, a.beat AS a_beat,
        (julianday(:now) - julianday(a.last_heartbeat)) * 86400.0 AS a_age,
        me.generation AS my_generation,
-       (SELECT count(*) FROM bot_instances o WHERE o.bot = :bot AND o.ended_at IS NULL AND NOT o.is_active
-          AND o.instance_id <> :me
-          AND (o.generation > me.generation OR (o.generation = me.generation AND o.started_at < me.started_at))
+       (SELECT count(*) FROM bot_instances o
+          LEFT JOIN bot_failures f ON f.bot = o.bot AND f.deployment = o.deployment
+        WHERE o.bot = :bot AND o.ended_at IS NULL AND NOT o.is_active AND o.instance_id <> :me
+          AND (coalesce(f.failures, 0), -o.generation, o.started_at)
+              < (coalesce(mine.failures, 0), -me.generation, me.started_at)
           AND (julianday(:now) - julianday(o.last_heartbeat)) * 86400.0 < 3 * coalesce(l.ttl, 10)) AS ahead
 FROM (SELECT 1) LEFT JOIN bot_leases l ON l.bot = :bot
      LEFT JOIN bot_instances a ON a.bot = :bot AND a.is_active
      LEFT JOIN bot_instances me ON me.instance_id = :me
+     LEFT JOIN bot_failures mine ON mine.bot = :bot AND mine.deployment = me.deployment
 """
 
 # Our row, our deployment's generation, the lease. A lease that is missing although the journal knows
@@ -114,15 +148,22 @@ ON CONFLICT DO NOTHING
 """
 PRUNE: Final = (
     # One that was killed has no end, only a last heartbeat.
-    "DELETE FROM bot_instances WHERE last_heartbeat < :old AND NOT is_active AND bot IS NOT NULL",
-    "DELETE FROM bot_terms WHERE released_at < :old "
+    "DELETE FROM bot_instances WHERE last_heartbeat < :old AND NOT is_active AND bot IS NOT NULL "
+    "AND (:bot IS NULL OR bot = :bot)",
+    "DELETE FROM bot_terms WHERE released_at < :old AND (:bot IS NULL OR bot = :bot) "
     "AND term < (SELECT term FROM bot_leases l WHERE l.bot = bot_terms.bot)",
 )
+DEACTIVATE: Final = (
+    "UPDATE bot_instances SET is_active = FALSE WHERE is_active AND bot IS NOT NULL "
+    "AND (:bot IS NULL OR bot = :bot) AND (:me IS NULL OR instance_id = :me)"
+)
+PAUSE: Final = "UPDATE bot_leases SET paused = :on WHERE paused <> :on AND (:bot IS NULL OR bot = :bot)"
 
 CLAIM: Final = """
-UPDATE bot_instances SET is_active = TRUE
+UPDATE bot_instances SET is_active = TRUE, beat = beat + 1
 WHERE instance_id = :me AND ended_at IS NULL
   AND (SELECT max(instance_id) FROM bot_instances a WHERE a.bot = :bot AND a.is_active) IS :source
+  AND coalesce((SELECT max(generation) FROM bot_instances a WHERE a.bot = :bot AND a.is_active), 0) = :generation
 """
 
 # The compare-and-set that begins a term.
@@ -131,16 +172,22 @@ UPDATE bot_leases SET
   term = max(:floor, term, (SELECT coalesce(max(t.term), 0) FROM bot_terms t WHERE t.bot = :bot)) + 1,
   beat = 0, nonce = :new, holder = :me, ttl = :ttl, origin = :origin, proof = :proof, renewed_at = :now,
   served = max(served, (SELECT generation FROM bot_instances WHERE instance_id = :me))
-WHERE bot = :bot AND term = :term AND beat = :beat AND nonce = :nonce AND holder IS :holder
+WHERE bot = :bot AND term = :term AND beat = :beat AND nonce = :nonce AND holder IS :holder AND NOT paused
   AND EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = :me AND bot = :bot AND is_active AND ended_at IS NULL)
 RETURNING term
 """
+LAST_BEAT: Final = "SELECT renewed_at, ttl FROM bot_leases WHERE bot = :bot"
 CLOSE_OLD_TERM: Final = (
-    "UPDATE bot_terms SET released_at = :now, reason = :how WHERE bot = :bot AND term < :term AND released_at IS NULL"
+    "UPDATE bot_terms SET released_at = :now, reason = :how, last_beat = :last_beat, ttl = :old_ttl "
+    "WHERE bot = :bot AND term < :term AND released_at IS NULL"
 )
 OPEN_TERM: Final = """
-INSERT INTO bot_terms (bot, term, instance_id, deployment, how, acquired_at)
-SELECT :bot, :term, :me, deployment, :how, :now FROM bot_instances WHERE instance_id = :me
+INSERT INTO bot_terms (bot, term, instance_id, deployment, host, how, acquired_at, trial)
+SELECT :bot, :term, :me, deployment, host, :how, :now, :trial FROM bot_instances WHERE instance_id = :me
+"""
+PASS: Final = """
+UPDATE bot_terms SET trial = 'passed' WHERE bot = :bot AND term = :term AND trial = 'on'
+  AND EXISTS (SELECT 1 FROM bot_leases WHERE bot = :bot AND term = :term AND nonce = :nonce AND holder = :me)
 """
 SHOW_TERM: Final = (
     "UPDATE bot_instances SET term = :term, state = 'active', last_heartbeat = :now, beat = beat + 1 "
@@ -157,7 +204,7 @@ RENEW: Final = """
 UPDATE bot_leases SET beat = beat + 1, renewed_at = :now
 WHERE bot = :bot AND term = :term AND nonce = :nonce AND holder = :me
 RETURNING EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = :me AND is_active) AS assigned,
-          NOT EXISTS (SELECT 1 FROM bot_instances a WHERE a.bot = :bot AND a.is_active) AS vacant
+          NOT EXISTS (SELECT 1 FROM bot_instances a WHERE a.bot = :bot AND a.is_active) AS vacant, paused
 """
 
 RELEASE: Final = """
@@ -173,14 +220,22 @@ END: Final = (
     "WHERE instance_id = :me AND ended_at IS NULL"
 )
 # The best live standby gets the assignment, if it is ours to give. With nobody to take it, it stays: a
-# vacancy would mean that the operator wants nobody to run.
+# vacancy would mean that the operator wants nobody to run. The best: after a failed probation another deployment; then
+# one that failed none; then the newest. One of an older deployment that started after us, when a stop signal ended us,
+# is a roll-back: left without its beat it counts as chosen by hand, and stays.
 HAND_ON: Final = """
-UPDATE bot_instances SET is_active = TRUE WHERE instance_id = (
+UPDATE bot_instances SET is_active = TRUE, beat = beat + CASE WHEN :reason = 'stopped' AND EXISTS (
+    SELECT 1 FROM bot_instances me WHERE me.instance_id = :me
+      AND bot_instances.generation < me.generation AND bot_instances.started_at > me.started_at)
+  THEN 0 ELSE 1 END
+WHERE instance_id = (
   SELECT o.instance_id FROM bot_instances o
+    LEFT JOIN bot_failures f ON f.bot = o.bot AND f.deployment = o.deployment
   WHERE o.bot = :bot AND o.ended_at IS NULL AND o.instance_id <> :me
     AND (julianday(:now) - julianday(o.last_heartbeat)) * 86400.0
         < 3 * coalesce((SELECT ttl FROM bot_leases WHERE bot = :bot), 10)
-  ORDER BY o.generation DESC, o.started_at LIMIT 1)
+  ORDER BY :reason = 'failed' AND o.deployment = (SELECT deployment FROM bot_instances WHERE instance_id = :me),
+    coalesce(f.failures, 0), o.generation DESC, o.started_at LIMIT 1)
 AND EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = :me AND is_active)
 """
 
@@ -188,7 +243,12 @@ TOUCH: Final = (
     "UPDATE bot_instances SET last_heartbeat = :now, beat = beat + 1, state = :state "
     "WHERE instance_id = :me AND ended_at IS NULL"
 )
-LEASES: Final = "SELECT bot, term, beat, holder, ttl, renewed_at FROM bot_leases ORDER BY bot"
+LEASES: Final = "SELECT bot, term, beat, holder, ttl, renewed_at, paused FROM bot_leases ORDER BY bot"
+TERMS: Final = """
+SELECT bot, term, instance_id, deployment, host, how, acquired_at, released_at, reason, trial, last_beat, ttl
+FROM bot_terms WHERE (:bot IS NULL OR bot = :bot) ORDER BY bot, term DESC LIMIT :limit
+"""
+FAILURES: Final = "SELECT bot, deployment, failures FROM bot_failures"
 INSTANCES: Final = """
 SELECT bot, instance_id, is_active, state, term, deployment, generation, host, pid, started_at,
        last_heartbeat, stop_reason, ended_at, version
@@ -273,10 +333,11 @@ class SqliteFile:
     def _migrate(self) -> None:
         inode = Path(self.path).stat().st_ino if self.path != ":memory:" else 0
         store_id = self._known()
-        if store_id is None:
+        if store_id is None or self._version() < SCHEMA_VERSION:
             with self._write():
                 # Under the write lock: of two first starts at once the second finds it done.
                 store_id = self._known() or self._create(inode)
+                self._upgrade()
         self.inode = inode
         self.origin = f"{store_id}/{inode}"
 
@@ -299,6 +360,15 @@ class SqliteFile:
             )
         return str(row["store_id"])
 
+    def _version(self) -> int:
+        return int(self.db.execute("SELECT version FROM botlease_schema").fetchone()["version"])
+
+    def _upgrade(self) -> None:
+        for version in range(self._version() + 1, SCHEMA_VERSION + 1):
+            for statement in _statements(UPGRADES[version]):
+                self.db.execute(statement)
+            self.db.execute("UPDATE botlease_schema SET version = ?", (version,))
+
     def _create(self, inode: int) -> str:
         db = self.db
         names = [r[0] for r in db.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")]
@@ -317,7 +387,7 @@ class SqliteFile:
         for statement in _statements(CREATE_REST):
             db.execute(statement)
         store_id = os.urandom(8).hex()
-        db.execute("INSERT INTO botlease_schema VALUES (?, ?, ?)", (SCHEMA_VERSION, store_id, f"{store_id}/{inode}"))
+        db.execute("INSERT INTO botlease_schema VALUES (?, ?, ?)", (1, store_id, f"{store_id}/{inode}"))
         return store_id
 
     def _adopt(self, db: sqlite3.Connection, columns: list[str], needed: list[str]) -> None:
@@ -364,11 +434,12 @@ class SqliteFile:
             "origin": self.origin,
             "era": self.era(),
             "now": clock.iso(now),
-            "old": clock.iso(now - KEEP_ENDED_DAYS * 86_400),
         }
         with self._write() as db:
-            for statement in (ADD_DEPLOYMENT, ADD_INSTANCE, ADD_LEASE, *PRUNE):
+            for statement in (ADD_DEPLOYMENT, ADD_INSTANCE, ADD_LEASE):
                 db.execute(statement, values)
+            for statement in PRUNE:
+                db.execute(statement, {"bot": None, "old": clock.iso(now - KEEP_ENDED_DAYS * 86_400)})
             return self._view(me.bot, me.instance_id)
 
     def read(self, bot: str, instance_id: str) -> View:
@@ -379,12 +450,24 @@ class SqliteFile:
         row = self.db.execute(READ, {"bot": bot, "me": instance_id, "now": clock.iso(self.wall())}).fetchone()
         return make_view(row, self.origin, self.era())
 
-    def claim(self, bot: str, instance_id: str, source: str | None) -> bool:
+    def claim(self, bot: str, instance_id: str, source: tuple[str, int] | None) -> bool:
         with self._write() as db:
-            return db.execute(CLAIM, {"bot": bot, "me": instance_id, "source": source}).rowcount == 1
+            who, generation = source or (None, 0)
+            values = {"bot": bot, "me": instance_id, "source": who, "generation": generation}
+            return db.execute(CLAIM, values).rowcount == 1
 
     def acquire(
-        self, bot: str, instance_id: str, key: Key, *, nonce: str, floor: int, how: How, ttl: float, proof: str
+        self,
+        bot: str,
+        instance_id: str,
+        key: Key,
+        *,
+        nonce: str,
+        floor: int,
+        how: How,
+        ttl: float,
+        proof: str,
+        trial: bool = False,
     ) -> Grant | None:
         values = {
             "bot": bot,
@@ -398,14 +481,16 @@ class SqliteFile:
             "how": str(how),
             "ttl": ttl,
             "proof": proof,
+            "trial": Trial.ON if trial else Trial.NONE,
             "origin": self.origin,
             "now": clock.iso(self.wall()),
         }
         with self._write() as db:
+            old = db.execute(LAST_BEAT, values).fetchone()
             rows = db.execute(ACQUIRE, values).fetchall()
             if not rows:
                 return None
-            values["term"] = rows[0]["term"]
+            values |= {"term": rows[0]["term"], "last_beat": old["renewed_at"], "old_ttl": old["ttl"]}
             for statement in (CLOSE_OLD_TERM, OPEN_TERM, SHOW_TERM):
                 db.execute(statement, values)
             if how is How.DIED:
@@ -416,7 +501,15 @@ class SqliteFile:
         values = {"bot": bot, "me": instance_id, "term": term, "nonce": nonce, "now": clock.iso(self.wall())}
         with self._write() as db:
             rows = db.execute(RENEW, values).fetchall()
-            return Renewal(bool(rows[0]["assigned"]), bool(rows[0]["vacant"]), self.origin) if rows else None
+            if not rows:
+                return None
+            row = rows[0]
+            return Renewal(bool(row["assigned"]), bool(row["vacant"]), self.origin, bool(row["paused"]))
+
+    def passed(self, bot: str, instance_id: str, term: int, nonce: str) -> bool:
+        with self._write() as db:
+            values = {"bot": bot, "me": instance_id, "term": term, "nonce": nonce}
+            return db.execute(PASS, values).rowcount == 1
 
     def release(
         self, bot: str, instance_id: str, term: int, nonce: str, *, reason: Reason, pass_on: bool, leave: bool
@@ -455,7 +548,28 @@ class SqliteFile:
         instances = [dict(r) for r in self.db.execute(INSTANCES)]
         for row in instances:
             row["is_active"] = bool(row["is_active"])
-        return {"leases": leases, "instances": instances}
+        for row in leases:
+            row["paused"] = bool(row["paused"])
+        failures = [dict(r) for r in self.db.execute(FAILURES)]
+        return {"leases": leases, "instances": instances, "failures": failures}
+
+    def terms(self, bot: str | None, limit: int) -> list[dict[str, Any]]:
+        self._same_file()
+        return [dict(r) for r in self.db.execute(TERMS, {"bot": bot, "limit": limit})]
+
+    def deactivate(self, bot: str | None, instance_id: str | None) -> int:
+        with self._write() as db:
+            return db.execute(DEACTIVATE, {"bot": bot, "me": instance_id}).rowcount
+
+    def pause(self, bot: str | None, on: bool) -> int:
+        with self._write() as db:
+            return db.execute(PAUSE, {"bot": bot, "on": on}).rowcount
+
+    def prune(self, bot: str | None, days: float) -> tuple[int, int]:
+        old = clock.iso(self.wall() - days * 86_400)
+        with self._write() as db:
+            instances, terms = (db.execute(statement, {"bot": bot, "old": old}).rowcount for statement in PRUNE)
+            return instances, terms
 
     def promote(self, instance_id: str) -> None:
         with self._write() as db:
