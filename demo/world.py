@@ -80,7 +80,7 @@ class World:
         self.say(self.name, text)
 
     def environment(self, version: str) -> dict[str, str]:
-        dropped = ("BOTLEASE_", "RAILWAY_", "TELEGRAM_", "BOT_", "PRICE_")
+        dropped = ("BOTLEASE_", "RAILWAY_", "TELEGRAM_", "BOT_", "PRICE_", "HOSTNAME")
         env = {k: v for k, v in os.environ.items() if not k.startswith(dropped) and k != "DATABASE_URL"}
         return env | {
             "TELEGRAM_BOT_TOKEN": f"{self.bot_id}:AA-a-token-of-the-demo",

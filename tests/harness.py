@@ -29,7 +29,9 @@ def until(what: Callable[[], object], limit: float = 15.0) -> object:
 
 
 def clean_env(**more: str) -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("BOTLEASE_", "DATABASE_URL", "RAILWAY_"))}
+    env = {
+        k: v for k, v in os.environ.items() if not k.startswith(("BOTLEASE_", "DATABASE_URL", "RAILWAY_", "HOSTNAME"))
+    }
     return env | more
 
 

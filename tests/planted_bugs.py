@@ -157,7 +157,7 @@ def a_renewal_that_comes_too_late_counts() -> Iterator[None]:
 
 @bug
 def acquire_after_a_stop_signal() -> Iterator[None]:
-    def wrong(s: Any, now: float, out: Any) -> Any:
+    def wrong(s: Any, reason: Any, now: float, out: Any) -> Any:
         return s
 
     with patch.object(core, "_stop", wrong):

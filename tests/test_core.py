@@ -477,7 +477,7 @@ def test_moved_by_hand_to_an_older_one_the_newer_one_stays() -> None:
     assert d.state.asking is None
 
 
-# Warm, paused, in danger -----------------------------------------------------------------------------------------------
+# Warm, paused, in danger ------------------------------------------------------------------------------------------
 
 
 def test_a_warm_newcomer_asks_when_its_work_has_come_to_the_gate() -> None:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
 import pytest
 from simulation import Node, Plan, World
 
-from botlease import core
-from botlease.model import StopAsked, Timing
+from botlease.model import StopAsked, Timing, Woken
 
 ATTEMPT_OF_A_PLATFORM = (0.5, 2.0, 10.0, 60.0)
+
+
+class Steady(random.Random):
+    """No hint is lost, nothing ends by chance, everybody is quick."""
+
+    def random(self) -> float:
+        return 0.5
+
+    def choice(self, seq: Any) -> Any:
+        return seq[0]
 
 
 def quiet(probation: float = 30.0, **more: object) -> World:
@@ -34,8 +46,7 @@ def quiet(probation: float = 30.0, **more: object) -> World:
     world = World(1, plan)
     world.calm = True
     world.limit = 10**9  # these worlds live for hours
-    world.rng.random = lambda: 0.5  # type: ignore[method-assign] - no hint is lost, nothing ends by chance
-    world.rng.choice = lambda options: options[0]  # type: ignore[method-assign] - everybody is quick
+    world.rng = Steady()
     return world
 
 
@@ -153,7 +164,7 @@ def test_what_the_operator_chose_stays_until_a_new_deployment() -> None:
     two = world.deploy("two")
     world.run_until(world.time + 5)
     world.db.promote(one.name)
-    world.changed(core.Woken())
+    world.changed(Woken())
     world.run_until(world.time + 5)
     assert working(world) == "one"
     world.crash(two)

@@ -12,11 +12,22 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # known to type checkers by its name; typing itself is not worth its memory this early
 __version__ = "0.1.0"
-__all__ = ["ConfigurationError", "LeaseLost", "StoreError", "Term", "active", "exclusive"]
+__all__ = [
+    "ConfigurationError",
+    "LeaseLost",
+    "NotSupervised",
+    "StoreError",
+    "Term",
+    "active",
+    "exclusive",
+    "gate",
+    "wait_at_gate",
+]
 
 if TYPE_CHECKING:
     from typing import Any
 
+    from botlease.gating import NotSupervised, gate, wait_at_gate
     from botlease.inside import LeaseLost, Term, active, exclusive
     from botlease.settings import ConfigurationError
     from botlease.stores import StoreError
@@ -30,6 +41,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("botlease.stores").StoreError
     if name == "ConfigurationError":
         return importlib.import_module("botlease.settings").ConfigurationError
+    if name in ("NotSupervised", "gate", "wait_at_gate"):
+        return getattr(importlib.import_module("botlease.gating"), name)
     if name in __all__:
         module = importlib.import_module("botlease.inside")
         globals().update({n: getattr(module, n) for n in ("LeaseLost", "Term", "active", "exclusive")})

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from botlease import __version__, settings
-from botlease.platforms import PLAIN
+from botlease.platforms import PLAIN, SYSTEMD
 from botlease.settings import ConfigurationError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -72,6 +72,20 @@ def database_option(f: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--stop-grace", type=float, metavar="S", help="Seconds from SIGTERM to SIGKILL for the bot. Default 10.")
 @click.option("--lock-delay", type=float, metavar="S", help="Seconds to wait after an expired lease. Default 1.")
 @click.option("--max-crashes", type=click.IntRange(0, 1000), help="Crashes in a row that end the term. Default 5.")
+@click.option(
+    "--probation", type=float, metavar="S", help="Seconds in which the old one takes back. 0: none. Default 30."
+)
+@click.option(
+    "--healthy-if", metavar="RULE", help="Proof of progress: http://URL, a FILE that is touched, stdout:REGEX."
+)
+@click.option("--healthy-within", type=float, metavar="S", help="For how long one such proof counts. Default 30.")
+@click.option("--warm", is_flag=True, help="Start the bot up to botlease.gate() while another one works.")
+@click.option("--danger-signal", metavar="A[,B]", help="Sent to the bot when renewals fail; B when they succeed again.")
+@click.option(
+    "--when-superseded",
+    type=click.Choice(["exit", "stay"]),
+    help="After the probation. Default: as the platform needs.",
+)
 @click.option("--take-over", is_flag=True, help="By hand: take over from the one that runs.")
 @click.option("--standby", is_flag=True, help="Wait until the one that runs ends.")
 @click.option("--pass-database", is_flag=True, help="Give the lease's database URL to the bot, too.")
@@ -88,6 +102,12 @@ def run(
     stop_grace: float | None,
     lock_delay: float | None,
     max_crashes: int | None,
+    probation: float | None,
+    healthy_if: str | None,
+    healthy_within: float | None,
+    warm: bool,
+    danger_signal: str | None,
+    when_superseded: str | None,
     take_over: bool,
     standby: bool,
     pass_database: bool,
@@ -102,11 +122,19 @@ def run(
     botlease run -- python bot.py
     botlease run --name mybot --database postgresql://me@db/bots -- node bot.js
 
-    A newer deployment takes over; an equal one stands by. Without a deployment key (on a laptop) a second
-    start is refused, unless --take-over or --standby. SIGTERM and SIGINT stop the bot, then this.
+    A newer deployment takes over, on probation: if it fails, the old one takes back, and after two failures it
+    only fills vacancies. An equal or older one stands by. Without a deployment key (on a laptop) a second start is
+    refused, unless --take-over or --standby. SIGTERM and SIGINT stop the bot, then this.
 
-    Exit codes: the bot's own; 0 after a stop signal; 2 usage; 69 no database; 75 refused, another one
-    runs; 78 settings or a database that cannot work; 126 or 127 the command cannot be started.
+    \b
+    Exit codes:
+      the bot's own; 0 after a stop signal, or when superseded for good
+      2    a wrong command line
+      69   the database cannot be reached
+      70   the bot made no progress, or ended within its probation
+      75   refused: another one runs
+      78   settings or a database that cannot work
+      126  the command cannot be executed      127  the command cannot be found
     """
     if not command:
         raise click.UsageError("no command: botlease run [OPTIONS] -- python bot.py")
@@ -121,6 +149,12 @@ def run(
             stop_grace=stop_grace,
             lock_delay=lock_delay,
             max_crashes=max_crashes,
+            probation=probation,
+            healthy_if=healthy_if,
+            healthy_within=healthy_within,
+            warm=warm,
+            danger_signal=danger_signal,
+            when_superseded=when_superseded,
             take_over=take_over,
             standby=standby,
             pass_database=pass_database,
@@ -139,17 +173,24 @@ def start(
     wait_database: float | None = None,
     health_port: int | None = None,
     health_host: str | None = "127.0.0.1",
+    healthy_if: str | None = None,
+    healthy_within: float | None = None,
+    warm: bool = False,
+    danger_signal: str | None = None,
     **options: Any,
 ) -> int:
     """Check everything that can be checked, fork the reaper, supervise. Returns the exit code."""
     hide_password(options.get("database"))
     env = os.environ
     try:
-        made = settings.make(env, pid=os.getpid(), **options)
+        made = settings.make(env, pid=os.getpid(), terminal=sys.stdin is not None and sys.stdin.isatty(), **options)
         waiting = _number(wait_database, "--wait-database", "BOTLEASE_WAIT_DATABASE", 0.0 if made.by_hand else 60.0)
         crashes = _whole(max_crashes, "BOTLEASE_MAX_CRASHES", 5, 1000)
         if health_port is None and env.get("BOTLEASE_HEALTH_PORT"):
             health_port = _whole(None, "BOTLEASE_HEALTH_PORT", 0, 65535)
+        rule = _rule(healthy_if or env.get("BOTLEASE_HEALTHY_IF"), healthy_within)
+        danger = _signals(danger_signal)
+        warm = warm or _yes("BOTLEASE_WARM")
     except ConfigurationError as e:
         fail(str(e), CONFIG)
     _check_database(made.database)
@@ -161,7 +202,7 @@ def start(
         _without_ssl()
     from botlease.run import Options, say, supervise
 
-    if made.database.startswith("sqlite:") and made.platform is not PLAIN:
+    if made.database.startswith("sqlite:") and made.platform not in (PLAIN, SYSTEMD):
         say("SQLite guards this machine only: set DATABASE_URL to PostgreSQL where a deployment gets a new disk")
     return supervise(
         made,
@@ -172,9 +213,51 @@ def start(
             wait_database=waiting,
             health_port=health_port,
             health_host=health_host,
+            warm=warm,
+            healthy_if=rule,
+            danger=danger,
         ),
         forked,
     )
+
+
+def _rule(text: str | None, within: float | None) -> Any:
+    within = _number(within, "--healthy-within", "BOTLEASE_HEALTHY_WITHIN", 30.0)
+    if not text:
+        return None
+    from botlease.work.pulse import Rule
+
+    if within < 0.5:
+        raise ConfigurationError(f"--healthy-within is {within:g}; it must be at least 0.5 s")
+    try:
+        return Rule.parse(text, within)
+    except ValueError as e:
+        raise ConfigurationError(f"--healthy-if {e}") from None
+
+
+def _signals(text: str | None) -> tuple[int, ...]:
+    import signal
+
+    if not text:
+        return ()
+    numbers = []
+    for name in text.split(","):
+        word = name.strip().upper().removeprefix("SIG")
+        if word not in ("USR1", "USR2", "HUP", "WINCH", "ALRM"):
+            raise ConfigurationError(f"--danger-signal {name!a}: use USR1, USR2, HUP, WINCH or ALRM")
+        numbers.append(int(getattr(signal, f"SIG{word}")))
+    if len(numbers) > 2:
+        raise ConfigurationError(f"--danger-signal {text!a}: name one signal, or two: A,B")
+    return tuple(numbers)
+
+
+def _yes(variable: str) -> bool:
+    value = os.environ.get(variable, "").strip().lower()
+    if value in ("", "0", "no", "false"):
+        return False
+    if value in ("1", "yes", "true"):
+        return True
+    raise ConfigurationError(f"{variable} is {value!a}; it must be 1 or 0")
 
 
 def _without_ssl() -> None:

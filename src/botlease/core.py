@@ -244,10 +244,10 @@ def _absorb(s: State, event: Event, now: float, out: list[Action]) -> State:
             return s
         case Woken():
             return replace(s, look_at=min(s.look_at, now))
-        case StopAsked():
-            return _stop(s, now, out)
-        case WorkEnded(term):
-            return _work_ended(s, term, now)
+        case StopAsked(reason):
+            return _stop(s, reason, now, out)
+        case WorkEnded(term, done):
+            return _work_ended(s, term, done, now)
         case HolderDied(term, nonce):
             return replace(s, proved=(term, nonce))
         case Ready(ready):
@@ -283,15 +283,15 @@ def _absorb(s: State, event: Event, now: float, out: list[Action]) -> State:
     return s
 
 
-def _stop(s: State, now: float, out: list[Action]) -> State:
+def _stop(s: State, reason: Reason, now: float, out: list[Action]) -> State:
     if s.stopping:
         return s
     s = replace(s, stopping=True, leave_by=now + 3 * s.timing.attempt, ask_after=now)
     if s.phase is Phase.WORKING:
-        return _drain(s, now + s.timing.stop_grace, Reason.STOPPED, out)
+        return _drain(s, now + s.timing.stop_grace, reason, out)
     if s.phase is Phase.HOLDING:
-        return replace(s, phase=Phase.RELEASING, reason=Reason.STOPPED)
-    return replace(s, reason=Reason.STOPPED) if s.phase in (Phase.JOINING, Phase.STANDBY) else s
+        return replace(s, phase=Phase.RELEASING, reason=reason)
+    return replace(s, reason=reason) if s.phase in (Phase.JOINING, Phase.STANDBY) else s
 
 
 def _felt(s: State, event: Healthy | Crashed | Unhealthy, now: float) -> State:
@@ -318,14 +318,14 @@ def _ails(s: State, others: int, now: float, out: list[Action]) -> State:
     return replace(s, ailing=False, hung=False)
 
 
-def _work_ended(s: State, term: int, now: float) -> State:
+def _work_ended(s: State, term: int, done: bool, now: float) -> State:
     if s.term is None or s.term.number != term or s.phase not in (Phase.WORKING, Phase.DRAINING):
         return s
     asking = s.asking
     if asking is not None and asking.verb is not Verb.ACQUIRE:
         asking = None  # its answer can no longer matter, and the release must not wait for it
     if s.phase is Phase.WORKING:  # it ended by itself: the instance is finished
-        s = replace(s, reason=Reason.FAILED if s.trial else Reason.WORK_ENDED, stopping=True)
+        s = replace(s, reason=Reason.FAILED if s.trial and not done else Reason.WORK_ENDED, stopping=True)
     return replace(
         s, phase=Phase.RELEASING, asking=asking, was_active=True, leave_by=now + 3 * s.timing.attempt, ask_after=now
     )

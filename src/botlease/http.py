@@ -1,4 +1,5 @@
-"""A small HTTP/1.1 server: h11 parses, asyncio carries. For health answers and the Bot API simulator.
+"""A small HTTP/1.1 server: h11 parses, asyncio carries. For health answers, the gate and the Bot API simulator; and
+:func:`status_of`, which asks one for its status.
 
 It notices when a client hangs up while its answer is being made, and leaves it to the handler what that
 means: :attr:`Request.gone` is set, the handler goes on.
@@ -10,6 +11,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 import h11
 
@@ -138,3 +140,28 @@ async def _answer(
                 await watch
         elif task.done() and not request.gone.is_set() and not watch.cancelled() and not watch.exception():
             connection.receive_data(watch.result())
+
+
+async def status_of(url: str, deadline: float) -> int:
+    """The status that a GET of this http:// URL is answered with. Raises OSError, TimeoutError or ValueError."""
+    parts = urlsplit(url)
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    async with asyncio.timeout(deadline):
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 80)
+        try:
+            connection = h11.Connection(h11.CLIENT)
+            headers = [("host", parts.netloc.rpartition("@")[2]), ("connection", "close")]
+            request = connection.send(h11.Request(method="GET", target=target, headers=headers)) or b""
+            writer.write(request + (connection.send(h11.EndOfMessage()) or b""))
+            while True:
+                event = connection.next_event()
+                if event is h11.NEED_DATA:
+                    connection.receive_data(await reader.read(65_536))
+                elif isinstance(event, h11.Response):
+                    return event.status_code
+                elif not isinstance(event, h11.InformationalResponse):
+                    raise ConnectionError("the connection was closed before the answer")
+        except h11.ProtocolError as e:
+            raise ValueError(str(e)) from None
+        finally:
+            writer.close()

@@ -45,6 +45,11 @@ class Term:
         """Seconds for which the term can be trusted if no further renewal succeeds; 0 when it is over."""
         return 0.0 if self._over else max(0.0, self._work.until - clock.now())
 
+    @property
+    def in_danger(self) -> bool:
+        """True while renewals fail and the end of trust comes nearer: open nothing new, finish what is open."""
+        return self._over or self._work.in_danger
+
     def check(self) -> None:
         """Raise :class:`LeaseLost` if the term is over. Synchronous and cheap (no I/O): call it before each
         action that must not be done twice. It cannot recall an action that is already on its way."""
@@ -53,16 +58,18 @@ class Term:
 
 
 def _registration(s: Settings) -> Registration:
-    return Registration(
-        s.instance_id, s.bot, s.deployment, socket.gethostname(), os.getpid(), __version__, s.timing.ttl
-    )
+    host = s.host or socket.gethostname()
+    return Registration(s.instance_id, s.bot, s.deployment, host, os.getpid(), __version__, s.timing.ttl)
 
 
 class _Session:
     """Store and keeper of one in-process instance."""
 
     def __init__(self, name: str | None, options: dict[str, Any]) -> None:
+        self.warn: Callable[[bool], object] | None = options.pop("on_danger", None)
         self.settings = settings.make(os.environ, name=name, **options)
+        if self.settings.barred:
+            raise settings.ConfigurationError(f"refused to become active: {self.settings.barred}")
         self.store: Store = open_store(self.settings.database)
 
     async def open(self, work: BodyWork) -> Keeper:
@@ -70,7 +77,9 @@ class _Session:
         await self.store.open(max(5.0, s.timing.attempt))
         # A program waits for its turn; only a start at the command line is refused when another one runs.
         mode = Mode.WAIT if s.mode is Mode.REFUSE else s.mode
-        return Keeper(self.store, _registration(s), Candidate(s.instance_id, mode), s.timing, work, say=log.info)
+        return Keeper(
+            self.store, _registration(s), Candidate(s.instance_id, mode, leaves=s.leaves), s.timing, work, say=log.info
+        )
 
 
 _stops: list[Callable[[], None]] = []
@@ -114,7 +123,10 @@ class active:
     Args:
         name: the bot; by default the digits of its Telegram token.
         database: a URL; by default ``BOTLEASE_DATABASE_URL``, ``DATABASE_URL``, or SQLite in the user's state folder.
-        ttl, stop_grace, lock_delay: seconds. deployment: the key of the release. take_over, standby: as the flags.
+        ttl, stop_grace, lock_delay, probation: seconds. deployment: the key of the release. take_over, standby: as the
+            flags.
+        on_danger: called from the event loop with True when renewals fail and the end of trust comes nearer ("open no
+            new orders"), and with False when they succeed again.
 
     Raises:
         ConfigurationError: settings that cannot work. StoreError: the database cannot be used.
@@ -129,7 +141,7 @@ class active:
     async def __aenter__(self) -> Term:
         self._task = asyncio.current_task()
         begun: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._work = BodyWork(begun.set_result, self._cancel)
+        self._work = BodyWork(begun.set_result, self._cancel, self._session.warn)
         self._keeper = await self._session.open(self._work)
         self._running = asyncio.ensure_future(self._keeper.run())
         self._exit.enter_context(_stop_signals(self._keeper.stop))
@@ -150,9 +162,9 @@ class active:
             self._why = reason
             self._task.cancel()
 
-    async def _finish(self) -> None:
+    async def _finish(self, *, done: bool = False) -> None:
         self._exit.close()
-        self._work.ended()
+        self._work.ended(done=done)
         if not self._running.done():
             self._keeper.stop()
         with contextlib.suppress(asyncio.CancelledError):
@@ -164,7 +176,7 @@ class active:
         self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
     ) -> None:
         self.term._over = True
-        await self._finish()
+        await self._finish(done=e is None)
         # Like asyncio.timeout: our own cancellation becomes our own exception, a user's stays what it is.
         ours = self._why is not None and self._task is not None and self._task.uncancel() <= 0
         if ours and kind is asyncio.CancelledError:
@@ -208,13 +220,13 @@ def exclusive(
                     error.append(done.exception() or RuntimeError())
                 else:
                     outcome.append(done.result())
-                work.ended()
+                work.ended(done=bool(outcome))
 
             def cancel(reason: Reason) -> None:
                 if task is not None:
                     task.cancel()
 
-            work = BodyWork(begin, cancel)
+            work = BodyWork(begin, cancel, session.warn)
             keeper = await session.open(work)
             running = asyncio.ensure_future(keeper.run())
             try:

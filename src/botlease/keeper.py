@@ -18,6 +18,7 @@ from botlease.model import (
     Arm,
     Ask,
     Claimed,
+    Danger,
     Denied,
     Done,
     Drain,
@@ -32,6 +33,7 @@ from botlease.model import (
     Reason,
     Registered,
     Renewed,
+    Restart,
     Seen,
     Start,
     StopAsked,
@@ -40,7 +42,6 @@ from botlease.model import (
     Verb,
     Watch,
     Woken,
-    WorkEnded,
 )
 from botlease.stores import Registration, Store, redact
 from botlease.work import proof
@@ -73,7 +74,7 @@ class Keeper:
         self._ended: asyncio.Future[Reason] = self._loop.create_future()
         self._calls: set[asyncio.Task[None]] = set()
         self._watched: dict[int, tuple[Lease, proof.Owner]] = {}
-        work.on_ended = lambda term: self.feed(WorkEnded(term))
+        work.tell = self.feed
         store.on_change = lambda: self.feed(Woken())
 
     async def run(self) -> Reason:
@@ -89,8 +90,8 @@ class Keeper:
             for task in self._calls:
                 task.cancel()
 
-    def stop(self) -> None:
-        self.feed(StopAsked())
+    def stop(self, reason: Reason = Reason.STOPPED) -> None:
+        self.feed(StopAsked(reason))
 
     # The loop ------------------------------------------------------------------------------------------------
 
@@ -112,6 +113,8 @@ class Keeper:
         if self.state.phase is not before:
             log.debug("%s -> %s on %s", before, self.state.phase, type(event).__name__)
             self._tell()
+            if self.state.phase is Phase.STANDBY and self.state.me.warm and not self.state.stopping:
+                self.work.prepare()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -136,6 +139,12 @@ class Keeper:
             case Kill(reason=reason):
                 self.say(f"killing the work: term {self._term}: {_because(reason)}")
                 self.work.kill(reason)
+            case Restart():
+                self.say(f"no progress: term {self._term}: nobody else can take over: starting the bot again")
+                self.work.restart()
+            case Danger(on=on):
+                self.say(f"{'no' if on else 'again a'} confirmed renewal: term {self._term}")
+                self.work.danger(on)
             case Watch(lease=lease):
                 self._watch(lease)
             case End(reason=reason):
@@ -277,7 +286,10 @@ def _because(reason: Reason | None) -> str:
             Reason.STOPPED: "a stop signal",
             Reason.SUPERSEDED: "another instance has the assignment",
             Reason.DEACTIVATED: "the operator deactivated it",
+            Reason.PAUSED: "the operator paused the bot",
             Reason.WORK_ENDED: "the work ended",
+            Reason.FAILED: "it did not pass its probation",
+            Reason.UNHEALTHY: "it made no progress",
             Reason.SILENT: "no renewal was confirmed in time",
             Reason.LOST: "the database says that the term is over",
             Reason.CHANGED: "another database answered",

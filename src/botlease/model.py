@@ -291,7 +291,7 @@ class Woken:
 
 @dataclass(frozen=True, slots=True)
 class StopAsked:
-    pass
+    reason: Reason = Reason.STOPPED
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +299,7 @@ class WorkEnded:
     """The whole process tree of the work is gone and reaped."""
 
     term: int
+    done: bool = False  # it returned: its job is done, which is no failure even on probation
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING
 from botlease import __version__, clock, status
 from botlease.core import Candidate, Phase
 from botlease.keeper import Keeper
-from botlease.model import Reason
+from botlease.model import TRIES, Reason
 from botlease.settings import Settings
 from botlease.stores import Registration, Store, StoreError, StoreRefused, open_store
 from botlease.work import tree
 from botlease.work.child import ChildWork, Command
 
 if TYPE_CHECKING:
+    from botlease.web.gate import GateServer
     from botlease.web.health import Snapshot  # its HTTP parser is loaded only where a port is asked for
+    from botlease.work.pulse import Rule
 
 FORWARDED = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
 
@@ -35,6 +37,7 @@ class Exit(IntEnum):
     OK = 0
     USAGE = 2  # click's: an unknown option, a missing command
     UNAVAILABLE = 69  # the database cannot be reached
+    FAILED = 70  # the bot made no progress, or ended within its probation although with exit code 0
     REFUSED = 75  # another instance is running; try again later, or use --take-over or --standby
     CONFIG = 78  # settings or a database that cannot work
     NOT_EXECUTABLE = 126
@@ -49,6 +52,9 @@ class Options:
     wait_database: float = 0.0
     health_port: int | None = None
     health_host: str | None = "127.0.0.1"
+    warm: bool = False
+    healthy_if: Rule | None = None
+    danger: tuple[int, ...] = ()
 
 
 def say(text: str) -> None:
@@ -60,7 +66,7 @@ def say(text: str) -> None:
 
 def child_environment(env: Mapping[str, str], database: str, pass_database: bool) -> dict[str, str]:
     """The bot gets everything but the lease's own database: what it does not have it cannot leak."""
-    out = {k: v for k, v in env.items() if k != "BOTLEASE_DATABASE_URL"}
+    out = {k: v for k, v in env.items() if k not in ("BOTLEASE_DATABASE_URL", "BOTLEASE_GATE_URL")}
     if pass_database:
         out["BOTLEASE_DATABASE_URL"] = database
     return out
@@ -76,6 +82,7 @@ class Supervisor:
         self.stopping = asyncio.Event()
         self.began = clock.now()
         self.last_holder: str | None = None
+        self.quarantined = False
 
     async def run(self) -> int:
         s, o = self.settings, self.options
@@ -90,17 +97,38 @@ class Supervisor:
                 say(f"cannot listen on port {o.health_port}: {e.strerror}: choose another --health-port")
                 return Exit.CONFIG
         try:
-            store = open_store(s.database)
+            if s.barred:
+                # Ended with an error it would be restarted for ever; healthy and idle it harms nobody.
+                say(f"refused to become active: {s.barred}; idle until it is stopped")
+                await self.stopping.wait()
+                return Exit.OK
+            return await self._with_store()
+        finally:
+            if server is not None:
+                server.close()
+
+    async def _with_store(self) -> int:
+        try:
+            store = open_store(self.settings.database)
         except StoreRefused as e:
             say(str(e))
             return Exit.CONFIG
+        gate = None
         try:
+            if self.options.warm:
+                from botlease.web.gate import GateServer
+
+                gate = GateServer()
+                await gate.listen()
             code = await self._open(store)
-            return code if code is not None else await self._keep(store)
+            return code if code is not None else await self._keep(store, gate)
+        except OSError as e:
+            say(f"cannot listen on 127.0.0.1 for the gate: {e.strerror}")
+            return Exit.UNAVAILABLE
         finally:
             await store.aclose()
-            if server is not None:
-                server.close()
+            if gate is not None:
+                gate.close()
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -153,20 +181,28 @@ class Supervisor:
                 return None
         return Exit.OK
 
-    async def _keep(self, store: Store) -> int:
-        s = self.settings
+    async def _keep(self, store: Store, gate: GateServer | None) -> int:
+        s, o = self.settings, self.options
         command = Command(
             self.options.argv,
             child_environment(os.environ, s.database, self.options.pass_database),
             s.bot,
             s.instance_id,
-            max_crashes=self.options.max_crashes,
+            max_crashes=o.max_crashes,
+            warm=o.warm,
+            danger=o.danger,
         )
-        self.work = ChildWork(command, *self.reaper, say)
-        me = Registration(
-            s.instance_id, s.bot, s.deployment, socket.gethostname(), os.getpid(), __version__, s.timing.ttl
-        )
-        self.keeper = Keeper(store, me, Candidate(s.instance_id, s.mode), s.timing, self.work, say)
+        pulse = None
+        if o.healthy_if is not None:
+            from botlease.work.pulse import Pulse
+
+            pulse = Pulse(o.healthy_if)
+        self.work = ChildWork(command, *self.reaper, say, pulse=pulse, gate=gate)
+        host = s.host or socket.gethostname()
+        me = Registration(s.instance_id, s.bot, s.deployment, host, os.getpid(), __version__, s.timing.ttl)
+        candidate = Candidate(s.instance_id, s.mode, warm=o.warm, monitored=pulse is not None, leaves=s.leaves)
+        self.keeper = Keeper(store, me, candidate, s.timing, self.work, say)
+        self.work.give_up = lambda: self.keeper.stop(Reason.FAILED) if self.keeper is not None else None
         if self.stopping.is_set():
             self.keeper.stop()
         try:
@@ -176,6 +212,11 @@ class Supervisor:
         if reason is Reason.REFUSED:
             say(await _first(store, s))
             return Exit.REFUSED
+        if reason is Reason.SUPERSEDED:
+            say("the newer deployment has passed its probation: ending")
+            return Exit.OK
+        if reason in (Reason.FAILED, Reason.UNHEALTHY) and self.work.exit_code == 0:
+            return Exit.FAILED
         return self.work.exit_code
 
     def snapshot(self) -> Snapshot:
@@ -184,18 +225,24 @@ class Supervisor:
         k = self.keeper
         now = clock.now()
         if k is None:
-            return Snapshot("booting", False, False, 0.0, self.stopping.is_set())
+            barred = bool(self.settings.barred)
+            return Snapshot("barred" if barred else "booting", barred, False, 0.0, self.stopping.is_set())
         state = k.state
         if state.view is not None and state.view.lease is not None:  # between two reads there is none
             self.last_holder = state.view.lease.holder
+            self.quarantined = state.view.failures >= TRIES
         waits = state.phase is Phase.STANDBY and self.last_holder not in (None, self.settings.instance_id)
+        # Where the old one lives until we say that we are well, it lives until the probation is over.
+        proving = state.phase is Phase.WORKING and state.trial
         # The database is judged by the attempts that fail, not by how long ago it was asked: a standby asks rarely.
         ready = state.phase is not Phase.JOINING and state.failures < 3
+        if self.quarantined and state.phase is Phase.STANDBY:
+            ready = False  # no question of the lease: a deployment that failed twice must not replace the old one
         return Snapshot(
             phase=state.label,
             ready=ready,
             leading=state.phase is Phase.WORKING,
-            waiting_for=max(0.001, now - self.began) if waits and not state.was_active else 0.0,
+            waiting_for=max(0.001, now - self.began) if proving or (waits and not state.was_active) else 0.0,
             stopping=state.stopping,
             term=state.term.number if state.term else None,
         )

@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Final
 
 from botlease.model import Mode, Timing, TimingError
-from botlease.platforms import PLAIN, Platform, deployment_key, detect
+from botlease.platforms import (
+    PLAIN,
+    PLATFORMS,
+    Platform,
+    deployment_key,
+    detect,
+    environment_name,
+    instance_name,
+    named,
+)
 
 TOKEN_VARIABLES: Final = ("TELEGRAM_BOT_TOKEN", "BOT_TOKEN", "TELEGRAM_TOKEN", "TG_BOT_TOKEN")
 OWN_VARIABLES: Final = (
@@ -24,10 +33,19 @@ OWN_VARIABLES: Final = (
     "BOTLEASE_WAIT_DATABASE",
     "BOTLEASE_HEALTH_PORT",
     "BOTLEASE_PROFILE",
+    "BOTLEASE_PROBATION",
+    "BOTLEASE_HEALTHY_IF",
+    "BOTLEASE_HEALTHY_WITHIN",
+    "BOTLEASE_ENVIRONMENT",
+    "BOTLEASE_PLATFORM",
+    "BOTLEASE_TASK",
+    "BOTLEASE_WARM",
     # set for the bot by a supervisor, so that one may stand in the environment of another
     "BOTLEASE_TERM",
     "BOTLEASE_INSTANCE_ID",
     "BOTLEASE_BOT",
+    "BOTLEASE_GATE_FD",
+    "BOTLEASE_GATE_URL",
 )
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,63}")
 FAST_TTL: Final = 3.0
@@ -48,6 +66,12 @@ class Settings:
     mode: Mode
     platform: Platform
     instance_id: str
+    host: str | None = None
+    """What the platform calls this process; None: the host's name says more."""
+    leaves: bool = False
+    """Superseded for good it ends: nobody would start it again."""
+    barred: str = ""
+    """Why this environment must not become active, if so."""
 
 
 def bot_name(option: str | None, env: Mapping[str, str]) -> str:
@@ -100,6 +124,7 @@ def timing(
     stop_grace: float | None = None,
     lock_delay: float | None = None,
     profile: str | None = None,
+    probation: float | None = None,
 ) -> Timing:
     """The timings that belong to these numbers, refused with the arithmetic where they contradict each other."""
     profile = profile or env.get("BOTLEASE_PROFILE")
@@ -108,13 +133,16 @@ def timing(
     ttl = ttl if ttl is not None else number("BOTLEASE_TTL", env.get("BOTLEASE_TTL"))
     stop_grace = stop_grace if stop_grace is not None else number("BOTLEASE_STOP_GRACE", env.get("BOTLEASE_STOP_GRACE"))
     lock_delay = lock_delay if lock_delay is not None else number("BOTLEASE_LOCK_DELAY", env.get("BOTLEASE_LOCK_DELAY"))
+    probation = probation if probation is not None else number("BOTLEASE_PROBATION", env.get("BOTLEASE_PROBATION"))
     if ttl is None:
         ttl = FAST_TTL if profile == "fast" else 10.0
     try:
         made = Timing.for_ttl(ttl, stop_grace=10.0 if stop_grace is None else stop_grace)
-        if lock_delay is None:
-            return made
-        return Timing(made.ttl, made.renew_every, made.attempt, lock_delay, made.kill_budget, made.stop_grace)
+        return replace(
+            made,
+            lock_delay=made.lock_delay if lock_delay is None else lock_delay,
+            probation=made.probation if probation is None else probation,
+        )
     except TimingError as e:
         raise ConfigurationError(f"the timings contradict each other: {e}") from None
 
@@ -124,7 +152,7 @@ def check_environment(env: Mapping[str, str]) -> None:
     for name in env:
         if name.startswith("BOTLEASE_") and name not in OWN_VARIABLES:
             raise ConfigurationError(
-                f"the environment variable {name} is not known; known are {', '.join(OWN_VARIABLES[:10])}"
+                f"the environment variable {name} is not known; known are {', '.join(OWN_VARIABLES[:-5])}"
             )
 
 
@@ -140,17 +168,27 @@ def make(
     profile: str | None = None,
     take_over: bool = False,
     standby: bool = False,
+    probation: float | None = None,
+    when_superseded: str | None = None,
     pid: int = 0,
+    terminal: bool = False,
 ) -> Settings:
     check_environment(env)
     if take_over and standby:
         raise ConfigurationError("--take-over and --standby exclude each other: choose one")
     bot = bot_name(name, env)
-    platform = detect(env, pid)
+    told = env.get("BOTLEASE_PLATFORM")
+    if told and named(told) is None:
+        known = ", ".join(p.name for p in PLATFORMS)
+        raise ConfigurationError(
+            f"BOTLEASE_PLATFORM is {told!a}, which is not known: use one of {known}, systemd, plain"
+        )
+    platform = detect(env, pid, terminal=terminal)
     key = deployment or env.get("BOTLEASE_DEPLOYMENT") or deployment_key(platform, env)
     if key is not None and (len(key) > 200 or not key.isprintable()):
         raise ConfigurationError("the deployment key must be printable and at most 200 characters long")
     instance_id = f"{bot}-{os.urandom(4).hex()}"
+    where = instance_name(platform, env)
     by_hand = key is None and platform is PLAIN
     if take_over:
         mode = Mode.PREEMPT
@@ -163,10 +201,31 @@ def make(
     return Settings(
         bot=bot,
         database=database_url(database, env),
-        timing=timing(env, ttl=ttl, stop_grace=stop_grace, lock_delay=lock_delay, profile=profile),
+        timing=timing(env, ttl=ttl, stop_grace=stop_grace, lock_delay=lock_delay, profile=profile, probation=probation),
         deployment=key or f"start:{instance_id}",
         by_hand=by_hand,
         mode=mode,
         platform=platform,
         instance_id=instance_id,
+        host=None if where is None else "".join(c if c.isprintable() else "?" for c in where[:100]),
+        leaves=not platform.restarts if when_superseded is None else when_superseded == "exit",
+        barred=barred(platform, env),
     )
+
+
+def barred(platform: Platform, env: Mapping[str, str]) -> str:
+    """Why an instance in this environment must not become active, or "". A duplicated or preview environment has the
+    production's token and a database of its own: no lease can see both. So it must be told apart by its name."""
+    allowed = [name.strip() for name in env.get("BOTLEASE_ENVIRONMENT", "").split(",") if name.strip()]
+    here = environment_name(platform, env)
+    if not allowed:
+        if here != "preview":
+            return ""
+        return "this is a preview of a change: set BOTLEASE_ENVIRONMENT=preview if the bot is to run in it"
+    if here in allowed:
+        return ""
+    shown = ", ".join(allowed)
+    if here is None:
+        cure = f" ({' or '.join(platform.environment)})" if platform.environment else ""
+        return f"BOTLEASE_ENVIRONMENT allows {shown}, and {platform.name} does not say which environment this is{cure}"
+    return f"this is the environment {here!a}, and BOTLEASE_ENVIRONMENT allows only {shown}"

@@ -241,14 +241,16 @@ WITH old AS (
     renewed_at = clock_timestamp(),
     served = greatest(served, (SELECT generation FROM bot_instances WHERE instance_id = $2))
   WHERE bot = $1 AND term = $3 AND beat = $4 AND nonce = $5 AND holder IS NOT DISTINCT FROM $6
-    AND NOT paused AND EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = $2 AND bot = $1 AND is_active AND ended_at IS NULL)
+    AND NOT paused
+    AND EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = $2 AND bot = $1 AND is_active AND ended_at IS NULL)
   RETURNING term, origin, renewed_at
 ), closed AS (
   UPDATE bot_terms SET released_at = got.renewed_at, reason = $12, last_beat = old.renewed_at, ttl = old.ttl
   FROM old, got WHERE bot = $1 AND released_at IS NULL
 ), opened AS (
   INSERT INTO bot_terms (bot, term, instance_id, deployment, host, how, acquired_at, trial)
-  SELECT $1, got.term, $2, i.deployment, i.host, $12, got.renewed_at, $13 FROM got, bot_instances i WHERE i.instance_id = $2
+  SELECT $1, got.term, $2, i.deployment, i.host, $12, got.renewed_at, $13
+  FROM got, bot_instances i WHERE i.instance_id = $2
 ), buried AS (  -- the kernel proved it dead: it must not count as a standby
   UPDATE bot_instances SET state = 'stopped', stop_reason = $12, ended_at = clock_timestamp()
   WHERE $12 = 'died' AND instance_id = $6 AND ended_at IS NULL AND EXISTS (SELECT 1 FROM got)
@@ -267,7 +269,7 @@ RETURNING EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = $2 AND is_acti
           paused, {timeline} AS timeline
 """
 
-PASS: Final = """
+PASSED: Final = """
 UPDATE bot_terms SET trial = 'passed' WHERE bot = $1 AND term = $3 AND trial = 'on'
   AND EXISTS (SELECT 1 FROM bot_leases WHERE bot = $1 AND term = $3 AND nonce = $4 AND holder = $2)
 RETURNING 1
@@ -637,7 +639,7 @@ class PostgresStore:
         return Renewal(row["assigned"], row["vacant"], self._system + row["timeline"], row["paused"])
 
     async def passed(self, bot: str, instance_id: str, term: int, nonce: str, deadline: float) -> bool:
-        return bool(await self._call(deadline, lambda c: c.fetchval(PASS, bot, instance_id, term, nonce)))
+        return bool(await self._call(deadline, lambda c: c.fetchval(PASSED, bot, instance_id, term, nonce)))
 
     async def release(
         self,

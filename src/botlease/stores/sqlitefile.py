@@ -100,13 +100,13 @@ END;
 """
 UPGRADES: Final = {2: UPGRADE_2}
 
-READ: Final = f"""
+READ: Final = """
 SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, coalesce(l.paused, FALSE) AS paused,
        (SELECT t.trial FROM bot_terms t WHERE t.bot = :bot AND t.term = l.term) AS trial,
        coalesce(mine.failures, 0) AS failures,
        (SELECT count(*) FROM bot_instances o
           LEFT JOIN bot_failures f ON f.bot = o.bot AND f.deployment = o.deployment
-        WHERE o.bot = :bot AND o.ended_at IS NULL AND o.instance_id <> :me AND coalesce(f.failures, 0) < {TRIES}
+        WHERE o.bot = :bot AND o.ended_at IS NULL AND o.instance_id <> :me AND coalesce(f.failures, 0) < {tries}
           AND (julianday(:now) - julianday(o.last_heartbeat)) * 86400.0 < 3 * coalesce(l.ttl, 10)) AS others,
        (julianday(:now) - julianday(l.renewed_at)) * 86400.0 AS renewed_ago,
        a.instance_id AS a_id, a.generation AS a_generation, a.ended_at IS NOT NULL AS a_ended, a.beat AS a_beat,
@@ -122,7 +122,7 @@ FROM (SELECT 1) LEFT JOIN bot_leases l ON l.bot = :bot
      LEFT JOIN bot_instances a ON a.bot = :bot AND a.is_active
      LEFT JOIN bot_instances me ON me.instance_id = :me
      LEFT JOIN bot_failures mine ON mine.bot = :bot AND mine.deployment = me.deployment
-"""
+""".replace("{tries}", str(TRIES))
 
 # Our row, our deployment's generation, the lease. A lease that is missing although the journal knows
 # terms of this bot was lost, and on a database that is not the one the schema was made in anything may
@@ -185,7 +185,7 @@ OPEN_TERM: Final = """
 INSERT INTO bot_terms (bot, term, instance_id, deployment, host, how, acquired_at, trial)
 SELECT :bot, :term, :me, deployment, host, :how, :now, :trial FROM bot_instances WHERE instance_id = :me
 """
-PASS: Final = """
+PASSED: Final = """
 UPDATE bot_terms SET trial = 'passed' WHERE bot = :bot AND term = :term AND trial = 'on'
   AND EXISTS (SELECT 1 FROM bot_leases WHERE bot = :bot AND term = :term AND nonce = :nonce AND holder = :me)
 """
@@ -509,7 +509,7 @@ class SqliteFile:
     def passed(self, bot: str, instance_id: str, term: int, nonce: str) -> bool:
         with self._write() as db:
             values = {"bot": bot, "me": instance_id, "term": term, "nonce": nonce}
-            return db.execute(PASS, values).rowcount == 1
+            return db.execute(PASSED, values).rowcount == 1
 
     def release(
         self, bot: str, instance_id: str, term: int, nonce: str, *, reason: Reason, pass_on: bool, leave: bool

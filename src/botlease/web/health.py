@@ -4,8 +4,10 @@
 * ``/readyz``  200 when it could take its turn: also as a standby. Readiness never depends on the lease, or a
   rolling deployment waits for ever for the one that waits for it
 * ``/leader``  200 for the holder alone
-* ``/health``  like readyz, but within the platform's window it waits for the handover: there the old
-  container is stopped as soon as this one says 200, and by then it should have let go
+* ``/health``  like readyz, but within the platform's window it waits for the handover and the probation: there the
+  old container is stopped as soon as this one says 200. By then it should have let go, and not be needed any more
+
+A deployment in quarantine is not ready: the platform had better keep the one it has.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ class Snapshot:
     phase: str  # booting, standby, passive, active, ...
     ready: bool  # registered, and the database answers
     leading: bool
-    waiting_for: float  # seconds since start for which a living holder has not let go; 0: none
+    waiting_for: float  # seconds since start for which a holder has not let go, or a probation goes on; 0: neither
     stopping: bool = False
     term: int | None = None
 

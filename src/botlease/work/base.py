@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from botlease.model import Reason
+from botlease.model import Event, Reason
 
 
 class Work(Protocol):
-    """Started once per term; calls ``on_ended(term)`` when, and only when, nothing of it runs any more."""
+    """Started once per term."""
 
-    on_ended: Callable[[int], None]
+    tell: Callable[[Event], None]
+    """Takes what it has to say: ``WorkEnded`` when, and only when, nothing of the term's work runs any more; also
+    ``Ready``, ``Crashed``, ``Healthy`` and ``Unhealthy``, where it can."""
     proof: str
     """Written into the lease: by it another instance of this host can tell that the work is dead."""
+
+    def prepare(self) -> None:
+        """Start up to the gate, where that was asked for: nothing of it may act before :meth:`start`."""
 
     def start(self, term: int, until: float, guard_fd: int | None) -> None:
         """Begin, unless ``until`` (the fence, on :func:`botlease.clock.now`) has passed."""
@@ -25,5 +30,11 @@ class Work(Protocol):
         """Ask the work to finish."""
 
     def kill(self, reason: Reason) -> None: ...
+
+    def restart(self) -> None:
+        """End it and begin again within the term: it makes no progress, and nobody else is there."""
+
+    def danger(self, on: bool) -> None:
+        """The end of trust comes nearer, or not any more."""
 
     def close(self) -> None: ...

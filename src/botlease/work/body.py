@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 
 from botlease import clock
-from botlease.model import Reason
+from botlease.model import Event, Reason, WorkEnded
 from botlease.work import proof
 from botlease.work.fence import Fence
 
@@ -21,10 +21,17 @@ LAST_WORDS = 0.2
 
 
 class BodyWork:
-    def __init__(self, begin: Callable[[int], None], cancel: Callable[[Reason], None]) -> None:
+    def __init__(
+        self,
+        begin: Callable[[int], None],
+        cancel: Callable[[Reason], None],
+        warn: Callable[[bool], object] | None = None,
+    ) -> None:
         self.begin = begin
         self.cancel = cancel
-        self.on_ended: Callable[[int], None] = lambda term: None
+        self.warn = warn
+        self.in_danger = False
+        self.tell: Callable[[Event], None] = lambda event: None
         self.proof = proof.make((os.getpid(),))
         self.until = 0.0
         self.term = 0
@@ -33,10 +40,14 @@ class BodyWork:
         self._guard = -1
         self._loop = asyncio.get_running_loop()
 
+    def prepare(self) -> None:
+        """A program waits for its own turn: there is nothing to warm up."""
+
     def start(self, term: int, until: float, guard_fd: int | None) -> None:
         self.term, self.until, self._running = term, until, True
         self._guard = -1 if guard_fd is None else guard_fd
         self.fence.arm(until)
+        self.in_danger = False
         self.begin(term)
 
     def arm(self, until: float) -> None:
@@ -54,8 +65,16 @@ class BodyWork:
             self.fence.arm(self.until)
             self.cancel(reason)
 
-    def ended(self) -> None:
-        """Called by the coroutine's owner when nothing of it runs any more."""
+    def restart(self) -> None:
+        """Never asked for: a coroutine reports no health."""
+
+    def danger(self, on: bool) -> None:
+        self.in_danger = on
+        if self._running and self.warn is not None:
+            self.warn(on)
+
+    def ended(self, *, done: bool = False) -> None:
+        """Called by the coroutine's owner when nothing of it runs any more. ``done``: it returned by itself."""
         if not self._running:
             return
         self._running = False
@@ -63,7 +82,7 @@ class BodyWork:
         self.fence.disarm()
         if self._guard >= 0:
             os.close(self._guard)
-        self.on_ended(self.term)
+        self.tell(WorkEnded(self.term, done))
 
     def close(self) -> None:
         self.ended()

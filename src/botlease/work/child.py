@@ -10,8 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from botlease import clock
-from botlease.model import Reason
+from botlease.model import Crashed, Event, Ready, Reason, WorkEnded
 from botlease.work import proof, reaper, tree
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from botlease.web.gate import GateServer
+    from botlease.work.pulse import Pulse
 
 QUICK_DEATH = 60.0
 """A child that ran for so long has recovered: its earlier crashes are forgotten."""
@@ -29,15 +34,36 @@ class Command:
     max_crashes: int = 5
     """How many crashes in a row end the term; the first restart comes after ``back_off``, then doubled."""
     back_off: float = 1.0
+    warm: bool = False
+    """While it stands by it is started up to its gate."""
+    danger: tuple[int, ...] = ()
+    """The signals that say "the end of trust comes nearer" and, if there are two, "not any more"."""
 
 
 class ChildWork:
     """The supervisor's side of the reaper."""
 
-    def __init__(self, command: Command, pid: int, sock: socket.socket, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        command: Command,
+        pid: int,
+        sock: socket.socket,
+        say: Callable[[str], None],
+        *,
+        pulse: Pulse | None = None,
+        gate: GateServer | None = None,
+    ) -> None:
         self.command = command
         self.say = say
-        self.on_ended: Callable[[int], None] = lambda term: None
+        self.pulse = pulse
+        self.gate = gate
+        self.tell: Callable[[Event], None] = lambda event: None
+        self.give_up: Callable[[], None] = lambda: None
+        """Called when the bot cannot even come to its gate."""
+        if pulse is not None:
+            pulse.tell = self._pass_on
+        if gate is not None:
+            gate.arrived = self._arrived
         self.exit_code = 0
         self.pid = 0
         self.term = 0
@@ -48,6 +74,8 @@ class ChildWork:
         self._loop = asyncio.get_running_loop()
         self._until = 0.0
         self._running = False
+        self._warm = False  # it runs up to its gate, or waits there
+        self._ready = False
         self._stopping = False
         self._crashes = 0
         self._began = 0.0
@@ -59,53 +87,91 @@ class ChildWork:
         sock.setblocking(False)
         self._loop.add_reader(sock, self._heard)
 
+    def _pass_on(self, event: Event) -> None:
+        self.tell(event)
+
     # What the keeper asks ----------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        if self.command.warm and not self._running and not self._warm and self._retry is None:
+            self._crashes = 0
+            self._warm_up()
+
+    def _warm_up(self) -> None:
+        self._retry = None
+        self._warm = True
+        self._spawn()
 
     def start(self, term: int, until: float, guard_fd: int | None) -> None:
         self.term, self._until = term, until
         self._running, self._stopping, self._crashes, self._asked = True, False, 0, 0
         self._guarded = guard_fd is not None
-        self._spawn(() if guard_fd is None else (guard_fd,))
+        fds = {} if guard_fd is None else {"guard": guard_fd}
+        if self._retry is not None:  # it was to be warmed up again
+            self._retry.cancel()
+            self._retry = None
+        if self._warm:
+            self._warm, self._began = False, clock.now()
+            self._send(fds, do="open", term=term, until=until)
+        else:
+            self._spawn(fds)
         if guard_fd is not None:
             os.close(guard_fd)  # the reaper has it now
 
-    def _spawn(self, fds: tuple[int, ...] = ()) -> None:
+    def _spawn(self, fds: dict[str, int] | None = None) -> None:
         self._retry = None
-        env = dict(self.command.env)
-        env |= {
-            "BOTLEASE_TERM": str(self.term),
-            "BOTLEASE_BOT": self.command.bot,
-            "BOTLEASE_INSTANCE_ID": self.command.instance_id,
-        }
+        self._ready = False
+        env = {k: v for k, v in self.command.env.items() if k not in ("BOTLEASE_TERM", "BOTLEASE_GATE_FD")}
+        env |= {"BOTLEASE_BOT": self.command.bot, "BOTLEASE_INSTANCE_ID": self.command.instance_id}
+        if not self._warm:
+            env["BOTLEASE_TERM"] = str(self.term)
+        elif self.gate is not None:
+            env["BOTLEASE_GATE_URL"] = self.gate.shut()
         self._began = clock.now()
+        fds = dict(fds or {})
+        output = self.pulse.output() if self.pulse is not None else -1
+        if output >= 0:
+            fds["stdout"] = output
         self._send(
             fds,
             do="start",
             argv=list(self.command.argv),
             env=env,
-            until=self._until,
+            until=None if self._warm else self._until,
+            gate=self._warm,
         )
+        if output >= 0:
+            os.close(output)
 
     def arm(self, until: float) -> None:
         self._until = until
         if self._running:  # between a crash and the restart, too: the reaper keeps the side-car lock as long
-            self._send((), do="arm", until=until)
+            self._send(do="arm", until=until)
 
     def drain(self, until: float, reason: Reason) -> None:
         self._stopping = True
         if self._waiting():
             return
         self._asked = self.stop_signal if reason is Reason.STOPPED else signal.SIGTERM
-        self._send((), do="signal", number=int(self._asked), drain=True)
+        self._send(do="signal", number=int(self._asked), drain=True)
 
     def kill(self, reason: Reason) -> None:
         self._stopping = True
         if not self._waiting():
-            self._send((), do="kill")
+            self._send(do="kill")
+
+    def restart(self) -> None:
+        if self._running and self._retry is None:
+            self._send(do="kill")  # it counts as a crash, and is started again after the back-off
+
+    def danger(self, on: bool) -> None:
+        signals = self.command.danger[:1] if on else self.command.danger[1:]
+        for number in signals:
+            self.forward(number)
 
     def forward(self, number: int) -> None:
         if self._running and self._retry is None:
-            self._send((), do="signal", number=int(number), drain=False)
+            self._send(do="signal", number=int(number), drain=False)
 
     def _waiting(self) -> bool:
         """Between a crash and the restart nothing runs: a drain is over at once."""
@@ -117,6 +183,10 @@ class ChildWork:
         return True
 
     def close(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
+        if self.pulse is not None:
+            self.pulse.end()
         self._loop.remove_reader(self._sock)
         self._sock.close()  # the reaper ends when it reads the end of file
         if self._reaper:
@@ -127,10 +197,11 @@ class ChildWork:
 
     # What the reaper says ----------------------------------------------------------------------------------------
 
-    def _send(self, fds: tuple[int, ...], **message: object) -> None:
+    def _send(self, fds: dict[str, int] | None = None, **message: object) -> None:
+        fds = fds or {}
         try:
             self._sock.setblocking(True)
-            reaper.send(self._sock, message, fds)
+            reaper.send(self._sock, {**message, "fds": list(fds)}, tuple(fds.values()))
             self._sock.setblocking(False)
         except OSError:
             self._loop.call_soon(self._reaper_died, self._sock)
@@ -144,7 +215,16 @@ class ChildWork:
             match message["say"]:
                 case "started":
                     self.pid = message["pid"]
-                    self.say(f"active: term {self.term}, started {self.command.argv[0]} (pid {self.pid})")
+                    if self._warm:
+                        self.say(f"warming up: started {self.command.argv[0]} (pid {self.pid})")
+                    else:
+                        self._at_work(f"started {self.command.argv[0]} (pid {self.pid})")
+                case "ready":
+                    self._arrived()
+                case "opened":
+                    if self.gate is not None:
+                        self.gate.open(self.term)
+                    self._at_work(f"opened the gate to {self.command.argv[0]} (pid {self.pid})")
                 case "failed":
                     self.say(f"cannot start {self.command.argv[0]}: {message['error']}")
                     self._stopping = True
@@ -153,31 +233,68 @@ class ChildWork:
                 case "dropped":
                     self._finished()
 
+    def _at_work(self, what: str) -> None:
+        self.say(f"active: term {self.term}, {what}")
+        if self.pulse is not None:
+            self.pulse.begin(self.term)
+
+    def _arrived(self) -> None:
+        """It has come to its gate: from here on a handover takes no start of a program."""
+        if self._warm and not self._ready:
+            self._ready = True
+            self.say(f"ready: {self.command.argv[0]} waits at its gate")
+            self.tell(Ready(True))
+
     def _gone(self, status: int) -> None:
-        if not self._running:
-            return
         self.pid = 0
+        if self.pulse is not None:
+            self.pulse.end()
+        if self._running:
+            self._work_gone(status)
+        elif self._warm:
+            self._warm_gone(status)
+
+    def _warm_gone(self, status: int) -> None:
+        """It never worked, so nobody is disturbed by it: try again for as long as a crash budget goes."""
+        self._warm = self._ready = False
+        self.tell(Ready(False))
+        self.exit_code = status if status >= 0 else 128 - status
+        wait = self._back_off(f"ended before its gate ({_how(status)})", final=self._stopping)
+        if wait is None or status == BAD_CONFIGURATION:
+            self.exit_code = self.exit_code or 1
+            self._loop.call_soon(self.give_up)
+        else:
+            self._retry = self._loop.call_later(wait, self._warm_up)
+
+    def _back_off(self, what: str, final: bool = False) -> float | None:
+        """Seconds until the next start, or None: it has crashed too often in a row."""
+        if clock.now() - self._began > QUICK_DEATH:
+            self._crashes = 0
+        self._crashes += 1
+        if final or self._crashes > self.command.max_crashes:
+            self.say(f"the bot {what}, {self._crashes} times in a row: giving up")
+            return None
+        wait: float = min(self.command.back_off * 2 ** (self._crashes - 1), LONGEST_BACK_OFF)
+        self.say(f"the bot {what}: restart {self._crashes} of {self.command.max_crashes} in {wait:g} s")
+        return wait
+
+    def _work_gone(self, status: int) -> None:
         self.exit_code = 0 if self._asked and status == -self._asked else (status if status >= 0 else 128 - status)
         if status in (0, BAD_CONFIGURATION) or self._stopping:
             self._ended()
             return
-        if clock.now() - self._began > QUICK_DEATH:
-            self._crashes = 0
-        self._crashes += 1
-        what = f"signal {-status}" if status < 0 else f"exit code {status}"
-        if self._crashes > self.command.max_crashes:
-            self.say(f"the bot crashed {self._crashes} times in a row ({what}): giving up")
+        wait = self._back_off(f"crashed ({_how(status)})")
+        if wait is None:
             self._ended()
             return
-        wait = min(self.command.back_off * 2 ** (self._crashes - 1), LONGEST_BACK_OFF)
-        self.say(f"the bot crashed ({what}): restart {self._crashes} of {self.command.max_crashes} in {wait:g} s")
         self._retry = self._loop.call_later(wait, self._spawn)
+        self.tell(Crashed(self.term))
 
     def _ended(self) -> None:
         """Nothing runs any more. The side-car lock must be free before anybody reads "released"."""
         self._stopping = True  # should the reaper be killed just now, that is no reason to start the bot again
         if self._guarded:
-            self._send((), do="drop")
+            self._send(do="drop")
         else:
             self._finished()
 
@@ -185,7 +302,7 @@ class ChildWork:
         self._guarded = False
         if self._running:
             self._running = False
-            self.on_ended(self.term)
+            self.tell(WorkEnded(self.term))
 
     def _reaper_died(self, sock: socket.socket) -> None:
         """Killed from outside, or by its fence. The bot died with it; what had daemonised is ours now."""
@@ -201,7 +318,9 @@ class ChildWork:
         self.say("the reaper was killed; the bot died with it")
         self._guarded = False  # the kernel dropped it
         self._fork_anew()
-        if self._running and self._retry is None:  # else nothing ran, and the restart is on its way already
+        if self._warm or (
+            self._running and self._retry is None
+        ):  # else nothing ran, and the restart is on its way already
             self._gone(-signal.SIGKILL)
 
     def _fork_anew(self) -> None:
@@ -210,3 +329,7 @@ class ChildWork:
         self._sock.setblocking(False)
         self._loop.add_reader(self._sock, self._heard)
         self.proof = proof.make((os.getpid(), self._reaper))
+
+
+def _how(status: int) -> str:
+    return f"signal {-status}" if status < 0 else f"exit code {status}"

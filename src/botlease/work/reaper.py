@@ -8,6 +8,9 @@ signals on, kill everything below it, say when nothing is left. It kills everyth
 * the supervisor says so, or is gone (end of file on the socket), whatever killed it;
 * the end of trust comes near, whether or not the supervisor is scheduled: it does not need to be asked.
 
+A warm start comes before the term: the bot runs up to its gate, one end of a socket pair, and waits there. The other
+end is here, so that the fence is armed before the gate opens, and a gate is never opened after the end of trust.
+
 If the reaper itself is stopped or stuck, its own kernel timer kills it at the end of trust, the bot dies
 with it (``PR_SET_PDEATHSIG``), and what had daemonised falls to the supervisor, a sub-reaper as well.
 """
@@ -124,6 +127,8 @@ class _Reaper:
         self.draining = False
         self.killing = False
         self.killing_since = 0.0
+        self.guards: list[int] = []  # the side-car lock, kept as long as the work runs
+        self.gate: socket.socket | None = None  # ours of the pair, while the bot waits at it
 
     def run(self) -> NoReturn:
         os.setsid()
@@ -138,7 +143,7 @@ class _Reaper:
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         self.sock.setblocking(False)
-        poll = select.poll()
+        poll = self.poll = select.poll()
         poll.register(self.sock, select.POLLIN)
         poll.register(read, select.POLLIN)
         while True:
@@ -151,6 +156,8 @@ class _Reaper:
                     self._end()
                 for message in messages or ():
                     self._obey(message)
+            if self.gate is not None and any(fd == self.gate.fileno() for fd, _ in ready):
+                self._at_the_gate()
             if self.kill_at is not None and clock.now() >= self.kill_at:
                 self._kill()
                 if not self.working:
@@ -176,6 +183,8 @@ class _Reaper:
         match message["do"]:
             case "start":
                 self._start(message)
+            case "open":
+                self._open(message)
             case "arm" if self.working:
                 self._arm(message["until"])
             case "arm":  # nothing runs between a crash and the restart: only the side-car lock is kept for longer
@@ -193,10 +202,19 @@ class _Reaper:
 
     def _drop(self) -> None:
         """Let the side-car lock go: the term is over and nothing of its work runs."""
-        for fd in self.inbox.fds:
+        for fd in self.guards:
             os.close(fd)
-        self.inbox.fds.clear()
+        self.guards.clear()
         self.kill_at = None
+
+    def _came_along(self, message: dict[str, Any]) -> dict[str, int]:
+        """The descriptors that were sent with this message, by their names."""
+        names = message["fds"]
+        fds, self.inbox.fds = self.inbox.fds[: len(names)], self.inbox.fds[len(names) :]
+        found = dict(zip(names, fds, strict=True))
+        if "guard" in found:
+            self.guards.append(found["guard"])
+        return found
 
     def _kill(self) -> None:
         if self.working and not self.killing:
@@ -208,15 +226,28 @@ class _Reaper:
         self.fence.arm(until)
 
     def _start(self, message: dict[str, Any]) -> None:
-        if self.working:
-            return  # one bot at a time, whatever is asked
+        came = self._came_along(message)
+        output = came.get("stdout", -1)
+        if not self.working:  # one bot at a time, whatever is asked
+            self._begin(message, output)
+        if output >= 0:
+            os.close(output)
+
+    def _begin(self, message: dict[str, Any], output: int) -> None:
         self.working, self.draining, self.killing, self.status = True, False, False, None
-        self._arm(message["until"])  # before the fork: if we are stopped right here, the kernel ends us in time
-        assert self.kill_at is not None
-        if clock.now() >= self.kill_at:
-            self.status = 70
-            return
-        pid, problem = self._spawn(message["argv"], message["env"])
+        if message["until"] is not None:
+            self._arm(message["until"])  # before the fork: if we are stopped right here, the kernel ends us in time
+            assert self.kill_at is not None
+            if clock.now() >= self.kill_at:
+                self.status = 70
+                return
+        theirs: socket.socket | None = None
+        if message["gate"]:
+            self.gate, theirs = socket.socketpair()
+            self.poll.register(self.gate, select.POLLIN)
+        pid, problem = self._spawn(message["argv"], message["env"], output, theirs)
+        if theirs is not None:
+            theirs.close()
         if problem:
             self.status = 127 if problem == "No such file or directory" else 126
             self._tell(say="failed", error=problem)
@@ -224,7 +255,46 @@ class _Reaper:
             self.child = pid
             self._tell(say="started", pid=pid)
 
-    def _spawn(self, argv: list[str], env: dict[str, str]) -> tuple[int, str]:
+    def _at_the_gate(self) -> None:
+        """The bot says that it has come there; or it has closed its end, as it may once it is through."""
+        assert self.gate is not None
+        try:
+            word = self.gate.recv(64, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            word = b""
+        if word:
+            self._tell(say="ready")
+        else:
+            self._shut()
+
+    def _shut(self) -> None:
+        if self.gate is not None:
+            self.poll.unregister(self.gate)
+            self.gate.close()
+            self.gate = None
+
+    def _open(self, message: dict[str, Any]) -> None:
+        """The term has begun. The fence first; then the word to the bot, which it finds even if it comes later."""
+        self._came_along(message)
+        if not self.working:  # it died on its way here, and its supervisor is about to hear of it
+            self.kill_at = message["until"]
+            return
+        self._arm(message["until"])
+        assert self.kill_at is not None
+        if clock.now() >= self.kill_at:
+            return  # the loop kills it
+        if self.gate is not None:
+            try:
+                self.gate.sendall(f"{message['term']}\n".encode())
+            except OSError:
+                self._shut()
+        self._tell(say="opened")
+
+    def _spawn(
+        self, argv: list[str], env: dict[str, str], output: int = -1, gate: socket.socket | None = None
+    ) -> tuple[int, str]:
         read, write = _pipe()
         me = os.getpid()
         pid = os.fork()
@@ -235,6 +305,11 @@ class _Reaper:
                 tree.prctl(tree.PR_SET_PDEATHSIG, signal.SIGKILL)
                 if os.getppid() != me:  # the reaper died between fork and prctl
                     os._exit(70)
+                if output >= 0:
+                    os.dup2(output, 1)
+                if gate is not None:
+                    os.set_inheritable(gate.fileno(), True)
+                    env["BOTLEASE_GATE_FD"] = str(gate.fileno())
                 os.setsid()  # the terminal's signals go to the supervisor, which passes them on in order
                 signal.set_wakeup_fd(-1)
                 for number in (*_PASSED_BY, signal.SIGCHLD):
@@ -266,6 +341,7 @@ class _Reaper:
         if not left and self.child == 0:
             self.working = False
             self.fence.disarm()
+            self._shut()
             if self.kill_at is not None and clock.now() >= self.kill_at:
                 self._drop()
             self._tell(say="gone", status=self.status if self.status is not None else -signal.SIGKILL)

@@ -1,0 +1,125 @@
+"""Progress proof: is the bot alive inside? A process that runs says little; this asks for a sign.
+
+Three kinds of sign: a URL that answers with 2xx or 3xx, a file that is touched, a line on standard output. The
+supervisor learns the first one (a probation is not passed without) and when none has come for too long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from botlease import clock
+from botlease.model import Event, Healthy, Unhealthy
+
+OFTEN = 1.0
+"""Seconds between two looks, at most a fifth of ``within``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """``http://...``, ``stdout:REGEX``, or the path of a file (``file:PATH`` for an odd one)."""
+
+    kind: str  # "url", "file", "stdout"
+    value: str
+    within: float = 30.0
+    """Seconds for which one sign counts."""
+
+    @classmethod
+    def parse(cls, text: str, within: float) -> Rule:
+        """Raises ValueError with what is wrong."""
+        if text.startswith(("http://", "https://")):
+            if text.startswith("https://"):
+                raise ValueError(f"{text!a}: the bot runs on this machine, use http://127.0.0.1:PORT/PATH")
+            return cls("url", text, within)
+        if text.startswith("stdout:"):
+            pattern = text.removeprefix("stdout:")
+            try:
+                re.compile(pattern)
+            except re.error as e:
+                raise ValueError(f"{pattern!a} is not a regular expression: {e}") from None
+            return cls("stdout", pattern, within)
+        path = text.removeprefix("file:")
+        if not path or "\0" in path:
+            raise ValueError(f"{text!a}: name a URL, a file, or stdout:REGEX")
+        return cls("file", path, within)
+
+
+class Pulse:
+    """Feels one bot, from :meth:`begin` to :meth:`end`; says ``Healthy`` once and ``Unhealthy`` each time."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+        self.tell: Callable[[Event], None] = lambda event: None
+        self._last = 0.0  # when the last sign came
+        self._began = 0.0
+        self._task: asyncio.Task[None] | None = None
+
+    def output(self) -> int:
+        """Where the bot's standard output should go: a descriptor for the caller to close, or -1: as it is."""
+        if self.rule.kind != "stdout":
+            return -1
+        read, write = os.pipe()
+        threading.Thread(target=self._listen, args=(read,), name="botlease-stdout", daemon=True).start()
+        return write
+
+    def _listen(self, read: int) -> None:
+        """Pass everything on. In a thread of its own: if nobody reads our output, only the bot's may wait for it."""
+        wanted = re.compile(self.rule.value.encode())
+        rest = b""
+        with contextlib.suppress(OSError), os.fdopen(read, "rb", buffering=0) as stream:
+            while data := stream.read(65_536):
+                left = memoryview(data)
+                while left:
+                    left = left[os.write(1, left) :]
+                *lines, rest = (rest + data).split(b"\n")
+                rest = rest[-65_536:]
+                if any(wanted.search(line) for line in lines):
+                    self._last = clock.now()
+
+    def begin(self, term: int) -> None:
+        self.end()
+        self._began = clock.now()
+        self._task = asyncio.ensure_future(self._feel(term))
+
+    def end(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+
+    async def _feel(self, term: int) -> None:
+        told = False
+        since = self._began
+        while True:
+            if self.rule.kind != "stdout" and await self._sign():
+                self._last = clock.now()
+            if self._last > since:
+                since = self._last
+                if not told:
+                    told = True
+                    self.tell(Healthy(term))
+            elif clock.now() - since > self.rule.within:
+                since, told = clock.now(), False
+                self.tell(Unhealthy(term))
+            await asyncio.sleep(min(OFTEN, self.rule.within / 5))
+
+    async def _sign(self) -> bool:
+        if self.rule.kind == "file":
+            try:
+                touched = Path(self.rule.value).stat().st_mtime  # noqa: ASYNC240
+            except OSError:
+                return False
+            # A file of an earlier process says nothing about this one.
+            return clock.now() - (clock.wall() - touched) > self._began and clock.wall() - touched < self.rule.within
+        from botlease.http import status_of
+
+        try:
+            return 200 <= await status_of(self.rule.value, min(2.0, self.rule.within)) < 400
+        except (OSError, TimeoutError, ValueError):
+            return False
