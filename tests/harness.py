@@ -99,6 +99,20 @@ class World:
                 spans[key] = (min(spans.get(key, (when, 0))[0], when), max(spans.get(key, (0, when))[1], when))
         return spans
 
+    def bot(self, **options: object) -> tuple[str, ...]:
+        """The witness with options: ``bot(exit=1, start=0.5)``."""
+        words = [w for name, value in options.items() for w in (f"--{name.replace('_', '-')}", str(value))]
+        return (sys.executable, "-S", WITNESS, str(self.witness), *words)
+
+    def terms(self) -> list[int]:
+        return sorted({term for _, term in self.stamps()})
+
+    def gap(self, term: int) -> float:
+        """Seconds between the last moment at work before this term and its first one."""
+        spans = self.stamps()
+        first = min(a for (_, t), (a, _) in spans.items() if t == term)
+        return first - max(b for (_, t), (_, b) in spans.items() if t < term)
+
     def works(self, n: int = 1, limit: float = 15.0) -> None:
         until(lambda: len(self.stamps()) >= n, limit)
 

@@ -2,7 +2,9 @@
 
 One clock domain, one machine, O_APPEND: overlaps between two of them are exact. Options:
 --deaf (ignores SIGTERM), --slow S (needs S seconds to stop), --daemon (double-forks and lets the grandchild
-leave witness), --exit N (ends with N after --for S seconds), --plain (stdlib only: no botlease import).
+leave witness), --exit N (ends with N after --for S seconds). --start S (needs S seconds before its gate), --gate fd
+or url (waits there), --touch FILE (touches it at each stamp), --hang S (goes on after S seconds but touches nothing),
+--say TEXT (prints it each time instead), --warned FILE (writes the names of the signals USR1 and USR2 there).
 """
 
 import os
@@ -33,8 +35,44 @@ elif "--daemon" in option:
     if os.fork():
         os._exit(0)
 ends = time.clock_gettime(time.CLOCK_BOOTTIME) + float(option.get("--for", 1e9))
-term = os.environ.get("BOTLEASE_TERM", "0")
+time.sleep(float(option.get("--start", 0)))
+term = os.environ.get("BOTLEASE_TERM", "")
+if not term and option.get("--gate") == "fd":
+    gate = int(os.environ["BOTLEASE_GATE_FD"])
+    os.write(gate, b"ready\n")
+    term = os.read(gate, 64).decode().strip()
+elif not term and option.get("--gate") == "url":
+    import json
+    import urllib.request
+
+    with urllib.request.urlopen(os.environ["BOTLEASE_GATE_URL"]) as answer:
+        term = str(json.load(answer)["term"])
+term = term or "0"
+began = time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def warned(number, frame):
+    with open(option["--warned"], "a") as f:
+        f.write(signal.Signals(number).name + "\n")
+
+
+if "--warned" in option:
+    signal.signal(signal.SIGUSR1, warned)
+    signal.signal(signal.SIGUSR2, warned)
+
+
+def prove():
+    if time.clock_gettime(time.CLOCK_BOOTTIME) - began > float(option.get("--hang", 1e9)):
+        return
+    if "--touch" in option:
+        with open(option["--touch"], "w"):
+            pass
+    if "--say" in option:
+        print(option["--say"], flush=True)
+
+
 while True:
+    prove()
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
     if stopping and now >= stopping[0]:
         os.write(fd, f"{os.getpid()} {term} {now:.6f}\n".encode())
