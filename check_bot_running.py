@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from botlease.cli import check, invoke
+from botlease.commands import check
+from botlease.console import invoke
 
 if __name__ == "__main__":
     invoke(check, "check_bot_running.py")

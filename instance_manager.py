@@ -37,7 +37,8 @@ if __name__ == "__main__":
     from botlease.__main__ import fork_reaper
 
     fork_reaper()
-    from botlease.cli import invoke, run
+    from botlease.cli import run
+    from botlease.console import invoke
 
     parameters = {p.name: p for p in run.params}
     parameters["command"].default = BOT  # where none is given

@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from click import Context
 from harness import BOTLEASE, World, clean_env, marked
+
+from botlease.cli import main
 
 CASES: dict[str, tuple[list[str], dict[str, str], int, str]] = {
     "no command": ([], {}, 2, "no command: botlease run"),
@@ -140,7 +143,7 @@ def test_a_port_in_use_is_named(sqlite_world: World, tmp_path: Path) -> None:
     assert result.returncode == 78 and "cannot listen on port" in result.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["status"], ["promote"], ["check"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in main.list_commands(Context(main)))])
 def test_every_command_has_help(command: list[str], tmp_path: Path) -> None:
     result = run([*command, "--help"], tmp_path)
     assert result.returncode == 0 and "Usage:" in result.stdout

@@ -441,7 +441,7 @@ def test_what_is_said_about_the_health_of_an_earlier_term_is_ignored() -> None:
 @pytest.mark.parametrize("failures", [1, 2, 7])
 def test_after_two_failed_probations_a_deployment_does_not_take_over_any_more(failures: int) -> None:
     d = Driver().joined(View(HELD, "db", OTHER, 5, failures=failures))
-    assert (d.state.asking is None) is (failures >= 2)
+    assert d.question.verb is (Verb.TOUCH if failures >= 2 else Verb.CLAIM)  # what it is, is said at once
     assert d.state.label == ("quarantined" if failures >= 2 else "standby")
 
 
@@ -482,7 +482,9 @@ def test_moved_by_hand_to_an_older_one_the_newer_one_stays() -> None:
 
 def test_a_warm_newcomer_asks_when_its_work_has_come_to_the_gate() -> None:
     d = Driver(warm=True).joined(View(HELD, "db", OTHER, 5))
-    assert d.state.asking is None and d.state.label == "warming"
+    assert d.question.verb is Verb.TOUCH and d.question.label == "warming"
+    d.answer(Done)
+    assert d.state.asking is None
     d.feed(Ready(True))
     assert d.question.verb is Verb.CLAIM
 

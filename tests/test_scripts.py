@@ -241,7 +241,8 @@ def test_status_as_json_has_the_documented_form(world: World) -> None:
     world.run("--name", "mybot", "--deployment", "v1")
     world.works(1)
     shown = status(world.url)
-    assert set(shown) == {"bot", "lease", "instances"} and shown["bot"] == "mybot"
+    assert set(shown) == {"bot", "paused", "lease", "instances", "quarantine", "handover"}
+    assert (shown["bot"], shown["paused"], shown["quarantine"], shown["handover"]) == ("mybot", False, [], None)
     (instance,) = shown["instances"]
     assert list(instance) == [
         *("instance_id", "is_active", "state", "term", "deployment", "generation"),

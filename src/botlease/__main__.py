@@ -35,8 +35,8 @@ def take_reaper() -> tuple[int, socket.socket]:
 def main(prog_name: str | None = None) -> None:
     if sys.argv[1:2] == ["run"]:
         fork_reaper()
-    from botlease.cli import invoke
     from botlease.cli import main as commands
+    from botlease.console import invoke
 
     invoke(commands, prog_name or "botlease")
 

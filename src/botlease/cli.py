@@ -8,59 +8,75 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, Final
 
 import click
 
 from botlease import __version__, settings
+from botlease.console import CONFIG, CONTEXT, database_option, fail, hide_password
 from botlease.platforms import PLAIN, SYSTEMD
 from botlease.settings import ConfigurationError
 
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-CONFIG, UNAVAILABLE = 78, 69
+OPERATOR: Final = {
+    "See": {
+        "status": "Who runs, who stands by, what is going on between them.",
+        "history": "The terms: who worked, for how long, why it ended.",
+        "verify": "Prove from the journal that no two terms overlapped.",
+        "wait": "Wait until somebody works, or stands by. For scripts.",
+        "doctor": "What is not as it should be, and what to do.",
+    },
+    "Change": {
+        "promote": "Make an instance the one that runs.",
+        "deactivate": "Stop the bot until somebody is promoted or deployed.",
+        "pause": "Nobody works until it is resumed.",
+        "resume": "End a pause.",
+        "prune": "Delete old history.",
+    },
+    "On this machine": {
+        "check": "Look for instances here, and end them if you say so.",
+        "init": "Write the files your platform needs.",
+        "completion": "Completion for bash, zsh or fish.",
+        "simulator": "A Telegram Bot API on loopback, to try bots out.",
+    },
+}
+"""The commands of :mod:`botlease.commands`, which is loaded only for them."""
 
 
-def fail(text: str, code: int) -> NoReturn:
-    click.echo(f"botlease: {text}", err=True)
-    sys.exit(code)
+class Commands(click.Group):
+    """Loads the operator's commands when one is asked for: a supervisor has no use for them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return ["run", *(name for names in OPERATOR.values() for name in names)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name != "run" and cmd_name in self.list_commands(ctx):
+            from botlease import commands
+
+            return commands.COMMANDS[cmd_name]
+        return super().get_command(ctx, cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, commands in {
+            "Run": {"run": "Run a command while this instance holds the lease."},
+            **OPERATOR,
+        }.items():
+            with formatter.section(title):
+                formatter.write_dl(list(commands.items()))
 
 
-def invoke(command: click.Command, program: str) -> NoReturn:
-    """Run a command as a program: a wrong command line gets one line with the cure, and exit code 2."""
-    try:
-        command.main(prog_name=program, standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as e:
-        click.echo(e.format_message())
-        sys.exit(2)
-    except click.UsageError as e:
-        path = e.ctx.command_path if e.ctx is not None else program
-        fail(f"{e.format_message().rstrip('.')}: see `{path} --help`", 2)
-    except click.exceptions.Exit as e:
-        sys.exit(e.exit_code)
-    except click.Abort:
-        sys.exit(130)
-    sys.exit(0)
-
-
-@click.group(context_settings=CONTEXT)
+@click.group(cls=Commands, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="botlease")
 def main() -> None:
     """At most one copy of your bot works at any time, across every deployment.
 
     \b
     botlease run -- python bot.py        put this in front of your bot's start command
-    botlease status                      who runs, who stands by
+    botlease status --watch              who runs, who stands by
+    botlease init railway                the files your platform needs
+    botlease doctor                      what is not as it should be
+
+    Every command takes --help. The database comes from $BOTLEASE_DATABASE_URL or $DATABASE_URL.
     """
-
-
-def database_option(f: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--database",
-        metavar="URL",
-        help="postgresql://... or sqlite:///file. Default: $BOTLEASE_DATABASE_URL, $DATABASE_URL, else SQLite "
-        "in your state folder. Better in the environment than here, where it may hold a password.",
-    )(f)
 
 
 @main.command(context_settings={"allow_interspersed_args": False, **CONTEXT})
@@ -322,147 +338,3 @@ def _check_command(program: str) -> None:
         if os.path.exists(program):  # noqa: PTH110
             fail(f"cannot execute {program}: permission denied: chmod +x it, or name its interpreter first", 126)
         fail(f"cannot find the command {program}: is it installed, and in PATH?", 127)
-
-
-def hide_password(url: str | None) -> None:
-    """Blot the password out of our own command line, which everybody on this machine can read."""
-    if not url:
-        return
-    from botlease.stores import passwords
-    from botlease.title import blot
-
-    for secret in passwords(url):
-        blot(secret)
-
-
-def _ask(database: str | None, question: Callable[[Any], Any]) -> Any:
-    """Open the store, ask one thing, close. Errors end the program with one line."""
-    import asyncio
-
-    from botlease.stores import StoreError, StoreRefused, open_store
-
-    hide_password(database)
-
-    async def ask() -> Any:
-        url = settings.database_url(database, os.environ)
-        if url.startswith("sqlite:///") and not os.path.exists(url.removeprefix("sqlite:///")):  # noqa: ASYNC240, PTH110
-            # Opening it would make it, and a mistyped path would look like an empty database.
-            raise ConfigurationError(f"there is no database at {url}: nothing has run there yet, or the URL is wrong")
-        store = open_store(url)
-        try:
-            await store.open(5.0)
-            return await question(store)
-        finally:
-            await store.aclose()
-
-    try:
-        settings.check_environment(os.environ)
-        return asyncio.run(ask())
-    except (StoreRefused, ConfigurationError) as e:
-        fail(str(e), CONFIG)
-    except StoreError as e:
-        fail(str(e), UNAVAILABLE)
-
-
-@main.command(context_settings=CONTEXT)
-@database_option
-@click.option("--name", metavar="N", help="Only this bot.")
-@click.option("--all", "ended", is_flag=True, help="Ended instances, too.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object for each bot, one a line.")
-def status(database: str | None, name: str | None, ended: bool, as_json: bool) -> None:
-    """Show who runs and who stands by."""
-    from botlease import status as show
-
-    overview = _ask(database, lambda store: store.overview(5.0))
-    bots = [b for b in show.by_bot(overview, ended=ended) if name is None or b["bot"] == name]
-    if as_json:
-        import json
-
-        for bot in bots:
-            click.echo(json.dumps(bot))
-    else:
-        click.echo(show.table(bots))
-
-
-@main.command(context_settings=CONTEXT)
-@database_option
-@click.argument("instance_id")
-def promote(database: str | None, instance_id: str) -> None:
-    """Make INSTANCE_ID the one that runs. The one that runs now drains first."""
-    _ask(database, lambda store: store.promote(instance_id, 5.0))
-    click.echo(f"{instance_id} has the assignment; it starts when the lease is free (see `botlease status`)")
-
-
-@main.command(context_settings=CONTEXT)
-@click.option("--name", metavar="N", help="Only this bot. Default: the one that the environment names, else all.")
-@click.option("--force-kill", is_flag=True, help="End what is found: SIGTERM, wait, SIGKILL.")
-@click.option("--json", "as_json", is_flag=True)
-def check(name: str | None, force_kill: bool, as_json: bool) -> None:
-    """Look for instances on this machine. Exit code 0: none (left), 1: some are running."""
-    sys.exit(local_check(name, force_kill, as_json))
-
-
-def local_check(name: str | None, force_kill: bool, as_json: bool) -> int:
-    """The seed's ``check_bot_running.py``."""
-    import json
-    from dataclasses import asdict
-    from datetime import UTC, datetime
-
-    from botlease import local
-
-    if name is None:
-        name = os.environ.get("BOTLEASE_NAME") or settings.token_id(os.environ)
-    found = local.find(name)
-    if as_json:
-        click.echo(json.dumps([asdict(f) for f in found]))
-    elif not found:
-        click.echo("no instance of the bot is running on this machine")
-    else:
-        for f in found:
-            since = datetime.fromtimestamp(f.started_at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-            click.echo(f"{f.what} pid {f.pid}, started {since}: {f.command}")
-    if not found:
-        return 0
-    if not force_kill:
-        if not as_json:
-            click.echo("refused: the bot is already running; --force-kill ends it", err=True)
-        return 1
-    return 0 if local.force_kill(found, say=lambda text: click.echo(text, err=True)) else 1
-
-
-@main.command(context_settings=CONTEXT)
-@click.option("--port", type=click.IntRange(0, 65535), default=8081, show_default=True, help="0: any free one.")
-@click.option(
-    "--profile",
-    type=click.Choice(["source", "h1", "h2"]),
-    default="source",
-    show_default=True,
-    help="How conflicts are decided: as the server's source says, or in two harsher ways.",
-)
-@click.option(
-    "--users", type=click.IntRange(0, 1000), default=3, show_default=True, help="Chatting users for each bot."
-)
-@click.option(
-    "--every",
-    type=click.FloatRange(0.01, 3600),
-    default=1.0,
-    show_default=True,
-    help="Seconds between two messages of one user.",
-)
-@click.option("--seed", type=int, default=1, show_default=True)
-def simulator(port: int, profile: str, users: int, every: float, seed: int) -> None:
-    """Serve the Telegram Bot API on loopback, with chatting users, for trying bots out.
-
-    Point your bot's base URL at it; any token of the usual form will do. Counts go to standard output, and to
-    /simulator/report as JSON. Ends on Ctrl-C.
-    """
-    import asyncio
-
-    from botlease.telegram.command import serve
-
-    try:
-        asyncio.run(serve(port, profile, users, every, seed, click.echo))
-    except OSError as e:
-        fail(f"cannot listen on port {port}: {e.strerror}: choose another --port", CONFIG)
-    except KeyboardInterrupt:
-        pass

@@ -147,6 +147,7 @@ class State:
     claimed: bool = False
     was_active: bool = False
     ready: bool = True
+    shown: str = "standby"  # what our row says we are
     give_back_at: float = 0.0
     # what is held
     term: Term | None = None
@@ -447,14 +448,15 @@ def _renewed(s: State, q: Question, event: Renewed, now: float, out: list[Action
 
 def _done(s: State, q: Question, now: float) -> State:
     if q.verb is Verb.TOUCH:
-        return replace(s, touch_at=now + s.timing.ttl)
+        return replace(s, touch_at=now + s.timing.ttl, shown=q.label)
     if q.verb is Verb.PASS:
         return replace(s, trial=False)
     if q.verb is Verb.LEAVE or q.leave:
         return replace(s, phase=Phase.ENDED, term=None)
     if q.verb is Verb.RELEASE:
         phase = Phase.STANDBY if s.phase is Phase.RELEASING else s.phase
-        return replace(s, phase=phase, term=None, view=None, look_at=now, give_back_at=0.0, trial=False)
+        s = replace(s, phase=phase, term=None, view=None, look_at=now, give_back_at=0.0, trial=False)
+        return replace(s, shown="passive")  # the release wrote it
     return s
 
 
@@ -558,7 +560,7 @@ def _plan_standby(s: State, now: float, out: list[Action]) -> State:
             replace(s, stopping=True, leave_by=now + s.timing.attempt * 2, reason=Reason.SUPERSEDED), now, out
         )
     if view.paused:
-        return _ask(s, now, out, Verb.TOUCH, label=s.label) if now >= s.touch_at else s
+        return _touch(s, now, out)
     if view.assigned is not None and view.assigned.instance_id == s.me.instance_id:
         s = replace(s, claimed=True)
         how = _vacancy(s, lease, now)
@@ -573,9 +575,13 @@ def _plan_standby(s: State, now: float, out: list[Action]) -> State:
         newcomer = peer is not None and not peer.ended and view.generation > peer.generation
         s = replace(s, trial=newcomer and s.timing.probation > 0)
         return _ask(s, now, out, Verb.CLAIM, source=(peer.instance_id, peer.generation) if peer else None)
-    if now >= s.touch_at:
-        return _ask(s, now, out, Verb.TOUCH, label=s.label)
-    return s
+    return _touch(s, now, out)
+
+
+def _touch(s: State, now: float, out: list[Action]) -> State:
+    """A standby's heartbeat; at once when it has become something else, for those who watch."""
+    due = now >= s.touch_at or s.label != s.shown
+    return _ask(s, now, out, Verb.TOUCH, label=s.label) if due else s
 
 
 def _vacancy(s: State, lease: Lease, now: float) -> How | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Final
+
+from botlease.model import TRIES
 
 FIELDS: Final = (
     "instance_id",
@@ -28,23 +31,67 @@ def by_bot(overview: dict[str, Any], *, ended: bool = False) -> list[dict[str, A
     bots: dict[str, dict[str, Any]] = {}
     for row in overview["leases"]:
         lease = {k: _time(row[k]) for k in ("term", "beat", "holder", "ttl", "renewed_at")}
-        bots[row["bot"]] = {"bot": row["bot"], "lease": lease, "instances": []}
+        bots[row["bot"]] = _bot(row["bot"], lease, row["paused"])
     for row in overview["instances"]:
         if row["bot"] is None or (row["ended_at"] is not None and not ended and not row["is_active"]):
             continue  # rows of an earlier system have no bot
-        entry = bots.setdefault(row["bot"], {"bot": row["bot"], "lease": None, "instances": []})
+        entry = bots.setdefault(row["bot"], _bot(row["bot"], None, False))
         instance = {name: _time(row[name]) for name in FIELDS}
         lease = entry["lease"]
         if lease is not None and lease["holder"] == row["instance_id"]:
             # The holder's heartbeat is its renewal; its own row is touched once a ttl only.
             instance["last_heartbeat"] = max(str(instance["last_heartbeat"]), str(lease["renewed_at"]))
         entry["instances"].append(instance)
+    for row in overview["failures"]:
+        if row["failures"] >= TRIES and row["bot"] in bots:
+            bots[row["bot"]]["quarantine"].append(row["deployment"])
+    for bot in bots.values():
+        bot["handover"] = handover(bot)
     return list(bots.values())
+
+
+def _bot(name: str, lease: dict[str, Any] | None, paused: bool) -> dict[str, Any]:
+    return {"bot": name, "paused": paused, "lease": lease, "instances": [], "quarantine": [], "handover": None}
+
+
+def handover(bot: dict[str, Any]) -> dict[str, Any] | None:
+    """A change of holder that is on its way, and how far it is: requested (the newcomer is not ready), ready (it is,
+    and asks next), in progress (it has the assignment, the holder drains). None: there is none, or it is done."""
+    holder = bot["lease"]["holder"] if bot["lease"] else None
+    by_id = {i["instance_id"]: i for i in bot["instances"]}
+    for i in bot["instances"]:
+        if i["is_active"] and holder is not None and i["instance_id"] != holder:
+            return {"from": holder, "to": i["instance_id"], "step": "in progress"}
+    here = by_id.get(holder)
+    newer = [i for i in bot["instances"] if here and (i["generation"] or 0) > (here["generation"] or 0)]
+    for i in sorted(newer, key=lambda i: -(i["generation"] or 0)):
+        step = {"warming": "requested", "standby": "ready"}.get(i["state"])
+        if step is not None and i["deployment"] not in bot["quarantine"] and not bot["paused"]:
+            return {"from": holder, "to": i["instance_id"], "step": step}
+    return None
+
+
+def works(bot: dict[str, Any] | None, instance: dict[str, Any]) -> bool:
+    lease = bot["lease"] if bot else None
+    return bool(lease and lease["holder"] == instance["instance_id"] and instance["state"] == "active")
+
+
+def stands_by(bot: dict[str, Any] | None, instance: dict[str, Any]) -> bool:
+    """It could take over: it lives, and is not the holder nor on its way out."""
+    lease = bot["lease"] if bot else None
+    return bool(lease and lease["holder"] != instance["instance_id"]) and instance["state"] in ("standby", "passive")
 
 
 def clean(text: Any) -> str:
     """Rows can be written by anybody: no control characters may reach the terminal."""
     return "".join(c if c.isprintable() else "?" for c in str(text))
+
+
+def align(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Cells to lines, columns as wide as they must be."""
+    rows = [tuple(clean(cell) for cell in row) for row in rows]
+    widths = [max(len(r[n]) for r in rows) for n in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
 
 
 def table(bots: list[dict[str, Any]]) -> str:
@@ -61,7 +108,14 @@ def table(bots: list[dict[str, Any]]) -> str:
             if holder
             else "nobody holds the lease"
         )
+        if bot["paused"]:
+            head += "; PAUSED (botlease resume)"
         out.append(head)
+        step = bot["handover"]
+        if step is not None:
+            out.append(f"handover {step['step']}: {clean(step['from'])} -> {clean(step['to'])}")
+        if bot["quarantine"]:
+            out.append(f"in quarantine, did not pass their probation: {clean(', '.join(map(str, bot['quarantine'])))}")
         rows: list[tuple[str, ...]] = [
             ("", "INSTANCE", "STATE", "TERM", "GENERATION", "DEPLOYMENT", "HOST", "PID", "STARTED", "HEARTBEAT")
         ]
@@ -70,7 +124,6 @@ def table(bots: list[dict[str, Any]]) -> str:
             times = (str(i["started_at"])[:19], str(i["last_heartbeat"])[:19])
             shown = ("-" if c is None else clean(c) for c in cells + times)
             rows.append(("*" if i["is_active"] else " ", *shown))
-        widths = [max(len(r[n]) for r in rows) for n in range(len(rows[0]))]
-        out += ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+        out += align(rows)
     out.append("(* is_active: this one should run)")
     return "\n".join(out)

@@ -144,6 +144,10 @@ class Store(Protocol):
     async def prune(self, bot: str | None, days: float, deadline: float) -> tuple[int, int]:
         """Delete ended instances and closed terms older than that. Returns how many of each."""
 
+    async def diagnose(self, deadline: float) -> dict[str, Any]:
+        """For ``doctor``, without changing anything: server, seconds (of one call), schema (a version or None), pooled,
+        clock (the database's minus ours, seconds) and missing (privileges)."""
+
     def guard_fd(self, bot: str) -> int | None:
         """A lock for the owner of the work to keep as long as it runs, where the store has one. The caller owns
         the descriptor from then on."""

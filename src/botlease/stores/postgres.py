@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 from collections.abc import Awaitable, Callable
@@ -39,6 +40,15 @@ from botlease.stores import (
 T = TypeVar("T")
 Key = tuple[int, int, str, str | None]
 CHANNEL: Final = "botlease"
+PRIVILEGES: Final = {
+    "bot_instances": "SELECT INSERT UPDATE DELETE",
+    "bot_terms": "SELECT INSERT UPDATE DELETE",
+    "bot_leases": "SELECT INSERT UPDATE",
+    "bot_deployments": "SELECT INSERT UPDATE",
+    "bot_failures": "SELECT",
+    "botlease_schema": "SELECT",
+}
+"""What a role needs that only runs bots, where another one has made the tables."""
 OWN_SCHEMA: Final = (
     "use a schema of your own: CREATE SCHEMA botlease; and add ?options=-csearch_path%3Dbotlease to the database URL"
 )
@@ -700,6 +710,35 @@ class PostgresStore:
         async def work(c: asyncpg.Connection) -> tuple[int, int]:
             instances, terms = [_count(await c.execute(statement, bot, days * 86_400)) for statement in PRUNE]
             return instances, terms
+
+        return await self._call(deadline, work)
+
+    async def diagnose(self, deadline: float) -> dict[str, Any]:
+        async def work(c: asyncpg.Connection) -> dict[str, Any]:
+            await c.fetchval("SELECT 1")
+            began, wall = clock.now(), clock.wall()
+            database = await c.fetchval("SELECT extract(epoch FROM clock_timestamp())::float8")
+            took = clock.now() - began
+            known = await c.fetchval("SELECT to_regclass('botlease_schema') IS NOT NULL")
+            if known:
+                needed = await c.fetch(
+                    "SELECT p.kind || ' ON ' || t.name AS what FROM jsonb_each_text($1::jsonb) t(name, kinds), "
+                    "unnest(string_to_array(t.kinds, ' ')) p(kind) WHERE NOT has_table_privilege(t.name, p.kind)",
+                    json.dumps(PRIVILEGES),
+                )
+                missing = [r["what"] for r in needed]
+            else:
+                may = "has_schema_privilege(current_schema(), 'CREATE')"
+                missing = [] if await c.fetchval(f"SELECT coalesce({may}, FALSE)") else ["CREATE ON the schema"]
+            readable = known and not any("botlease_schema" in m for m in missing)
+            return {
+                "server": f"PostgreSQL {await c.fetchval('SHOW server_version')}",
+                "seconds": took,
+                "schema": await c.fetchval("SELECT version FROM botlease_schema") if readable else None,
+                "pooled": self.pooled,
+                "clock": database - (wall + took / 2),
+                "missing": missing,
+            }
 
         return await self._call(deadline, work)
 

@@ -221,6 +221,35 @@ class SqliteStore:
     async def prune(self, bot: str | None, days: float, deadline: float) -> tuple[int, int]:
         return await self._call(deadline, lambda f: f.prune(bot, days))
 
+    async def diagnose(self, deadline: float) -> dict[str, Any]:
+        def look() -> dict[str, Any]:
+            version = None
+            if Path(self.path).exists():
+                began = clock.now()
+                with contextlib.closing(sqlite3.connect(f"file:{quote(self.path)}?mode=ro", uri=True)) as db:
+                    try:
+                        version = db.execute("SELECT version FROM botlease_schema").fetchone()[0]
+                    except sqlite3.OperationalError as e:
+                        if "no such table" not in str(e):
+                            raise explain(e, self.path) from None
+                    except sqlite3.Error as e:
+                        raise explain(e, self.path) from None
+                took = clock.now() - began
+            else:
+                took = 0.0
+            folder = next(p for p in Path(self.path).parents if p.exists())
+            target = self.path if Path(self.path).exists() else str(folder)
+            return {
+                "server": f"SQLite {sqlite3.sqlite_version}",
+                "seconds": took,
+                "schema": version,
+                "pooled": False,
+                "clock": 0.0,
+                "missing": [] if os.access(target, os.R_OK | os.W_OK) else [f"write permission for {target}"],
+            }
+
+        return await within(deadline, asyncio.to_thread(look), lambda: None)
+
     # The side-car lock --------------------------------------------------------------------------------------------
 
     def guard_fd(self, bot: str) -> int | None:

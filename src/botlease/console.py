@@ -1,0 +1,87 @@
+"""What the commands share: one-line errors with exit codes, the database option, asking a store one thing."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import click
+
+from botlease import settings
+from botlease.settings import ConfigurationError
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+CONFIG, UNAVAILABLE = 78, 69
+
+
+def fail(text: str, code: int) -> NoReturn:
+    click.echo(f"botlease: {text}", err=True)
+    sys.exit(code)
+
+
+def invoke(command: click.Command, program: str) -> NoReturn:
+    """Run a command as a program: a wrong command line gets one line with the cure, and exit code 2."""
+    try:
+        command.main(prog_name=program, standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as e:
+        click.echo(e.format_message())
+        sys.exit(2)
+    except click.UsageError as e:
+        path = e.ctx.command_path if e.ctx is not None else program
+        fail(f"{e.format_message().rstrip('.')}: see `{path} --help`", 2)
+    except click.exceptions.Exit as e:
+        sys.exit(e.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def database_option(f: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--database",
+        metavar="URL",
+        help="postgresql://... or sqlite:///file. Default: $BOTLEASE_DATABASE_URL, $DATABASE_URL, else SQLite "
+        "in your state folder. Better in the environment than here, where it may hold a password.",
+    )(f)
+
+
+def hide_password(url: str | None) -> None:
+    """Blot the password out of our own command line, which everybody on this machine can read."""
+    if not url:
+        return
+    from botlease.stores import passwords
+    from botlease.title import blot
+
+    for secret in passwords(url):
+        blot(secret)
+
+
+def ask(database: str | None, question: Callable[[Any], Any]) -> Any:
+    """Open the store, ask one thing, close. Errors end the program with one line."""
+    import asyncio
+
+    from botlease.stores import StoreError, StoreRefused, open_store
+
+    hide_password(database)
+
+    async def asked() -> Any:
+        url = settings.database_url(database, os.environ)
+        if url.startswith("sqlite:///") and not os.path.exists(url.removeprefix("sqlite:///")):  # noqa: ASYNC240, PTH110
+            # Opening it would make it, and a mistyped path would look like an empty database.
+            raise ConfigurationError(f"there is no database at {url}: nothing has run there yet, or the URL is wrong")
+        store = open_store(url)
+        try:
+            await store.open(5.0)
+            return await question(store)
+        finally:
+            await store.aclose()
+
+    try:
+        settings.check_environment(os.environ)
+        return asyncio.run(asked())
+    except (StoreRefused, ConfigurationError) as e:
+        fail(str(e), CONFIG)
+    except StoreError as e:
+        fail(str(e), UNAVAILABLE)
