@@ -116,17 +116,18 @@ def test_a_deployment_on_railway_is_handed_over_within_its_health_window(railway
     railway.until(old, "/leader", 200)
     assert "Bought 0.1 BTC" in answered(telegram, "/buy BTC 0.1")
 
-    new = railway.deploy("d-2", BOT_VERSION="2")
+    new = railway.deploy("d-2", BOT_VERSION="2", BOTLEASE_PROBATION="5")
     railway.until(new, "/livez", 200)
-    railway.until(new, "/health", 200)  # only now would Railway stop the old one
     railway.until(new, "/leader", 200)
+    assert railway.get(new, "/health")[0] == 503  # on probation: Railway keeps the old one
+    assert railway.get(new, "/readyz")[0] == 200
     assert railway.get(old, "/leader") == (503, {"state": "passive", "term": None})
     assert railway.get(old, "/health")[0] == 200  # passive is healthy
     assert "(version 2)" in answered(telegram, "/start")
     assert "BTC 0.1" in answered(telegram, "/portfolio")
 
-    railway.started[old][0].send_signal(signal.SIGTERM)
-    assert railway.started[old][0].wait(20) == 0
+    railway.until(new, "/health", 200)  # only now would Railway stop the old one
+    assert railway.started[old][0].wait(20) == 0  # and it is gone already: Railway does not restart what ended with 0
     assert "Sold 0.1 BTC" in answered(telegram, "/sell BTC 0.1")
     report = telegram[2](telegram[0].report, 424242)
     assert (report.conflicts, report.lost, report.twice) == (0, 0, 0)

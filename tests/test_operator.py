@@ -1,0 +1,449 @@
+"""The operator's commands, typed as he types them, on deployments that really run."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+import yaml
+from harness import BOTLEASE, World, clean_env, until
+from servers import PgBouncer, Postgres, has_pgbouncer
+
+from botlease.platforms import EVERY, slug
+
+DURATION = 20.0
+
+
+def botlease(world: World | None, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    url = {"BOTLEASE_DATABASE_URL": world.url} if world is not None else {}
+    return subprocess.run([*BOTLEASE, *args], env=clean_env(**(url | env)), capture_output=True, text=True, timeout=60)
+
+
+def says(world: World, *args: str) -> str:
+    done = botlease(world, *args)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rows(world: World, *args: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in says(world, *args, "--json").splitlines()]
+
+
+def instance(world: World, deployment: str) -> str:
+    (bot,) = rows(world, "status")
+    return str(next(i["instance_id"] for i in bot["instances"] if i["deployment"] == deployment))
+
+
+def sql(world: World, statement: str) -> None:
+    if world.url.startswith("sqlite"):
+        import sqlite3
+
+        with sqlite3.connect(world.url.removeprefix("sqlite:///")) as db:
+            db.execute(statement)
+        db.close()
+        return
+
+    async def run() -> None:
+        connection = await asyncpg.connect(world.url)
+        await connection.execute(statement)
+        await connection.close()
+
+    import asyncio
+
+    asyncio.run(run())
+
+
+# Seeing ------------------------------------------------------------------------------------------------------------
+
+
+def test_history_tells_each_term_and_why_it_ended(world: World) -> None:
+    first = world.run("--name", "b", "--deployment", "v1")
+    world.works(1)
+    second = world.run("--name", "b", "--deployment", "v2")
+    world.works(2)
+    first.says("passive")
+    second.signal(signal.SIGTERM)
+    second.wait()
+    world.works(3)
+    shown = rows(world, "history")
+
+    assert [(r["term"], r["deployment"], r["ended"]) for r in shown] == [
+        (3, "v1", None),
+        (2, "v2", "stopped"),
+        (1, "v1", "superseded"),
+    ]
+    assert [r["probation"] for r in shown] == [None, "on", None]
+    assert all(0 <= r["lasted"] < 60 for r in shown) and len(rows(world, "history", "--limit", "1")) == 1
+    text = says(world, "history", "--name", "b")
+    assert "still on" in text and "superseded" in text and text.count("\n") == 4
+    assert botlease(world, "history", "--name", "nobody").returncode == 78
+
+
+def test_verify_believes_what_really_happened_and_finds_what_is_planted(world: World) -> None:
+    old = world.run("--name", "b", "--deployment", "v1")
+    world.works(1)
+    new = world.run("--name", "b", "--deployment", "v2")
+    world.works(2)
+    new.signal(signal.SIGKILL)
+    world.works(3)
+    old.signal(signal.SIGSTOP)
+    world.run("--name", "b", "--deployment", "v1")
+    world.works(4)
+    old.signal(signal.SIGCONT)
+    assert says(world, "verify") == "b: 4 terms, no two overlap\n"
+    assert world.overlap() == 0
+    sql(world, "UPDATE bot_terms SET acquired_at = (SELECT acquired_at FROM bot_terms WHERE term = 1) WHERE term = 2")
+    done = botlease(world, "verify")
+    assert done.returncode == 1 and "b: term 2 OVERLAPS term 1 by " in done.stdout
+    (verdict,) = [json.loads(line) for line in botlease(world, "verify", "--json").stdout.splitlines()]
+    assert verdict["findings"][0]["term"] == 2
+
+
+def test_wait_returns_when_somebody_works_or_stands_by(world: World) -> None:
+    first = world.run("--name", "b", "--deployment", "v1")
+    world.works(1)
+    who = says(world, "wait", "--active", "--name", "b").strip()
+    assert who.startswith("b-")
+    nobody = botlease(world, "wait", "--standby", "--timeout", "0.2")
+    assert nobody.returncode == 75 and "nobody is standby after 0.2 s" in nobody.stderr
+    with subprocess.Popen(
+        [*BOTLEASE, "wait", "--active", "--deployment", "v2"],
+        env=clean_env(BOTLEASE_DATABASE_URL=world.url),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as waiting:
+        world.run("--name", "b", "--deployment", "v2")
+        assert waiting.wait(20) == 0 and waiting.stdout is not None
+        assert waiting.stdout.read().strip() == instance(world, "v2")
+    assert says(world, "wait", "--standby").strip() == who  # passive: it could take back
+    assert first.process.poll() is None
+    assert botlease(world, "wait").returncode == 2
+
+
+def test_status_shows_a_handover_on_its_way_and_a_deployment_in_quarantine(sqlite_world: World) -> None:
+    world = sqlite_world
+    world.run("--deployment", "v1", bot=world.bot(slow=1.5), ttl="3")
+    world.works(1)
+    warm = world.run("--deployment", "v2", "--warm", bot=world.bot(start=1.0, gate="fd"), ttl="3")
+    seen = []
+
+    def step() -> bool:
+        (bot,) = rows(world, "status")
+        now = bot["handover"]["step"] if bot["handover"] else "done"
+        if not seen or seen[-1] != now:
+            seen.append(now)
+        return now == "done" and len(seen) > 1
+
+    warm.says("warming up")
+    until(step)
+    assert seen[-3:] == ["requested", "in progress", "done"] or seen[-2:] == ["in progress", "done"]
+    assert "requested" in seen and "in progress" in seen
+    for _ in range(2):
+        world.run("--deployment", "v3", bot=world.bot(exit=1, **{"for": 0.05}), ttl="3").wait()
+    assert "in quarantine, did not pass their probation: v3" in says(world, "status")
+
+
+def test_watching_shows_changes_until_it_is_interrupted(sqlite_world: World) -> None:
+    world = sqlite_world
+    world.run("--name", "b", "--deployment", "v1")
+    world.works(1)
+    with subprocess.Popen(
+        [*BOTLEASE, "status", "--watch", "--json", "--interval", "0.1"],
+        env=clean_env(BOTLEASE_DATABASE_URL=world.url),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as watching:
+        assert watching.stdout is not None
+        assert json.loads(watching.stdout.readline())["paused"] is False
+        says(world, "pause")
+        until(lambda: json.loads(watching.stdout.readline())["paused"])  # type: ignore[union-attr]
+        watching.send_signal(signal.SIGINT)
+        watching.stdout.read()
+        assert watching.wait(10) == 0
+
+
+# Changing ----------------------------------------------------------------------------------------------------------
+
+
+def test_deactivate_stops_the_bot_until_one_is_promoted(world: World) -> None:
+    world.run("--name", "b", "--deployment", "v1", "--when-superseded", "stay")
+    world.works(1)
+    world.run("--name", "b", "--deployment", "v1").says("standby: ")
+    who = instance(world, "v1")
+    assert "b: deactivated" in says(world, "deactivate")
+    until(lambda: rows(world, "status")[0]["lease"]["holder"] is None)
+    assert "nobody had the assignment" in says(world, "deactivate", "--name", "b")
+    says(world, "promote", who)
+    until(lambda: rows(world, "status")[0]["lease"]["holder"] == who)
+    assert "deactivated" in says(world, "deactivate", who)
+    until(lambda: rows(world, "status")[0]["lease"]["holder"] is None)
+    assert "1 bots: " not in says(world, "deactivate", "--all")
+    assert [r["ended"] for r in rows(world, "history")] == ["deactivated", "deactivated"]
+    assert botlease(world, "deactivate", "no-such-one").returncode == 78
+    assert botlease(world, "deactivate", "x", "--all").returncode == 2
+
+
+def test_a_pause_holds_for_new_deployments_too_and_a_resume_lets_the_assigned_one_go_on(world: World) -> None:
+    world.run("--name", "b", "--deployment", "v1")
+    world.works(1)
+    holder = instance(world, "v1")
+    assert "paused; nobody works" in says(world, "pause")
+    until(lambda: rows(world, "status")[0]["lease"]["holder"] is None)
+    world.run("--name", "b", "--deployment", "v2")
+    until(lambda: len(rows(world, "status")[0]["instances"]) == 2)
+    assert "PAUSED (botlease resume)" in says(world, "status")
+    assert "was paused already" in says(world, "pause")
+    assert botlease(world, "wait", "--active", "--timeout", "2").returncode == 75
+    assert "resumed" in says(world, "resume", "--name", "b")
+    # either goes on first; in the end it is the newer one
+    until(lambda: rows(world, "status")[0]["lease"]["holder"] == instance(world, "v2"))
+    ended = [r["ended"] for r in rows(world, "history")]
+    assert ended[-1] == "paused" and rows(world, "history")[-1]["instance_id"] == holder
+    assert world.overlap() == 0
+
+
+def test_pause_in_plain_sql(world: World) -> None:
+    run = world.run("--name", "b")
+    world.works(1)
+    sql(world, "UPDATE bot_leases SET paused = TRUE WHERE bot = 'b'")
+    run.says("the operator paused the bot")
+    run.says("passive: ")
+    sql(world, "UPDATE bot_leases SET paused = FALSE WHERE bot = 'b'")
+    world.works(2)
+
+
+def test_prune_deletes_what_is_old_and_nothing_that_lives(sqlite_world: World) -> None:
+    world = sqlite_world
+    for _ in range(2):
+        run = world.run("--name", "b", "--deployment", "v1")
+        world.works(1)
+        run.says("active: ")
+        run.signal(signal.SIGTERM)
+        run.wait()
+    world.run("--name", "b", "--deployment", "v1").says("active: ")
+    assert says(world, "prune") == "deleted 0 instances and 0 terms\n"
+    assert says(world, "prune", "--older-than", "0m") == "deleted 2 instances and 2 terms\n"
+    assert len(rows(world, "status", "--all")[0]["instances"]) == 1
+    bad = botlease(world, "prune", "--older-than", "long ago")
+    assert bad.returncode == 2 and "30d, 12h or 90m" in bad.stderr
+
+
+def test_with_several_bots_the_one_that_is_meant_must_be_named(sqlite_world: World) -> None:
+    world = sqlite_world
+    for name in ("one", "two"):
+        world.run("--name", name)
+    until(lambda: Path(world.url.removeprefix("sqlite:///")).exists() and len(rows(world, "status")) == 2)
+    done = botlease(world, "pause")
+    assert done.returncode == 78 and "which bot? Name it with --name: there are one, two" in done.stderr
+    assert "one: paused" in botlease(world, "pause", BOTLEASE_NAME="one").stdout
+    assert says(world, "pause", "--all").startswith("1 bots: paused")
+
+
+# Doctor ------------------------------------------------------------------------------------------------------------
+
+
+def lines(done: subprocess.CompletedProcess[str]) -> list[tuple[str, str]]:
+    return [(json.loads(line)["level"], json.loads(line)["what"]) for line in done.stdout.splitlines()]
+
+
+def test_the_doctor_finds_a_healthy_patient_healthy_and_changes_nothing(tmp_path: Path, any_url: str) -> None:
+    done = botlease(None, "doctor", "--json", BOTLEASE_DATABASE_URL=any_url, HOME=str(tmp_path))
+    assert done.returncode == 0, done.stdout
+    assert all(level == "ok" for level, _ in lines(done)), done.stdout
+    what = " ".join(text for _, text in lines(done))
+    assert "kernel fence" in what and "tables: none yet" in what and "clock" in what and "platform plain" in what
+    if any_url.startswith("sqlite"):
+        assert not Path(any_url.removeprefix("sqlite:///")).exists()
+
+
+def test_the_doctor_names_what_a_platform_would_do_to_the_bot(tmp_path: Path) -> None:
+    env = {"RAILWAY_DEPLOYMENT_ID": "d", "RAILWAY_ENVIRONMENT_NAME": "production", "HOME": str(tmp_path)}
+    done = botlease(None, "doctor", **env)
+    assert done.returncode == 1
+    assert "Railway kills 0 s after its SIGTERM" in done.stdout
+    assert "-> set the service variable RAILWAY_DEPLOYMENT_DRAINING_SECONDS to 11 or more" in done.stdout
+    assert "-> set BOTLEASE_ENVIRONMENT=production" in done.stdout
+    assert "problem  SQLite guards one machine" in done.stdout
+    better = {"RAILWAY_DEPLOYMENT_DRAINING_SECONDS": "45", "BOTLEASE_ENVIRONMENT": "production"}
+    assert "45 s from SIGTERM to SIGKILL, 11 s are needed" in botlease(None, "doctor", **(env | better)).stdout
+    assert "would refuse to become active" in botlease(None, "doctor", **env, BOTLEASE_ENVIRONMENT="x").stdout
+    heroku = botlease(None, "doctor", DYNO="worker.1", HOME=str(tmp_path))
+    assert "-> heroku labs:enable runtime-dyno-metadata" in heroku.stdout
+
+
+def test_the_doctor_names_a_database_that_cannot_be_used(tmp_path: Path) -> None:
+    for url, text in (
+        ("postgresql://u:secret@127.0.0.1:1/d", "cannot reach PostgreSQL at 127.0.0.1:1"),
+        ("mysql://u:secret@h/d", "use postgresql://"),
+    ):
+        done = botlease(None, "doctor", BOTLEASE_DATABASE_URL=url, HOME=str(tmp_path))
+        assert done.returncode == 1 and text in done.stdout and "secret" not in done.stdout + done.stderr
+    done = botlease(None, "doctor", BOTLEASE_TTL="abc", HOME=str(tmp_path))
+    assert done.returncode == 1 and "is not a number" in done.stdout
+
+
+async def test_the_doctor_names_missing_privileges(postgres_server: Postgres, postgres_url: str) -> None:
+    from botlease.stores import open_store
+
+    store = open_store(postgres_url)
+    await store.open(5)
+    await store.aclose()
+    admin = await asyncpg.connect(postgres_url)
+    role = f"poor_{os.getpid()}"
+    await admin.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'x'; GRANT SELECT, INSERT, UPDATE ON bot_leases TO {role}")
+    try:
+        database = postgres_url.rsplit("/", 1)[1]
+        port = postgres_url.rsplit("/", 1)[0].rsplit(":", 1)[1]
+        poor = f"postgresql://{role}:x@127.0.0.1:{port}/{database}"
+        done = botlease(None, "doctor", BOTLEASE_DATABASE_URL=poor, HOME="/nowhere")
+        assert done.returncode == 1 and "the role lacks " in done.stdout
+        assert "DELETE ON bot_instances" in done.stdout and "ON bot_leases" not in done.stdout
+    finally:
+        await admin.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+        await admin.close()
+
+
+@pytest.mark.skipif(not has_pgbouncer(), reason="pgbouncer is not installed")
+def test_the_doctor_sees_a_transaction_pooler(postgres_url: str, tmp_path: Path) -> None:
+    port = int(postgres_url.split(":")[-1].split("/")[0])
+    pooler = PgBouncer(port, 1)
+    try:
+        url = postgres_url.replace(f":{port}/", f":{pooler.port}/")
+        done = botlease(None, "doctor", BOTLEASE_DATABASE_URL=url, HOME=str(tmp_path))
+    finally:
+        pooler.stop()
+    assert "a transaction pooler is in between" in done.stdout and done.returncode == 0
+
+
+def test_the_doctor_asks_telegram_about_token_and_webhook_and_shows_neither_secret(tmp_path: Path) -> None:
+    token = "424242:AA-secret-of-the-doctors-test"
+    with subprocess.Popen(
+        [*BOTLEASE, "simulator", "--port", "0", "--users", "0"], env=clean_env(), stdout=subprocess.PIPE, text=True
+    ) as simulator:
+        try:
+            assert simulator.stdout is not None
+            line = simulator.stdout.readline()
+            api = next(word for word in line.split() if word.startswith("http://")).partition("/bot")[0]
+            env = {"TELEGRAM_API_URL": api, "TELEGRAM_BOT_TOKEN": token, "HOME": str(tmp_path)}
+            done = botlease(None, "doctor", **env)
+            assert "Telegram: the token is that of @" in done.stdout and "(424242)" in done.stdout, done.stdout
+            assert "no webhook" in done.stdout
+            import urllib.request
+
+            hook = f"{api}/bot{token}/setWebhook?url=https://hooks.example.org/{token}"
+            urllib.request.urlopen(hook, timeout=5).close()
+            done = botlease(None, "doctor", **env)
+            assert "a webhook is set, to hooks.example.org" in done.stdout
+        finally:
+            simulator.send_signal(signal.SIGINT)
+            assert simulator.stdout is not None
+            simulator.stdout.read()
+    assert token not in done.stdout + done.stderr and "secret" not in done.stdout
+    done = botlease(None, "doctor", **(env | {"TELEGRAM_API_URL": "http://127.0.0.1:1"}))
+    assert "127.0.0.1 cannot be reached" in done.stdout and "secret" not in done.stdout + done.stderr
+    assert "Telegram" not in botlease(None, "doctor", "--no-telegram", **env).stdout
+
+
+# Init, completion --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [slug(p) for p in EVERY])
+def test_init_writes_files_that_their_readers_can_read_and_never_touches_what_is_there(
+    name: str, tmp_path: Path
+) -> None:
+    done = botlease(None, "init", name, "--dir", str(tmp_path), "--app", "my-bot", "--command", "python main.py -v")
+    assert done.returncode == 0, done.stderr
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert files
+    for file in files:
+        text = file.read_text()
+        assert "@" not in text.replace("@sha256", "") or "postgresql://" in text, text
+        if file.suffix in (".yaml", ".yml"):
+            yaml.safe_load(text)
+        elif file.suffix == ".toml":
+            tomllib.loads(text)
+        elif file.suffix == ".sh":
+            assert subprocess.run(["sh", "-n", str(file)], check=False).returncode == 0
+        elif file.name == "captain-definition":
+            json.loads(text)
+    said = "".join(f.read_text() for f in files)
+    assert "botlease" in said and ("main.py" in said or name == "docker")
+    before = {p: p.read_bytes() for p in files}
+    again = botlease(None, "init", name, "--dir", str(tmp_path), "--app", "my-bot", "--command", "python main.py -v")
+    assert again.returncode == 0 and "wrote" not in again.stdout and again.stdout.count("same") == len(files)
+    files[0].write_text("mine")
+    kept = botlease(None, "init", name, "--dir", str(tmp_path), "--app", "my-bot", "--command", "python main.py -v")
+    assert kept.returncode == 1 and f"kept     {files[0].relative_to(tmp_path)}" in kept.stdout
+    assert {p: p.read_bytes() for p in files} == before | {files[0]: b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["nowhere"], "no platform 'nowhere'"),
+        (["docker", "--app", "../../x"], "take up to 30 small letters"),
+        (["docker", "--command", 'sh -c "a b"'], "put anything else into a script"),
+        (["docker", "--command", ""], "take plain words"),
+    ],
+)
+def test_init_refuses_what_would_not_work_before_it_writes(args: list[str], text: str, tmp_path: Path) -> None:
+    done = botlease(None, "init", *args, "--dir", str(tmp_path / "x"))
+    assert done.returncode == 78 and text in done.stderr and not (tmp_path / "x").exists()
+
+
+def test_init_does_not_write_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "Procfile").symlink_to(tmp_path / "elsewhere")
+    assert botlease(None, "init", "heroku", "--dir", str(tmp_path)).returncode == 1
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_completes_commands_options_and_instances(shell: str, sqlite_world: World) -> None:
+    script = botlease(None, "completion", shell)
+    assert script.returncode == 0 and "_BOTLEASE_COMPLETE" in script.stdout
+    if shell != "bash":
+        return
+    world = sqlite_world
+    world.run("--name", "b", "--deployment", "v1")
+    world.works(1)
+
+    def complete(*words: str) -> str:
+        env = {"_BOTLEASE_COMPLETE": "bash_complete", "COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+        return botlease(world, **env).stdout
+
+    assert "plain,history" in complete("botlease", "hi")
+    assert "plain,--probation" in complete("botlease", "run", "--prob")
+    assert f"plain,{instance(world, 'v1')}" in complete("botlease", "promote", "b-")
+
+
+def test_at_a_terminal_watching_repaints(sqlite_world: World) -> None:
+    world = sqlite_world
+    world.run("--name", "b")
+    world.works(1)
+    master, slave = pty.openpty()
+    with subprocess.Popen(
+        [*BOTLEASE, "status", "--watch", "--interval", "0.1"],
+        env=clean_env(BOTLEASE_DATABASE_URL=world.url),
+        stdout=slave,
+        stdin=subprocess.DEVNULL,
+    ) as watching:
+        os.close(slave)
+        shown = b""
+        end = time.monotonic() + DURATION
+        while shown.count(b"\x1b[H\x1b[J") < 2 and time.monotonic() < end:
+            if select.select([master], [], [], 0.5)[0]:
+                shown += os.read(master, 65_536)
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(10) == 0
+    os.close(master)
+    assert shown.count(b"\x1b[H\x1b[J") >= 2 and b"Ctrl-C ends" in shown
