@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -262,93 +260,6 @@ def test_promote_moves_the_bot(world: World) -> None:
     assert done.returncode == 0
     world.works(2)
     assert world.overlap() == 0
-
-
-# The local check ------------------------------------------------------------------------------------------------
-
-
-def check(*options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "check_bot_running.py"), *options], env=clean_env(), capture_output=True, text=True
-    )
-
-
-def test_the_local_check_lists_refuses_and_force_kills(sqlite_world: World) -> None:
-    name = f"check{os.getpid()}"
-    assert check("--name", name).returncode == 0
-    run = sqlite_world.run("--name", name, ttl="10")
-    sqlite_world.works(1)
-    found = check("--name", name)
-    assert found.returncode == 1
-    assert f"supervisor pid {run.pid}, started 20" in found.stdout and "refused" in found.stderr
-    rows = json.loads(check("--name", name, "--json").stdout)
-    assert [r["what"] for r in rows] == ["supervisor", "bot"]
-
-    killed = check("--name", name, "--force-kill")
-    assert killed.returncode == 0, killed.stderr
-    assert run.wait() == 0  # SIGTERM was enough: it drained and released
-    assert check("--name", name).returncode == 0
-
-
-def test_the_local_check_kills_what_ignores_sigterm(sqlite_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    from botlease import local
-
-    name = f"deaf{os.getpid()}"
-    run = sqlite_world.run("--name", name, "--stop-grace", "60")
-    sqlite_world.works(1)
-    for pid in run.children():
-        os.kill(pid, signal.SIGSTOP)
-    assert local.force_kill(local.find(name), grace=0.3, say=lambda text: None)
-    run.process.wait(5)
-    assert local.find(name) == []
-
-
-@pytest.mark.parametrize(
-    ("argv", "is_bot"),
-    [
-        (["python", "railway_startup.py"], True),
-        (["/usr/bin/python3.11", "-u", "/app/railway_startup.py"], True),
-        (["python3", "-m", "trading_bot"], True),
-        (["python3", "-X", "dev", "-m", "trading_bot.__main__"], True),
-        (["python3", "-W", "error", "instance_manager.py", "--ttl", "5"], True),
-        (["vim", "railway_startup.py"], False),
-        (["less", "trading_bot/bot.py"], False),
-        (["grep", "-r", "trading_bot", "."], False),
-        (["tail", "-f", "trading_bot.log"], False),
-        (["python3", "-m", "pytest", "trading_bot"], False),
-        (["python3", "-c", "import trading_bot"], False),
-        (["python3", "check_bot_running.py"], False),
-        (["python3", "-m", "trading_bot_tests"], False),
-        (["python3", "my_railway_startup.py"], False),
-        (["python3", "tool.py", "railway_startup.py"], False),
-        (["bash", "-c", "python railway_startup.py"], False),
-        (["ssh", "host", "python", "railway_startup.py"], False),
-        (["code", "--wait", "railway_startup.py"], False),
-        (["watch", "python", "railway_startup.py"], False),
-        (["python3"], False),
-    ],
-    ids=lambda v: " ".join(v) if isinstance(v, list) else str(v),
-)
-def test_a_command_line_is_parsed_and_not_searched(argv: list[str], is_bot: bool) -> None:
-    from botlease.local import runs
-
-    assert runs(argv) is is_bot
-
-
-def test_a_process_that_only_mentions_the_bot_is_never_killed(tmp_path: Path) -> None:
-    (tmp_path / "railway_startup.py").write_text("x")
-    decoys = [
-        subprocess.Popen(["tail", "-f", str(tmp_path / "railway_startup.py")], stdout=subprocess.DEVNULL),
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "railway_startup.py"]),
-        subprocess.Popen(["sh", "-c", "sleep 60; : trading_bot"]),
-    ]
-    from botlease import local
-
-    mine = [f for f in local.find(None) if f.pid in {d.pid for d in decoys}]
-    for d in decoys:
-        d.kill()
-        d.wait()
-    assert mine == []
 
 
 # The ledger -----------------------------------------------------------------------------------------------------

@@ -424,7 +424,10 @@ def local_check(name: str | None, force_kill: bool, as_json: bool) -> int:
         return 0
     if not force_kill:
         if not as_json:
-            click.echo("refused: the bot is already running; --force-kill ends it", err=True)
+            # the way this was called, so that what it names can be typed
+            program = click.get_current_context(silent=True)
+            how = program.command_path if program is not None else "botlease check"
+            click.echo(f"refused: the bot is already running; `{how} --force-kill` ends it", err=True)
         return 1
     return 0 if local.force_kill(found, say=lambda text: click.echo(text, err=True)) else 1
 

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
-from botlease import __version__, clock, settings
+from botlease import __version__, clock, presence, settings
 from botlease.core import Candidate
 from botlease.keeper import Keeper, log
 from botlease.model import Mode, Reason
@@ -71,6 +71,9 @@ class _Session:
         if self.settings.barred:
             raise settings.ConfigurationError(f"refused to become active: {self.settings.barred}")
         self.store: Store = open_store(self.settings.database)
+
+    def announced(self) -> contextlib.AbstractContextManager[object]:
+        return presence.announced(self.settings.bot, self.settings.instance_id, os.environ)
 
     async def open(self, work: BodyWork) -> Keeper:
         s = self.settings
@@ -145,6 +148,7 @@ class active:
         self._keeper = await self._session.open(self._work)
         self._running = asyncio.ensure_future(self._keeper.run())
         self._exit.enter_context(_stop_signals(self._keeper.stop))
+        self._exit.enter_context(self._session.announced())
         try:
             both: set[asyncio.Future[Any]] = {self._running, begun}
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
@@ -230,7 +234,7 @@ def exclusive(
             keeper = await session.open(work)
             running = asyncio.ensure_future(keeper.run())
             try:
-                with _stop_signals(keeper.stop):
+                with _stop_signals(keeper.stop), session.announced():
                     await asyncio.shield(running)
             finally:
                 if task is not None and not task.done():

@@ -1,9 +1,10 @@
 """What already runs on this machine: the seed's local check.
 
-Instances of ours are known by the mark that the supervisor puts into the bot's environment. Others are
-recognised by their parsed command line (an interpreter with a script, or ``-m`` with a module), never by a
-piece of text somewhere in it: an editor with the bot's source open is not the bot. Only processes of the same
-user count, and never this process or one of its ancestors.
+Instances of ours are known by the note they leave (boot id, pid, start time) and by the mark that a supervisor puts
+into the bot's environment. Others are recognised by their parsed command line (an interpreter with a script, or ``-m``
+with a module), never by a piece of text somewhere in it: an editor with the bot's source open is not the bot. Or by the
+very token of ours in their environment, if they run a program: editors and tests inherit a token from their shell, too.
+Only processes of the same user count, and never this process or one of its ancestors.
 """
 
 from __future__ import annotations
@@ -12,16 +13,36 @@ import contextlib
 import os
 import select
 import signal
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import Final
 
-from botlease.settings import ConfigurationError, bot_name
+from botlease import clock, presence, procfs
+from botlease.settings import TOKEN_VARIABLES, ConfigurationError, bot_name
 
-SCRIPTS = ("railway_startup.py", "instance_manager.py", "trading_bot.py")
-MODULES = ("trading_bot",)
-_WITH_VALUE = frozenset("WXQ")  # interpreter options that take a value
+SCRIPTS: Final = ("railway_startup.py", "instance_manager.py", "trading_bot.py")
+MODULES: Final = ("trading_bot",)
+_WITH_VALUE: Final = frozenset("WXQ")  # options of Python that take a value
+_NODE_WITH_VALUE: Final = frozenset(
+    ("-r", "--require", "--import", "--loader", "--experimental-loader", "-C", "--conditions", "--env-file", "--title")
+)
+_SUFFIXES: Final = frozenset((".py", ".pyw", ".pyc", ".js", ".mjs", ".cjs", ".ts", ".mts"))
+# What developers run with -m: it may have the token of the shell it was started from.
+_NOT_A_BOT: Final = frozenset(
+    (
+        "botlease pytest py pip pipx uv build twine IPython ipykernel ipykernel_launcher jupyter jupyterlab "
+        "jupyter_client notebook mypy ruff black isort flake8 pylint pyright pyflakes pycodestyle bandit coverage tox "
+        "nox pre_commit pylsp jedi jedi_language_server debugpy ptpython bpython watchdog watchfiles nodemon sphinx "
+        "mkdocs setuptools hatchling flit poetry pdm alembic django flask invoke locust memray scalene py_spy viztracer"
+    ).split()  # noqa: SIM905
+)
+_NOT_BOTS_FOLDERS: Final = frozenset(("site-packages", "dist-packages", "node_modules", "tests", "test"))
+_NOT_BOTS_SCRIPTS: Final = frozenset(
+    ("setup.py", "conftest.py", "noxfile.py", "manage.py", "tasks.py", "check_bot_running.py")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,31 +50,60 @@ class Found:
     pid: int
     start: str
     started_at: float
-    what: str  # "supervisor", "bot" or "script"
+    what: str
+    """"supervisor", "bot", "script" (its command line says so), "same token" or "program" (an instance inside one)."""
     command: str
 
 
-def find(bot: str | None, scripts: Sequence[str] = SCRIPTS, modules: Sequence[str] = MODULES) -> list[Found]:
-    """Running instances of ``bot`` (None: of any bot), supervisors first."""
+def find(
+    bot: str | None,
+    scripts: Sequence[str] = SCRIPTS,
+    modules: Sequence[str] = MODULES,
+    env: Mapping[str, str] | None = None,
+) -> list[Found]:
+    """Running instances of ``bot`` (None: of any bot), supervisors first. ``env``: ours, for the token in it."""
+    env = os.environ if env is None else env
     us = _ancestors(os.getpid())
+    tokens = {v for name in TOKEN_VARIABLES if len(v := env.get(name, "")) > 20}
     found: dict[int, Found] = {}
+
+    def add(pid: int, what: str) -> None:
+        known = found.get(pid)
+        entry = _describe(pid, what) if pid and pid not in us else None
+        if entry is not None and (known is None or what == "supervisor"):
+            found[pid] = entry
+
+    for note in presence.notes(env):
+        if bot in (None, note.bot):
+            add(note.pid, "supervisor" if _has_reaper(note.pid) else "program")
     for name in os.listdir("/proc"):  # noqa: PTH208
         if not name.isdigit() or int(name) in us:
             continue
         pid = int(name)
-        what = _recognise(pid, bot, scripts, modules)
+        what = _recognise(pid, bot, scripts, modules, tokens)
         if what is None:
             continue
-        for each, kind in ((_supervisor(pid) if what == "bot" else 0, "supervisor"), (pid, what)):
-            entry = _describe(each, kind) if each and each not in us else None
-            if entry is not None and (kind == "supervisor" or each not in found):
-                found[each] = entry  # a seed script is recognised by its name, and is a supervisor all the same
+        if what == "bot":
+            # a seed script is recognised by its name, and is a supervisor all the same
+            add(procfs.parent(procfs.parent(pid)), "supervisor")
+        add(pid, what)
     return sorted(found.values(), key=lambda f: (f.what != "supervisor", f.pid))
 
 
-def _recognise(pid: int, bot: str | None, scripts: Sequence[str], modules: Sequence[str]) -> str | None:
+def _has_reaper(pid: int) -> bool:
+    """Whether it supervises a command: then its reaper is a child of it."""
     try:
-        if Path(f"/proc/{pid}").stat().st_uid != os.geteuid():
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return True  # a kernel without that file: "supervisor" is the word for what must be ended first
+    return any(_comm(int(child)) == "botlease-reaper" for child in children)
+
+
+def _recognise(
+    pid: int, bot: str | None, scripts: Sequence[str], modules: Sequence[str], tokens: set[str]
+) -> str | None:
+    try:
+        if procfs.owner(pid) != os.geteuid():
             return None
         environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
@@ -63,14 +113,19 @@ def _recognise(pid: int, bot: str | None, scripts: Sequence[str], modules: Seque
         return None  # a zombie or a kernel thread
     marks = [e for e in environ if e.startswith(b"BOTLEASE_BOT=")]
     if marks and any(e.startswith(b"BOTLEASE_INSTANCE_ID=") for e in environ):
-        parent = _stat(pid)
         # what the bot itself started carries the mark too: only the one below the reaper is the bot
-        if parent is not None and _comm(int(parent[1])) == "botlease-reaper":
+        if _comm(procfs.parent(pid)) == "botlease-reaper":
             return "bot" if bot is None or marks[0] == b"BOTLEASE_BOT=" + bot.encode() else None
         return None
-    if not runs(argv, scripts, modules):
-        return None
-    return "script" if bot is None or bot == _bot_of(environ) else None
+    if runs(argv, scripts, modules):
+        return "script" if bot is None or bot == _bot_of(environ) else None
+    if tokens and looks_like_a_bot(argv):
+        values = {e.partition(b"=")[2].decode(errors="replace") for e in environ if e.partition(b"=")[0] in _TOKENS}
+        return "same token" if values & tokens else None
+    return None
+
+
+_TOKENS: Final = frozenset(name.encode() for name in TOKEN_VARIABLES)
 
 
 def _bot_of(environ: list[bytes]) -> str:
@@ -81,38 +136,80 @@ def _bot_of(environ: list[bytes]) -> str:
         return ""
 
 
-def runs(argv: Sequence[str], scripts: Sequence[str] = SCRIPTS, modules: Sequence[str] = MODULES) -> bool:
-    """Whether this command line is a Python interpreter running one of the scripts or modules."""
-    program = PurePath(argv[0]).name
-    if not program.startswith("python") and not program.startswith("pypy"):
-        return False
-    rest = list(argv[1:])
+def program(argv: Sequence[str]) -> tuple[str, str] | None:
+    """What an interpreter runs: ("script", path) or ("module", name). None: no interpreter, or neither of them."""
+    name = PurePath(argv[0]).name
+    if name.startswith(("python", "pypy")):
+        return _python(list(argv[1:]))
+    if name in ("node", "nodejs", "bun", "deno", "ts-node", "tsx"):
+        return _javascript(list(argv[1:]))
+    return None
+
+
+def _python(rest: list[str]) -> tuple[str, str] | None:
     while rest:
         word = rest.pop(0)
         if word == "-m":
-            return bool(rest) and rest[0].split(".")[0] in modules
+            return ("module", rest[0]) if rest else None
         if word.startswith("-m") and len(word) > 2:
-            return word[2:].split(".")[0] in modules
-        if word == "-c" or word == "-":
-            return False
+            return ("module", word[2:])
+        if word in ("-c", "-"):
+            return None
         if word.startswith("--"):
             continue
         if word.startswith("-"):
+            if "c" in word[1:] and not set(word[1:]) & _WITH_VALUE:
+                return None  # -uc, -Ic: a piece of code
             if word[-1] in _WITH_VALUE:
                 rest[:1] = []
             continue
-        path = PurePath(word)
-        return path.name in scripts or (
-            path.parent.name in modules and path.name in ("__main__.py", "main.py", "bot.py")
-        )
-    return False
+        return ("script", word)
+    return None
 
 
-def _stat(pid: int) -> list[bytes] | None:
-    try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return None
+def _javascript(rest: list[str]) -> tuple[str, str] | None:
+    while rest:
+        word = rest.pop(0)
+        if word in ("-e", "--eval", "-p", "--print", "-pe", "-i", "-"):
+            return None
+        if word in _NODE_WITH_VALUE:
+            rest[:1] = []
+        elif not word.startswith("-") and word != "run":
+            return ("script", word)
+    return None
+
+
+def runs(argv: Sequence[str], scripts: Sequence[str] = SCRIPTS, modules: Sequence[str] = MODULES) -> bool:
+    """Whether this command line is a Python interpreter running one of the scripts or modules."""
+    if not PurePath(argv[0]).name.startswith(("python", "pypy")):
+        return False
+    kind, name = program(argv) or ("", "")
+    if kind == "module":
+        return name.split(".")[0] in modules
+    path = PurePath(name)
+    return kind == "script" and (
+        path.name in scripts or (path.parent.name in modules and path.name in ("__main__.py", "main.py", "bot.py"))
+    )
+
+
+def looks_like_a_bot(argv: Sequence[str]) -> bool:
+    """Whether this is a program of somebody's own, and no tool: with our token it is the bot, however it is called."""
+    kind, name = program(argv) or ("", "")
+    if kind == "module":
+        top = name.split(".")[0]
+        return top not in sys.stdlib_module_names and top not in _NOT_A_BOT
+    if kind != "script":
+        return False
+    path = PurePath(name)
+    if path.suffix not in _SUFFIXES or path.name in _NOT_BOTS_SCRIPTS or path.name.startswith("test_"):
+        return False
+    if path.name.endswith((".test.js", ".test.ts", ".spec.js", ".spec.ts", "_test.py")):
+        return False
+    # a hidden folder is an editor's or a tool's; lib/pythonX.Y is the interpreter's own
+    return not any(
+        part in _NOT_BOTS_FOLDERS or (part.startswith(".") and part not in (".", "..")) or part.startswith("python3")
+        for part in path.parts[:-1]
+    )
 
 
 def _comm(pid: int) -> str:
@@ -126,19 +223,12 @@ def _ancestors(pid: int) -> set[int]:
     out = set()
     while pid > 0 and pid not in out:
         out.add(pid)
-        fields = _stat(pid)
-        pid = int(fields[1]) if fields else 0
+        pid = procfs.parent(pid)
     return out
 
 
-def _supervisor(bot: int) -> int:
-    fields = _stat(bot)
-    fields = _stat(int(fields[1])) if fields else None
-    return int(fields[1]) if fields else 0
-
-
 def _describe(pid: int, what: str) -> Found | None:
-    fields = _stat(pid)
+    fields = procfs.stat(pid)
     if fields is None or fields[0] in (b"Z", b"X"):
         return None
     try:
@@ -146,7 +236,7 @@ def _describe(pid: int, what: str) -> Found | None:
     except OSError:
         return None
     ticks = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    started = time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks)  # noqa: TID251 - for people's eyes
+    started = clock.wall() - (clock.now() - ticks)  # for people's eyes
     words = " ".join(argv)
     shown = "".join(c if c.isprintable() else "?" for c in words)[:80]
     return Found(pid, fields[19].decode(), started, what, shown)
@@ -160,7 +250,7 @@ def force_kill(found: Sequence[Found], grace: float = 12.0, say: Callable[[str],
             fd = os.pidfd_open(f.pid)
         except OSError:
             continue
-        fields = _stat(f.pid)
+        fields = procfs.stat(f.pid)
         if fields is None or fields[19].decode() != f.start:
             os.close(fd)
             continue

@@ -102,7 +102,10 @@ class Supervisor:
                 say(f"refused to become active: {s.barred}; idle until it is stopped")
                 await self.stopping.wait()
                 return Exit.OK
-            return await self._with_store()
+            from botlease.presence import announced
+
+            with announced(s.bot, s.instance_id, os.environ):
+                return await self._with_store()
         finally:
             if server is not None:
                 server.close()

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from botlease import clock
+from botlease import clock, procfs
 from botlease.work import tree
 
 
@@ -26,29 +26,12 @@ class Owner:
     start: str
 
 
-def _host() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115 - a magic link, not a path
-    except OSError:
-        return ""
-
-
-def start_time(pid: int) -> str | None:
-    """Field 22 of ``/proc/PID/stat``; None if there is no such process, or only its zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in (b"Z", b"X") else fields[19].decode()
-
-
 def make(pids: Iterable[int]) -> str:
     """The proof string for these processes of ours; empty where the kernel has no /proc."""
-    host = _host()
+    host = procfs.host()
     if not host:
         return ""
-    owners = [f"{pid}@{start_time(pid)}" for pid in pids]
+    owners = [f"{pid}@{procfs.start_time(pid)}" for pid in pids]
     return " ".join([host, str(os.geteuid()), *owners])
 
 
@@ -56,7 +39,7 @@ def owners(proof: str) -> list[Owner]:
     """Who would have to be dead; empty if we are not in a position to tell."""
     parts = proof.split()
     try:
-        if len(parts) < 3 or parts[0] != _host() or os.geteuid() not in (0, int(parts[1])):
+        if len(parts) < 3 or parts[0] != procfs.host() or os.geteuid() not in (0, int(parts[1])):
             return []
         return [Owner(int(pid), start) for pid, _, start in (part.partition("@") for part in parts[2:])]
     except ValueError:  # a row can be written by anybody: what cannot be read proves nothing
@@ -64,7 +47,7 @@ def owners(proof: str) -> list[Owner]:
 
 
 def alive(owner: Owner) -> bool:
-    return start_time(owner.pid) == owner.start
+    return procfs.start_time(owner.pid) == owner.start
 
 
 def gone(proof: str, instance_id: str, wait: float = 0.5) -> bool:
@@ -98,7 +81,7 @@ def _marked(mark: bytes, since: int) -> tuple[list[int], bool]:
             continue
         has = _has(pid, mark)
         if has is None:
-            start = start_time(pid)
+            start = procfs.start_time(pid)
             unreadable = unreadable or (start is not None and int(start) >= since)
         elif has:
             found.append(pid)

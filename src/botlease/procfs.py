@@ -1,0 +1,44 @@
+"""What Linux says about a process: enough to know one again, and never to take another for it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def host() -> str:
+    """This boot of this machine, and this pid namespace of it: within it a pid with its start time is unique. "" where
+    there is no /proc."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115 - a magic link, not a path
+    except OSError:
+        return ""
+
+
+def stat(pid: int) -> list[bytes] | None:
+    """The fields of ``/proc/PID/stat`` after the command's name, which may hold anything."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+
+
+def start_time(pid: int) -> str | None:
+    """When it started, in ticks since boot; None if there is no such process, or only its zombie."""
+    fields = stat(pid)
+    return None if fields is None or fields[0] in (b"Z", b"X") else fields[19].decode()
+
+
+def parent(pid: int) -> int:
+    """0 if there is none, or it cannot be seen."""
+    fields = stat(pid)
+    return int(fields[1]) if fields else 0
+
+
+def owner(pid: int) -> int | None:
+    """The effective user of a process."""
+    try:
+        return Path(f"/proc/{pid}").stat().st_uid
+    except OSError:
+        return None
