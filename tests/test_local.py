@@ -185,10 +185,7 @@ def decoys(folder: Path) -> Iterator[tuple[list[str], dict[str, object]]]:
         public = Path("/tmp") / f"decoy-{os.getpid()}"
         public.mkdir(mode=0o755)
         (public / "railway_startup.py").write_text("sleep 600\n")
-        yield (
-            ["python3", str(public / "railway_startup.py")],
-            {"executable": "/bin/sleep", "argv": "600", "user": "nobody"},
-        )
+        yield ["python3", str(public / "railway_startup.py")], {"executable": "/bin/sh", "user": "nobody"}
 
 
 @pytest.fixture
@@ -197,8 +194,6 @@ def herd(tmp_path: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
     try:
         for argv, how in decoys(tmp_path):
             options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": clean_env(), **how}
-            if options.pop("argv", None):  # a shell of another user under the bot's command line
-                argv = ["python3", "600"]
             started.append(subprocess.Popen(argv, **options))  # type: ignore[call-overload]
         yield started
     finally:

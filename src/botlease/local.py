@@ -32,12 +32,12 @@ _NODE_WITH_VALUE: Final = frozenset(
 _SUFFIXES: Final = frozenset((".py", ".pyw", ".pyc", ".js", ".mjs", ".cjs", ".ts", ".mts"))
 # What developers run with -m: it may have the token of the shell it was started from.
 _NOT_A_BOT: Final = frozenset(
-    (
+    (  # noqa: SIM905
         "botlease pytest py pip pipx uv build twine IPython ipykernel ipykernel_launcher jupyter jupyterlab "
         "jupyter_client notebook mypy ruff black isort flake8 pylint pyright pyflakes pycodestyle bandit coverage tox "
         "nox pre_commit pylsp jedi jedi_language_server debugpy ptpython bpython watchdog watchfiles nodemon sphinx "
         "mkdocs setuptools hatchling flit poetry pdm alembic django flask invoke locust memray scalene py_spy viztracer"
-    ).split()  # noqa: SIM905
+    ).split()
 )
 _NOT_BOTS_FOLDERS: Final = frozenset(("site-packages", "dist-packages", "node_modules", "tests", "test"))
 _NOT_BOTS_SCRIPTS: Final = frozenset(
