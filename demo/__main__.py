@@ -1,5 +1,6 @@
 """``scripts/demo``: users chat without pause while version 2 is deployed beside version 1, the holder is killed
-with -9 and restarted, and an operator's SQL moves the bot. Beside it the same with the seed's plain design.
+with -9 and restarted, a version 3 that is broken is rolled back by itself, and an operator's SQL moves the bot.
+Beside it the same with the seed's plain design.
 
 SQLite and the simulator by default: no account, no token, no server. With DATABASE_URL=postgresql://... the same
 on PostgreSQL. Exit code 1 if something that must be zero is not.
@@ -19,9 +20,10 @@ from rich.table import Table
 
 from botlease import clock
 from demo.seed import execute
-from demo.world import Ours, Plain, Result, World
+from demo.world import BROKEN, Ours, Plain, Result, World
 
 PAUSE_DEPLOY, PAUSE_KILL, PAUSE_RESTART, PAUSE_MOVE = 9.0, 5.0, 9.0, 9.0
+TRIES, PAUSE_BROKEN = 3, 4.0  # a broken version is started so often, so long apart
 
 
 class View:
@@ -89,6 +91,11 @@ async def story(world: World) -> None:
         world.event("the platform restarts version 2")
         await world.deploy("2")
         await asyncio.sleep(PAUSE_RESTART)
+        world.event("version 3 is deployed, and it is broken: it dies at its start")
+        broken = await world.deploy(BROKEN)
+        for _ in range(TRIES - 1):
+            broken = await world.restarts(broken, PAUSE_BROKEN)
+        await asyncio.sleep(PAUSE_BROKEN)
         await world.move(old.version)
         await asyncio.sleep(PAUSE_MOVE)
         world.hush()

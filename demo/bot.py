@@ -21,5 +21,14 @@ def stamp(path: str) -> None:
         time.sleep(0.005)
 
 
+def broken() -> None:
+    """What a deployment that nobody tried out does: it starts, and dies before it has said a word."""
+    time.sleep(0.3)
+    print("demo: ImportError: cannot import name 'Strategy' from 'trading_bot'", file=sys.stderr)
+    os._exit(1)
+
+
 threading.Thread(target=stamp, args=(sys.argv[1],), daemon=True).start()
+if "DEMO_BROKEN" in os.environ:
+    broken()
 sys.exit(main())

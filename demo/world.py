@@ -20,6 +20,7 @@ from botlease.telegram.simulator import Simulator
 from demo import seed
 
 ROOT = Path(__file__).resolve().parent.parent
+BROKEN = "3"  # this version dies at its start
 USERS = 3
 EVERY = 0.6  # seconds between two messages of one user
 SETTLE = 14.0  # a handover is over by then: the bot's own stop takes about 3 s, the plain design's heartbeat 5 s
@@ -82,6 +83,8 @@ class World:
     def environment(self, version: str) -> dict[str, str]:
         dropped = ("BOTLEASE_", "RAILWAY_", "TELEGRAM_", "BOT_", "PRICE_", "HOSTNAME")
         env = {k: v for k, v in os.environ.items() if not k.startswith(dropped) and k != "DATABASE_URL"}
+        if version == BROKEN:
+            env["DEMO_BROKEN"] = "1"
         return env | {
             "TELEGRAM_BOT_TOKEN": f"{self.bot_id}:AA-a-token-of-the-demo",
             "TELEGRAM_API_URL": self.simulator.url,
@@ -138,6 +141,14 @@ class World:
         self.events.append(clock.now())
         self.log(text)
 
+    async def restarts(self, deployment: Deployment, pause: float) -> Deployment:
+        """The platform: what has ended is started again after a pause. The same one if it goes on living."""
+        await asyncio.sleep(pause)
+        if deployment.process.returncode is None:
+            return deployment
+        self.log(f"the platform restarts version {deployment.version}")
+        return await self.deploy(deployment.version)
+
     async def first_reply(self) -> None:
         count = len(self.replies)
         async with asyncio.timeout(30):
@@ -193,9 +204,10 @@ class World:
     def gaps(self) -> list[float]:
         """For each handover the longest silence towards the users, in ms."""
         out = []
-        for at in self.events:
-            times = [t for t in self.replies if at - 1 <= t <= at + SETTLE]
-            steps = [b - a for a, b in itertools.pairwise(times)]
+        for at, following in itertools.pairwise([*self.events, float("inf")]):
+            # one that begins in this event's time, however long it lasts
+            end = min(at + SETTLE, following - 1)
+            steps = [b - a for a, b in itertools.pairwise(self.replies) if at - 1 <= a < end]
             out.append(max(steps, default=SETTLE) * 1000)
         return out
 
@@ -233,6 +245,8 @@ class Ours(World):
     def command(self, version: str) -> list[str]:
         return [
             *(sys.executable, str(ROOT / "instance_manager.py"), "--pass-database", "--deployment", version),
+            # short, for the demo; and the old ones stay for the operator's move
+            *("--probation", "3", "--when-superseded", "stay"),
             *("--", *self.bot_command()),
         ]
 

@@ -255,7 +255,7 @@ class Node:
                 return
             if self.world.time < self.paused_until and self.local() < until:
                 world.at(self.paused_until, go)
-            elif self.local() >= until and not world.no_fence:
+            elif self.local() >= max(until, self.fence) and not world.no_fence:
                 world.gone(work)  # the reaper refuses to start what its fence would kill
             else:
                 world.begin(work, self.hows.get(term, How.RELEASED))
@@ -542,6 +542,8 @@ class World:
         source = next((n for n in self.nodes if peer is not None and n.name == peer.instance_id), None)
         if peer is None or source is None or peer.ended or source.state.phase is not core.Phase.WORKING:
             return
+        if source.work not in self.running or self.time < source.paused_until:
+            return  # fenced, or asleep: it does not know yet
         if self.time - source.renewed_at > source.timing.ttl * 0.5 or not source.alive:
             return
         # A claim may rest on news as old as a poll and two slow answers.

@@ -283,7 +283,7 @@ def test_a_holder_that_is_not_assigned_any_more_drains(assigned: Peer | None, re
 
 def test_a_strictly_newer_generation_claims_once() -> None:
     d = Driver().joined(View(HELD, "db", OTHER, 5))
-    assert d.question.verb is Verb.CLAIM and d.question.source == ("other", 4)
+    assert d.question.verb is Verb.CLAIM and d.question.source == ("other", 4, 3)
     d.answer(Claimed, True)
     d.answer(Seen, View(HELD, "db", OTHER, 5))  # the operator gave it back to the other one
     assert d.state.asking is None
@@ -370,6 +370,17 @@ def test_probation_is_passed_when_the_work_has_lived_through_it() -> None:
     assert d.question.verb is Verb.PASS and d.question.held == (4, "n")
     d.answer(Done)
     assert not d.state.trial
+
+
+def test_a_probation_that_cannot_be_recorded_is_not_asked_for_for_ever() -> None:
+    d = Driver().took_over()
+    for _ in range(15):
+        d.renewed()
+    assert d.question.verb is Verb.PASS
+    d.answer(Denied)
+    assert d.question.verb is Verb.READ
+    d.answer(Seen, View(MINE, "db", ME, 5, others=1))
+    assert d.state.asking is None and d.state.phase is Phase.WORKING
 
 
 def test_work_that_must_prove_progress_passes_only_when_it_has() -> None:

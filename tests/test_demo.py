@@ -21,7 +21,7 @@ def test_the_demo_ends_with_zeros_and_leaves_nothing_behind() -> None:
     )
     last = done.stdout.splitlines()[-1]
     assert re.fullmatch(
-        r"demo: handovers=4 overlap_ms=0 conflicts=0 lost=0 twice=0 lost_at_kill=\d+ gap_ms_median=\d+", last
+        r"demo: handovers=8 overlap_ms=0 conflicts=0 lost=0 twice=0 lost_at_kill=\d+ gap_ms_median=\d+", last
     ), done.stdout[-3000:] + done.stderr[-2000:]
     assert done.returncode == 0
     assert marked(b"MARK=the-demo-of-the-tests") == []

@@ -424,7 +424,8 @@ def _denied(s: State, q: Question, now: float, out: list[Action]) -> State:
     if q.verb is Verb.RELEASE:
         return _done(s, q, now)  # the term is not ours any more: just as good
     if q.verb is Verb.PASS:
-        return replace(s, look_at=now)  # so it says; the row itself decides
+        # The row itself decides whether the term is ours. Asked again and again it would be asked for ever.
+        return replace(s, trial=False, look_at=now)
     return replace(s, view=None, look_at=now)
 
 
@@ -574,7 +575,7 @@ def _plan_standby(s: State, now: float, out: list[Action]) -> State:
         # With nobody to give it back to there is no probation.
         newcomer = peer is not None and not peer.ended and view.generation > peer.generation
         s = replace(s, trial=newcomer and s.timing.probation > 0)
-        return _ask(s, now, out, Verb.CLAIM, source=(peer.instance_id, peer.generation) if peer else None)
+        return _ask(s, now, out, Verb.CLAIM, source=peer.key if peer else None)
     return _touch(s, now, out)
 
 

@@ -171,6 +171,10 @@ class Peer:
     beat: int
     age: float  # seconds since its last heartbeat by the database's clock: never for safety
 
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return (self.instance_id, self.generation, self.beat)
+
 
 @dataclass(frozen=True, slots=True)
 class View:
@@ -216,7 +220,7 @@ class Question:
     how: How = How.RELEASED
     trial: bool = False  # acquire: the term begins on probation
     held: tuple[int, str] | None = None  # renew, release, pass: exactly this (term, nonce)
-    source: tuple[str, int] | None = None  # claim: who has the assignment now, and its generation
+    source: tuple[str, int, int] | None = None  # claim: who has the assignment now, its generation and beat
     reason: Reason | None = None
     pass_on: bool = False  # release, leave: give the assignment to the best live standby
     leave: bool = False  # release: the instance ends with it

@@ -56,7 +56,9 @@ async def acquire(
 async def claim(store: Store, me: str, source: str | None = None, *, bot: str = "bot") -> bool:
     """A claim from ``source``, as whoever has just read the row makes it."""
     peer = (await store.read(bot, me, DEADLINE)).assigned
-    return await store.claim(bot, me, None if source is None else (source, peer.generation if peer else 0), DEADLINE)
+    return await store.claim(
+        bot, me, None if source is None else (source, *(peer.key[1:] if peer else (0, 0))), DEADLINE
+    )
 
 
 def lease_of(view: View) -> Lease:
@@ -176,6 +178,17 @@ class StoreContract:
         assert await claim(b, "b", "a")
         renewal = await a.renew("bot", "a", 1, "nonce-a", DEADLINE)
         assert renewal is not None and not renewal.assigned and not renewal.vacant
+
+    async def test_a_claim_that_comes_late_is_refused(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        grant = await self.held(a)
+        await b.register(registration("b", "d2"), DEADLINE)
+        peer = (await b.read("bot", "b", DEADLINE)).assigned
+        assert peer is not None
+        kinds: Any = {"reason": Reason.SILENT, "pass_on": False, "leave": False, "deadline": DEADLINE}
+        assert await a.release("bot", "a", grant.term, "nonce-a", **kinds)
+        assert await acquire(a, "a", lease_of(await a.read("bot", "a", DEADLINE)), nonce="again") is not None
+        assert not await b.claim("bot", "b", peer.key, DEADLINE)  # decided when "a" seemed dead
 
     async def test_of_many_claims_at_once_one_wins(self, stores: Sequence[Store]) -> None:
         a, b = stores
@@ -332,6 +345,29 @@ class StoreContract:
 
         assert view.failures == 1
 
+    async def test_a_failed_probation_is_forgotten_when_a_later_one_is_passed(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        await self.handed_over(a, b, reason=Reason.FAILED)
+        assert (await b.register(registration("b2", "d2"), DEADLINE)).failures == 1
+        assert await claim(b, "b2", "a")
+        grant = await acquire(b, "b2", lease_of(await b.read("bot", "b2", DEADLINE)), trial=True)
+        assert await b.passed("bot", "b2", grant.term, "nonce-b2", DEADLINE)
+        assert (await b.read("bot", "b2", DEADLINE)).failures == 0
+
+    async def test_a_failed_probation_gives_back_to_the_newest_that_is_not_in_quarantine(
+        self, stores: Sequence[Store]
+    ) -> None:
+        a, b = stores
+        await self.handed_over(a, b, reason=Reason.FAILED)  # one failure of d2; "a" of d1 has it again
+        await b.register(registration("b2", "d2"), DEADLINE)
+        await b.register(registration("c", "d3"), DEADLINE)
+        assert await claim(b, "c", "a")
+        grant = await acquire(b, "c", lease_of(await b.read("bot", "c", DEADLINE)), trial=True)
+        release: Any = {"deadline": DEADLINE, "pass_on": True, "leave": True, "reason": Reason.FAILED}
+        assert await b.release("bot", "c", grant.term, "nonce-c", **release)
+        view = await a.read("bot", "a", DEADLINE)
+        assert view.assigned is not None and view.assigned.instance_id == "b2"
+
     async def test_a_probation_that_was_passed_is_no_failure_and_is_seen(self, stores: Sequence[Store]) -> None:
         a, b = stores
         view = await a.register(registration("a"), DEADLINE)
@@ -340,7 +376,7 @@ class StoreContract:
         assert (await b.read("bot", "a", DEADLINE)).trial is Trial.ON
         assert not await a.passed("bot", "a", grant.term, "another nonce", DEADLINE)
         assert await a.passed("bot", "a", grant.term, "nonce-a", DEADLINE)
-        assert not await a.passed("bot", "a", grant.term, "nonce-a", DEADLINE)
+        assert await a.passed("bot", "a", grant.term, "nonce-a", DEADLINE)  # the answer may have been lost
         assert (await b.read("bot", "a", DEADLINE)).trial is Trial.PASSED
 
     async def test_an_older_deployment_chosen_by_hand_becomes_the_newest(
@@ -357,7 +393,7 @@ class StoreContract:
         view = await b.register(registration("b2", "d2"), DEADLINE)
         assert view.assigned is not None and view.assigned.generation > view.generation == two.generation
         assert (await b.register(registration("c", "d3"), DEADLINE)).generation > view.assigned.generation
-        assert not await b.claim("bot", "b2", ("a", one.generation), DEADLINE)  # decided on old news
+        assert not await b.claim("bot", "b2", ("a", one.generation, view.assigned.beat), DEADLINE)  # on old news
 
     async def test_a_claim_from_a_newer_one_that_failed_does_not_make_the_claimer_newer(
         self, stores: Sequence[Store]

@@ -81,8 +81,9 @@ class Store(Protocol):
 
     async def read(self, bot: str, instance_id: str, deadline: float) -> View: ...
 
-    async def claim(self, bot: str, instance_id: str, source: tuple[str, int] | None, deadline: float) -> bool:
-        """Take the assignment from exactly ``source``, an instance and its generation (None: from nobody)."""
+    async def claim(self, bot: str, instance_id: str, source: tuple[str, int, int] | None, deadline: float) -> bool:
+        """Take the assignment from exactly ``source``: an instance, its generation and beat (None: from nobody). One
+        that is carried out late is refused if that instance has begun or ended a term meanwhile."""
 
     async def acquire(
         self,

@@ -134,10 +134,13 @@ UPGRADE_2: Final = """
 ALTER TABLE bot_leases ADD COLUMN paused boolean NOT NULL DEFAULT FALSE;
 ALTER TABLE bot_terms ADD COLUMN trial text NOT NULL DEFAULT '', ADD COLUMN host text,
   ADD COLUMN last_beat timestamptz, ADD COLUMN ttl double precision;
-CREATE INDEX bot_terms_trials ON bot_terms (bot, deployment) WHERE trial = 'on';
+CREATE INDEX bot_terms_trials ON bot_terms (bot, deployment) WHERE trial <> '';
 CREATE VIEW bot_failures AS
-  SELECT bot, deployment, count(*) AS failures FROM bot_terms
-  WHERE trial = 'on' AND reason IN ('failed', 'died', 'expired') GROUP BY bot, deployment;
+  SELECT bot, deployment, count(*) AS failures FROM bot_terms t
+  WHERE trial = 'on' AND reason IN ('failed', 'died', 'expired')
+    AND NOT EXISTS (SELECT 1 FROM bot_terms p WHERE p.bot = t.bot AND p.deployment = t.deployment
+                    AND p.trial = 'passed' AND p.term > t.term)
+  GROUP BY bot, deployment;
 CREATE OR REPLACE FUNCTION botlease_one_active() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE fresh bigint;
 BEGIN
@@ -157,15 +160,16 @@ BEGIN
   END IF;
   RETURN NEW;
 END $$;
-CREATE OR REPLACE FUNCTION botlease_claim(the_bot text, me text, source text, its_generation bigint) RETURNS boolean
-LANGUAGE plpgsql AS $$
+CREATE OR REPLACE FUNCTION botlease_claim(the_bot text, me text, source text, its_generation bigint, its_beat bigint)
+RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE current_one record;
 BEGIN
   PERFORM 1 FROM bot_leases WHERE bot = the_bot FOR UPDATE;
   PERFORM 1 FROM bot_instances WHERE instance_id = me AND ended_at IS NULL FOR UPDATE;
   IF NOT FOUND THEN RETURN FALSE; END IF;
-  SELECT instance_id, generation INTO current_one FROM bot_instances WHERE bot = the_bot AND is_active FOR UPDATE;
-  IF current_one.instance_id IS DISTINCT FROM source OR coalesce(current_one.generation, 0) <> its_generation THEN
+  SELECT instance_id, generation, beat INTO current_one FROM bot_instances WHERE bot = the_bot AND is_active FOR UPDATE;
+  IF current_one.instance_id IS DISTINCT FROM source OR coalesce(current_one.generation, 0) <> its_generation
+     OR coalesce(current_one.beat, 0) <> its_beat THEN
     RETURN FALSE;
   END IF;
   UPDATE bot_instances SET is_active = TRUE, beat = beat + 1 WHERE instance_id = me;
@@ -198,8 +202,8 @@ SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, co
        (SELECT count(*) FROM bot_instances o
           LEFT JOIN bot_failures f ON f.bot = o.bot AND f.deployment = o.deployment
         WHERE o.bot = $1 AND o.ended_at IS NULL AND NOT o.is_active AND o.instance_id <> $2
-          AND (coalesce(f.failures, 0), -o.generation, o.started_at)
-              < (coalesce(mine.failures, 0), -me.generation, me.started_at)
+          AND (coalesce(f.failures, 0) >= {tries}, -o.generation, o.started_at)
+              < (coalesce(mine.failures, 0) >= {tries}, -me.generation, me.started_at)
           AND extract(epoch FROM clock_timestamp() - o.last_heartbeat)::float8 < 3 * coalesce(l.ttl, 10)) AS ahead
 FROM (SELECT 1) x LEFT JOIN bot_leases l ON l.bot = $1
      LEFT JOIN bot_instances a ON a.bot = $1 AND a.is_active
@@ -237,7 +241,7 @@ WITH deployed AS (
 ) SELECT generation FROM deployed
 """
 
-CLAIM: Final = "SELECT botlease_claim($1, $2, $3, $4)"
+CLAIM: Final = "SELECT botlease_claim($1, $2, $3, $4, $5)"
 
 # The compare-and-set that begins a term, with its journal, in one statement. "old" is the row as the snapshot has it:
 # had anybody changed it since, the key would not match.
@@ -280,15 +284,15 @@ RETURNING EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = $2 AND is_acti
 """
 
 PASSED: Final = """
-UPDATE bot_terms SET trial = 'passed' WHERE bot = $1 AND term = $3 AND trial = 'on'
+UPDATE bot_terms SET trial = 'passed' WHERE bot = $1 AND term = $3 AND trial <> ''
   AND EXISTS (SELECT 1 FROM bot_leases WHERE bot = $1 AND term = $3 AND nonce = $4 AND holder = $2)
 RETURNING 1
 """
 
 # The best live standby gets the assignment, if it is ours to give. With nobody to take it, it stays: a
 # vacancy would mean that the operator wants nobody to run. The best: after a failed probation another deployment; then
-# one that failed none; then the newest. One of an older deployment that started after us, when a stop signal ended us,
-# is a roll-back: left without its beat it counts as chosen by hand, and stays.
+# one that is not in quarantine; then the newest. One of an older deployment that started after us, when a stop signal
+# ended us, is a roll-back: left without its beat it counts as chosen by hand, and stays.
 # Locked in the same order as a claim does it: the lease, the one who gets the assignment, the one who has it. The
 # other order deadlocks (measured: a second lost each time). "handed_on" reads from "me" so that our own row is written
 # before the trigger takes our assignment away.
@@ -301,7 +305,8 @@ best AS (
     AND extract(epoch FROM clock_timestamp() - o.last_heartbeat)::float8
         < 3 * coalesce((SELECT ttl FROM bot_leases WHERE bot = $1), 10)
     AND m.is_active
-  ORDER BY {reason} = 'failed' AND o.deployment IS NOT DISTINCT FROM m.deployment, coalesce(f.failures, 0),
+  ORDER BY {reason} = 'failed' AND o.deployment IS NOT DISTINCT FROM m.deployment,
+    coalesce(f.failures, 0) >= {tries},
     o.generation DESC, o.started_at LIMIT 1 FOR UPDATE OF o
 ), """
 HAND_ON: Final = """
@@ -319,7 +324,7 @@ WITH gone AS (
   UPDATE bot_terms SET released_at = clock_timestamp(), reason = $5
   WHERE bot = $1 AND term = $3 AND EXISTS (SELECT 1 FROM gone)
 ), """
-    + BEST.format(when="$6", lease="gone", reason="$5")
+    + BEST.format(when="$6", lease="gone", reason="$5", tries=TRIES)
     + """
 me AS (
   UPDATE bot_instances SET last_heartbeat = clock_timestamp(), beat = beat + 1,
@@ -336,7 +341,7 @@ LEAVE: Final = (
 WITH locked AS (
   SELECT 1 FROM bot_leases WHERE bot = $1 FOR UPDATE
 ), """
-    + BEST.format(when="$4", lease="locked", reason="$3")
+    + BEST.format(when="$4", lease="locked", reason="$3", tries=TRIES)
     + """
 me AS (
   UPDATE bot_instances SET state = 'stopped', stop_reason = $3, ended_at = clock_timestamp(),
@@ -609,10 +614,10 @@ class PostgresStore:
     async def read(self, bot: str, instance_id: str, deadline: float) -> View:
         return await self._call(deadline, lambda c: self._view(c, bot, instance_id))
 
-    async def claim(self, bot: str, instance_id: str, source: tuple[str, int] | None, deadline: float) -> bool:
+    async def claim(self, bot: str, instance_id: str, source: tuple[str, int, int] | None, deadline: float) -> bool:
         async def work(c: asyncpg.Connection) -> bool:
             try:
-                return bool(await c.fetchval(CLAIM, bot, instance_id, *(source or (None, 0))))
+                return bool(await c.fetchval(CLAIM, bot, instance_id, *(source or (None, 0, 0))))
             except (asyncpg.UniqueViolationError, asyncpg.DeadlockDetectedError):
                 return False  # rolled back: an operator's edit of this very moment was quicker
 

@@ -140,7 +140,7 @@ class SqliteStore:
     async def read(self, bot: str, instance_id: str, deadline: float) -> View:
         return await self._call(deadline, lambda f: f.read(bot, instance_id))
 
-    async def claim(self, bot: str, instance_id: str, source: tuple[str, int] | None, deadline: float) -> bool:
+    async def claim(self, bot: str, instance_id: str, source: tuple[str, int, int] | None, deadline: float) -> bool:
         return await self._call(deadline, lambda f: f.claim(bot, instance_id, source))
 
     async def acquire(

@@ -84,10 +84,13 @@ ALTER TABLE bot_terms ADD COLUMN trial TEXT NOT NULL DEFAULT '';
 ALTER TABLE bot_terms ADD COLUMN host TEXT;
 ALTER TABLE bot_terms ADD COLUMN last_beat TIMESTAMP;
 ALTER TABLE bot_terms ADD COLUMN ttl REAL;
-CREATE INDEX bot_terms_trials ON bot_terms (bot, deployment) WHERE trial = 'on';
+CREATE INDEX bot_terms_trials ON bot_terms (bot, deployment) WHERE trial <> '';
 CREATE VIEW bot_failures AS
-  SELECT bot, deployment, count(*) AS failures FROM bot_terms
-  WHERE trial = 'on' AND reason IN ('failed', 'died', 'expired') GROUP BY bot, deployment;
+  SELECT bot, deployment, count(*) AS failures FROM bot_terms t
+  WHERE trial = 'on' AND reason IN ('failed', 'died', 'expired')
+    AND NOT EXISTS (SELECT 1 FROM bot_terms p WHERE p.bot = t.bot AND p.deployment = t.deployment
+                    AND p.trial = 'passed' AND p.term > t.term)
+  GROUP BY bot, deployment;
 CREATE TRIGGER bot_instances_by_hand AFTER UPDATE OF is_active ON bot_instances
 WHEN NEW.is_active AND NOT OLD.is_active AND NEW.bot IS NOT NULL AND NEW.beat = OLD.beat
   AND EXISTS (SELECT 1 FROM bot_deployments d WHERE d.bot = NEW.bot AND d.generation > NEW.generation) BEGIN
@@ -115,8 +118,8 @@ SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, co
        (SELECT count(*) FROM bot_instances o
           LEFT JOIN bot_failures f ON f.bot = o.bot AND f.deployment = o.deployment
         WHERE o.bot = :bot AND o.ended_at IS NULL AND NOT o.is_active AND o.instance_id <> :me
-          AND (coalesce(f.failures, 0), -o.generation, o.started_at)
-              < (coalesce(mine.failures, 0), -me.generation, me.started_at)
+          AND (coalesce(f.failures, 0) >= {tries}, -o.generation, o.started_at)
+              < (coalesce(mine.failures, 0) >= {tries}, -me.generation, me.started_at)
           AND (julianday(:now) - julianday(o.last_heartbeat)) * 86400.0 < 3 * coalesce(l.ttl, 10)) AS ahead
 FROM (SELECT 1) LEFT JOIN bot_leases l ON l.bot = :bot
      LEFT JOIN bot_instances a ON a.bot = :bot AND a.is_active
@@ -162,8 +165,10 @@ PAUSE: Final = "UPDATE bot_leases SET paused = :on WHERE paused <> :on AND (:bot
 CLAIM: Final = """
 UPDATE bot_instances SET is_active = TRUE, beat = beat + 1
 WHERE instance_id = :me AND ended_at IS NULL
-  AND (SELECT max(instance_id) FROM bot_instances a WHERE a.bot = :bot AND a.is_active) IS :source
-  AND coalesce((SELECT max(generation) FROM bot_instances a WHERE a.bot = :bot AND a.is_active), 0) = :generation
+  AND (SELECT count(*) FROM bot_instances a WHERE a.bot = :bot AND a.is_active) = (:source IS NOT NULL)
+  AND (:source IS NULL OR EXISTS (
+    SELECT 1 FROM bot_instances a WHERE a.bot = :bot AND a.is_active AND a.instance_id = :source
+      AND coalesce(a.generation, 0) = :generation AND a.beat = :beat))
 """
 
 # The compare-and-set that begins a term.
@@ -186,7 +191,7 @@ INSERT INTO bot_terms (bot, term, instance_id, deployment, host, how, acquired_a
 SELECT :bot, :term, :me, deployment, host, :how, :now, :trial FROM bot_instances WHERE instance_id = :me
 """
 PASSED: Final = """
-UPDATE bot_terms SET trial = 'passed' WHERE bot = :bot AND term = :term AND trial = 'on'
+UPDATE bot_terms SET trial = 'passed' WHERE bot = :bot AND term = :term AND trial <> ''
   AND EXISTS (SELECT 1 FROM bot_leases WHERE bot = :bot AND term = :term AND nonce = :nonce AND holder = :me)
 """
 SHOW_TERM: Final = (
@@ -221,8 +226,8 @@ END: Final = (
 )
 # The best live standby gets the assignment, if it is ours to give. With nobody to take it, it stays: a
 # vacancy would mean that the operator wants nobody to run. The best: after a failed probation another deployment; then
-# one that failed none; then the newest. One of an older deployment that started after us, when a stop signal ended us,
-# is a roll-back: left without its beat it counts as chosen by hand, and stays.
+# one that is not in quarantine; then the newest. One of an older deployment that started after us, when a stop signal
+# ended us, is a roll-back: left without its beat it counts as chosen by hand, and stays.
 HAND_ON: Final = """
 UPDATE bot_instances SET is_active = TRUE, beat = beat + CASE WHEN :reason = 'stopped' AND EXISTS (
     SELECT 1 FROM bot_instances me WHERE me.instance_id = :me
@@ -235,9 +240,9 @@ WHERE instance_id = (
     AND (julianday(:now) - julianday(o.last_heartbeat)) * 86400.0
         < 3 * coalesce((SELECT ttl FROM bot_leases WHERE bot = :bot), 10)
   ORDER BY :reason = 'failed' AND o.deployment = (SELECT deployment FROM bot_instances WHERE instance_id = :me),
-    coalesce(f.failures, 0), o.generation DESC, o.started_at LIMIT 1)
+    coalesce(f.failures, 0) >= {tries}, o.generation DESC, o.started_at LIMIT 1)
 AND EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = :me AND is_active)
-"""
+""".replace("{tries}", str(TRIES))
 
 TOUCH: Final = (
     "UPDATE bot_instances SET last_heartbeat = :now, beat = beat + 1, state = :state "
@@ -450,10 +455,10 @@ class SqliteFile:
         row = self.db.execute(READ, {"bot": bot, "me": instance_id, "now": clock.iso(self.wall())}).fetchone()
         return make_view(row, self.origin, self.era())
 
-    def claim(self, bot: str, instance_id: str, source: tuple[str, int] | None) -> bool:
+    def claim(self, bot: str, instance_id: str, source: tuple[str, int, int] | None) -> bool:
         with self._write() as db:
-            who, generation = source or (None, 0)
-            values = {"bot": bot, "me": instance_id, "source": who, "generation": generation}
+            who, generation, beat = source or (None, 0, 0)
+            values = {"bot": bot, "me": instance_id, "source": who, "generation": generation, "beat": beat}
             return db.execute(CLAIM, values).rowcount == 1
 
     def acquire(
