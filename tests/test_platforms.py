@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -241,3 +242,14 @@ def test_an_environment_that_is_not_on_the_list_is_barred(env: dict[str, str], s
 def test_an_unknown_platform_is_refused_with_those_that_are_known() -> None:
     with pytest.raises(ConfigurationError, match="'webscale', which is not known: use one of Railway, "):
         settings.make({"HOME": "/nowhere", "BOTLEASE_PLATFORM": "webscale"})
+
+
+def test_the_documented_table_has_every_platform_and_its_variables() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "platforms.md").read_text()
+    for p in EVERY:
+        row = next(line for line in text.splitlines() if line.startswith(f"| {p.name}"))
+        assert row.rstrip(" |").endswith("stays" if p.restarts else "ends")
+        assert p.stop_signal in row or p is PLAIN
+        for name, pattern in p.deployment:
+            assert name in row or pattern or name == "HOSTNAME", (p.name, name)
+        assert all(name in text for name in p.environment)

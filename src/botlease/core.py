@@ -29,8 +29,19 @@ A *lease* row holds ``(term, beat, nonce, holder)`` and is only ever changed by 
   mine, not free": it is in *doubt* and must stay unchanged for a full ttl (R6, R7).
 * After a stop signal nothing is acquired or claimed again (R8).
 
+Who is newest is no matter of safety, only of whose turn it is
+===============================================================
+* A strictly newer deployment claims the assignment from a living holder once, when it is ready (a warm start: when
+  its work waits at the gate). Everybody else only fills a vacancy. Nothing is claimed on news that was slept over.
+* Such a takeover begins on *probation*. If the work dies on it, or proves no progress, and somebody else could take
+  over, the term is given up (``FAILED``) and the superseded one has it again; if nobody could, it is started again
+  where it is. A deployment that failed :data:`botlease.model.TRIES` times claims from nobody any more.
+* When the probation has passed, the superseded one leaves (where its platform would not start it again) or stays.
+* Paused, nobody acquires, and the holder drains and keeps the assignment.
+
 Sources: trust from the time of asking is River's leader election; expiry by watching for change is
-Kubernetes client-go and the DynamoDB lock client; fencing tokens and the lock-delay are Chubby's.
+Kubernetes client-go and the DynamoDB lock client; fencing tokens and the lock-delay are Chubby's; the warning before
+the end is the DynamoDB lock client's, the pause is kopf's, handing back to a named one is LiteFS's.
 """
 
 from __future__ import annotations
