@@ -19,7 +19,9 @@ from harness import BOTLEASE, World, clean_env, until
 from botlease import local, presence, procfs
 
 ROOT = Path(__file__).resolve().parent.parent
-TOKEN = "424242:AA-the-token-of-the-local-check"
+# a bot of its own: tests that run beside this one start real scripts of other bots
+BOT = str(7_000_000_000 + os.getpid())
+TOKEN = f"{BOT}:AA-the-token-of-the-local-check"
 ROUNDS = 20
 
 
@@ -219,7 +221,7 @@ def test_of_sixty_decoys_none_is_ever_touched_and_the_bot_is_ended_each_time(
     # A note whose pid belongs to a decoy by now: it fits nobody.
     folder = runtime_folder / "botlease"
     folder.mkdir(mode=0o700, exist_ok=True)
-    reused = presence.Note(procfs.host(), herd[0].pid, "1", "424242", "gone")
+    reused = presence.Note(procfs.host(), herd[0].pid, "1", BOT, "gone")
     before = {p.pid for p in herd}
     for n in range(ROUNDS):
         (folder / "gone.json").write_text(json.dumps({k: getattr(reused, k) for k in presence.Note.__slots__}))

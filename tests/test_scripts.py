@@ -131,6 +131,18 @@ def test_a_deployment_on_railway_is_handed_over_within_its_health_window(railway
     assert (report.conflicts, report.lost, report.twice) == (0, 0, 0)
 
 
+def test_a_warm_trading_bot_waits_at_its_gate_and_goes_on_in_its_term(railway: Railway, telegram: Any) -> None:
+    old = railway.deploy("d-1")
+    railway.until(old, "/leader", 200)
+    new = railway.deploy("d-2", BOT_VERSION="2", BOTLEASE_WARM="1")
+    railway.until(new, "/leader", 200)
+    assert "ready: " in railway.started[new][2].read_text()
+    assert "(version 2)" in answered(telegram, "/start")
+    assert "Bought 0.1 BTC" in answered(telegram, "/buy BTC 0.1")  # the ledger knows the term of the gate
+    report = telegram[2](telegram[0].report, 424242)
+    assert (report.conflicts, report.lost, report.twice) == (0, 0, 0)
+
+
 def test_an_old_container_that_is_restarted_does_not_steal_back(railway: Railway, telegram: Any) -> None:
     old = railway.deploy("d-1")
     railway.until(old, "/leader", 200)

@@ -37,6 +37,11 @@ def main() -> int:
     if not database:
         print("trading_bot: set DATABASE_URL, or start it with railway_startup.py", file=sys.stderr)
         return 78
+    if "BOTLEASE_GATE_FD" in env:
+        # A warm start. What takes time, importing python-telegram-bot, is done by now; from here on only one may go.
+        from botlease import wait_at_gate
+
+        env["BOTLEASE_TERM"] = str(wait_at_gate())
     output = logging.StreamHandler()
     output.setFormatter(Discreet(token))
     logging.basicConfig(handlers=[output], level=logging.INFO)
