@@ -40,7 +40,7 @@ def quiet(probation: float = 30.0, **more: object) -> World:
         same_host=False,
         deaf_work=False,
         ambush=0.0,
-        watching=True,
+        watching=False,
         **more,  # type: ignore[arg-type]
     )
     world = World(1, plan)
@@ -78,7 +78,11 @@ class Share:
 
 
 def keep_restarting(world: World, node: Node, tries: int = 0) -> None:
-    """A platform: whatever ends is started again, with a pause that grows."""
+    """A platform: whatever ends is started again, with a pause that grows, until the next deployment replaces it."""
+    if node.deployment not in world.broken:
+        if node.alive:
+            stop(world, node)
+        return
     if not node.alive and tries < 8:
         world.restart(node)
         node, tries = world.nodes[-1], tries + 1
@@ -91,7 +95,7 @@ def test_a_deployment_that_dies_at_start_deployed_fifty_times_leaves_the_healthy
     world.run_until(world.time + 60)
     share = Share(world, "healthy")
     for n in range(50):
-        world.broken.add(f"broken{n}")
+        world.broken = {f"broken{n}"}
         keep_restarting(world, world.deploy(f"broken{n}"))
         world.run_until(world.time + 60)
 

@@ -188,11 +188,12 @@ TIMELINE: Final = "left(pg_walfile_name(pg_current_wal_lsn()), 8)"
 NO_TIMELINE: Final = "'00000001'::text"
 
 READ: Final = """
+WITH failed AS MATERIALIZED (SELECT deployment, failures FROM bot_failures WHERE bot = $1)
 SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, coalesce(l.paused, FALSE) AS paused,
        (SELECT t.trial FROM bot_terms t WHERE t.bot = $1 AND t.term = l.term) AS trial,
        coalesce(mine.failures, 0) AS failures,
        (SELECT count(*) FROM bot_instances o
-          LEFT JOIN bot_failures f ON f.bot = o.bot AND f.deployment = o.deployment
+          LEFT JOIN failed f ON f.deployment = o.deployment
         WHERE o.bot = $1 AND o.ended_at IS NULL AND o.instance_id <> $2 AND coalesce(f.failures, 0) < {tries}
           AND extract(epoch FROM clock_timestamp() - o.last_heartbeat)::float8 < 3 * coalesce(l.ttl, 10)) AS others,
        extract(epoch FROM clock_timestamp() - l.renewed_at)::float8 AS renewed_ago,
@@ -200,7 +201,7 @@ SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, co
        extract(epoch FROM clock_timestamp() - a.last_heartbeat)::float8 AS a_age,
        me.generation AS my_generation, {timeline} AS timeline,
        (SELECT count(*) FROM bot_instances o
-          LEFT JOIN bot_failures f ON f.bot = o.bot AND f.deployment = o.deployment
+          LEFT JOIN failed f ON f.deployment = o.deployment
         WHERE o.bot = $1 AND o.ended_at IS NULL AND NOT o.is_active AND o.instance_id <> $2
           AND (coalesce(f.failures, 0) >= {tries}, -o.generation, o.started_at)
               < (coalesce(mine.failures, 0) >= {tries}, -me.generation, me.started_at)
@@ -208,7 +209,7 @@ SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, co
 FROM (SELECT 1) x LEFT JOIN bot_leases l ON l.bot = $1
      LEFT JOIN bot_instances a ON a.bot = $1 AND a.is_active
      LEFT JOIN bot_instances me ON me.instance_id = $2
-     LEFT JOIN bot_failures mine ON mine.bot = $1 AND mine.deployment = me.deployment
+     LEFT JOIN failed mine ON mine.deployment = me.deployment
 """
 
 # A lease that is missing although the journal knows terms of this bot was lost, and on a database that is not
@@ -300,7 +301,7 @@ BEST: Final = """
 best AS (
   SELECT o.instance_id, {reason} = 'stopped' AND o.generation < m.generation AND o.started_at > m.started_at AS back
   FROM bot_instances o JOIN bot_instances m ON m.instance_id = $2
-    LEFT JOIN bot_failures f ON f.bot = o.bot AND f.deployment = o.deployment
+    LEFT JOIN (SELECT deployment, failures FROM bot_failures WHERE bot = $1) f ON f.deployment = o.deployment
   WHERE {when} AND (SELECT count(*) FROM {lease}) >= 0 AND o.bot = $1 AND o.ended_at IS NULL AND o.instance_id <> $2
     AND extract(epoch FROM clock_timestamp() - o.last_heartbeat)::float8
         < 3 * coalesce((SELECT ttl FROM bot_leases WHERE bot = $1), 10)

@@ -87,9 +87,10 @@ ALTER TABLE bot_terms ADD COLUMN ttl REAL;
 CREATE INDEX bot_terms_trials ON bot_terms (bot, deployment) WHERE trial <> '';
 CREATE VIEW bot_failures AS
   SELECT bot, deployment, count(*) AS failures FROM bot_terms t
-  WHERE trial = 'on' AND reason IN ('failed', 'died', 'expired')
+  -- "trial <> ''" says nothing more, but lets the index be used
+  WHERE trial <> '' AND trial = 'on' AND reason IN ('failed', 'died', 'expired')
     AND NOT EXISTS (SELECT 1 FROM bot_terms p WHERE p.bot = t.bot AND p.deployment = t.deployment
-                    AND p.trial = 'passed' AND p.term > t.term)
+                    AND p.trial <> '' AND p.trial = 'passed' AND p.term > t.term)
   GROUP BY bot, deployment;
 CREATE TRIGGER bot_instances_by_hand AFTER UPDATE OF is_active ON bot_instances
 WHEN NEW.is_active AND NOT OLD.is_active AND NEW.bot IS NOT NULL AND NEW.beat = OLD.beat
@@ -104,11 +105,12 @@ END;
 UPGRADES: Final = {2: UPGRADE_2}
 
 READ: Final = """
+WITH failed AS MATERIALIZED (SELECT deployment, failures FROM bot_failures WHERE bot = :bot)
 SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, coalesce(l.paused, FALSE) AS paused,
        (SELECT t.trial FROM bot_terms t WHERE t.bot = :bot AND t.term = l.term) AS trial,
        coalesce(mine.failures, 0) AS failures,
        (SELECT count(*) FROM bot_instances o
-          LEFT JOIN bot_failures f ON f.bot = o.bot AND f.deployment = o.deployment
+          LEFT JOIN failed f ON f.deployment = o.deployment
         WHERE o.bot = :bot AND o.ended_at IS NULL AND o.instance_id <> :me AND coalesce(f.failures, 0) < {tries}
           AND (julianday(:now) - julianday(o.last_heartbeat)) * 86400.0 < 3 * coalesce(l.ttl, 10)) AS others,
        (julianday(:now) - julianday(l.renewed_at)) * 86400.0 AS renewed_ago,
@@ -116,7 +118,7 @@ SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, co
        (julianday(:now) - julianday(a.last_heartbeat)) * 86400.0 AS a_age,
        me.generation AS my_generation,
        (SELECT count(*) FROM bot_instances o
-          LEFT JOIN bot_failures f ON f.bot = o.bot AND f.deployment = o.deployment
+          LEFT JOIN failed f ON f.deployment = o.deployment
         WHERE o.bot = :bot AND o.ended_at IS NULL AND NOT o.is_active AND o.instance_id <> :me
           AND (coalesce(f.failures, 0) >= {tries}, -o.generation, o.started_at)
               < (coalesce(mine.failures, 0) >= {tries}, -me.generation, me.started_at)
@@ -124,7 +126,7 @@ SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, co
 FROM (SELECT 1) LEFT JOIN bot_leases l ON l.bot = :bot
      LEFT JOIN bot_instances a ON a.bot = :bot AND a.is_active
      LEFT JOIN bot_instances me ON me.instance_id = :me
-     LEFT JOIN bot_failures mine ON mine.bot = :bot AND mine.deployment = me.deployment
+     LEFT JOIN failed mine ON mine.deployment = me.deployment
 """.replace("{tries}", str(TRIES))
 
 # Our row, our deployment's generation, the lease. A lease that is missing although the journal knows
@@ -235,7 +237,7 @@ UPDATE bot_instances SET is_active = TRUE, beat = beat + CASE WHEN :reason = 'st
   THEN 0 ELSE 1 END
 WHERE instance_id = (
   SELECT o.instance_id FROM bot_instances o
-    LEFT JOIN bot_failures f ON f.bot = o.bot AND f.deployment = o.deployment
+    LEFT JOIN (SELECT deployment, failures FROM bot_failures WHERE bot = :bot) f ON f.deployment = o.deployment
   WHERE o.bot = :bot AND o.ended_at IS NULL AND o.instance_id <> :me
     AND (julianday(:now) - julianday(o.last_heartbeat)) * 86400.0
         < 3 * coalesce((SELECT ttl FROM bot_leases WHERE bot = :bot), 10)
