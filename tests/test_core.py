@@ -94,7 +94,7 @@ class Driver:
         self.joined(View(replace(HELD, term=3), "db", OTHER, 5))
         self.answer(Claimed, True)
         self.answer(Seen, View(FREE, "db", ME, 5))
-        assert self.question.verb is Verb.ACQUIRE and self.question.trial
+        assert self.question.verb is Verb.ACQUIRE and self.question.trial is Trial.ON
         self.answer(Granted, 4, "n", "db")
         assert self.state.phase is Phase.WORKING
         return self
@@ -356,7 +356,7 @@ def test_a_term_filled_from_a_vacancy_is_not_on_probation() -> None:
         d = Driver().joined(view)
         d.answer(Claimed, True)
         d.answer(Seen, View(FREE, "db", ME, 5))
-        assert d.question.verb is Verb.ACQUIRE and not d.question.trial
+        assert d.question.verb is Verb.ACQUIRE and d.question.trial is Trial.NONE
 
 
 def test_probation_is_passed_when_the_work_has_lived_through_it() -> None:
@@ -369,7 +369,7 @@ def test_probation_is_passed_when_the_work_has_lived_through_it() -> None:
     d.answer(Renewed, True, False, "db")
     assert d.question.verb is Verb.PASS and d.question.held == (4, "n")
     d.answer(Done)
-    assert not d.state.trial
+    assert d.state.trial is Trial.PASSED
 
 
 def test_a_probation_that_cannot_be_recorded_is_not_asked_for_for_ever() -> None:
@@ -387,7 +387,7 @@ def test_work_that_must_prove_progress_passes_only_when_it_has() -> None:
     d = Driver(monitored=True).took_over()
     for _ in range(20):
         d.renewed()
-    assert d.state.trial and d.state.asking is None
+    assert d.state.trial is Trial.ON and d.state.asking is None
     d.feed(Healthy(4))
     assert d.question.verb is Verb.PASS
 
@@ -406,7 +406,7 @@ def test_a_crash_on_probation_with_nobody_else_is_restarted_in_its_term() -> Non
     d = Driver().took_over()
     d.feed(Crashed(4))
     assert d.answer(Seen, View(MINE, "db", ME, 5, others=0)) == []
-    assert d.state.phase is Phase.WORKING and d.state.trial
+    assert d.state.phase is Phase.WORKING and d.state.trial is Trial.ON
 
 
 def test_a_crash_begins_the_probation_anew() -> None:
@@ -417,7 +417,7 @@ def test_a_crash_begins_the_probation_anew() -> None:
     d.answer(Seen, View(MINE, "db", ME, 5))
     for _ in range(14):
         d.renewed()
-    assert d.state.trial and d.state.asking is None
+    assert d.state.trial is Trial.ON and d.state.asking is None
 
 
 def test_a_crash_after_the_probation_asks_nobody() -> None:
@@ -440,6 +440,47 @@ def test_hung_work_gives_the_term_up_to_somebody_else_or_is_restarted() -> None:
     d.feed(Unhealthy(4))
     assert d.answer(Seen, View(MINE, "db", ME, 5, others=0)) == [Restart()]
     assert d.state.phase is Phase.WORKING
+
+
+@pytest.mark.parametrize(("passed", "after"), [(False, Trial.ON), (True, Trial.PASSED)])
+def test_an_interruption_ends_neither_a_probation_nor_what_it_proved(passed: bool, after: Trial) -> None:
+    d = Driver().took_over()
+    if passed:
+        for _ in range(15):
+            d.renewed()
+        d.answer(Done)
+    d.feed(Tick(), after=2)
+    d.answer(Renewed, True, False, "db", True)  # paused
+    d.feed(WorkEnded(4))
+    d.answer(Done)
+    d.answer(Seen, View(replace(FREE, term=4), "db", ME, 5))
+    assert d.question.verb is Verb.ACQUIRE and d.question.trial is after
+
+
+def test_a_turn_that_is_over_ends_the_probation() -> None:
+    d = Driver().took_over()
+    d.feed(Woken())
+    d.answer(Seen, View(MINE, "db", OTHER, 5))
+    d.feed(WorkEnded(4))
+    d.answer(Done)
+    assert d.state.trial is Trial.NONE
+
+
+def test_a_crash_that_crosses_the_end_of_the_probation_is_restarted_as_any_other() -> None:
+    d = Driver().took_over()
+    for _ in range(15):
+        d.renewed()
+    d.feed(Crashed(4))
+    d.answer(Done)  # it had passed
+    d.answer(Seen, View(MINE, "db", ME, 5, others=1))
+    assert d.state.phase is Phase.WORKING and not d.state.stopping
+
+
+def test_without_a_probation_a_takeover_has_passed_at_once() -> None:
+    d = Driver(timing=Timing(probation=0)).joined(View(HELD, "db", OTHER, 5))
+    d.answer(Claimed, True)
+    d.answer(Seen, View(replace(FREE, term=4), "db", ME, 5))
+    assert d.question.verb is Verb.ACQUIRE and d.question.trial is Trial.PASSED
 
 
 def test_what_is_said_about_the_health_of_an_earlier_term_is_ignored() -> None:

@@ -111,11 +111,11 @@ def test_a_bot_that_ends_with_0_on_probation_has_failed_all_the_same(sqlite_worl
 
 
 def test_started_again_fifty_times_a_broken_deployment_costs_the_healthy_one_nothing_more(sqlite_world: World) -> None:
-    """What a platform's restart loop does. Two tries of some 0.1 s; after that the quarantined one stands by."""
+    """What a platform's restart loop does. Two tries; after that the quarantined one stands by. What share of the time
+    that leaves is tested in virtual time (test_takeover.py): here it would be a test of this machine."""
     world = sqlite_world
     old = world.run("--deployment", "v1")
     world.works(1)
-    began = time.clock_gettime(time.CLOCK_BOOTTIME)
     for n in range(50):
         broken = world.run("--deployment", "v2", bot=world.bot(exit=1, **{"for": 0.05}))
         if n < 2:
@@ -125,13 +125,9 @@ def test_started_again_fifty_times_a_broken_deployment_costs_the_healthy_one_not
             broken.says("quarantined: ")
             broken.signal(signal.SIGTERM)
             assert broken.wait() == 0
-    ended = time.clock_gettime(time.CLOCK_BOOTTIME)
-    working = sum(min(b, ended) - max(a, began) for (_, t), (a, b) in world.stamps().items() if t in (1, 3, 5))
 
     assert world.terms() == [1, 2, 3, 4, 5] and old.process.poll() is None
-    # Each try costs two starts of Python here; a platform's restarts are seconds apart, these were not.
-    assert working / (ended - began) >= 0.97
-    assert working >= ended - began - 2 * 0.6
+    assert world.overlap() == 0
 
 
 # Warm --------------------------------------------------------------------------------------------------------------
@@ -174,17 +170,31 @@ def test_a_warm_bot_is_not_started_twice_and_is_ended_with_its_supervisor(sqlite
     until(lambda: not Path(f"/proc/{bots[0]}").exists())
 
 
-def test_a_superseded_warm_instance_warms_up_again_and_takes_back_at_once(sqlite_world: World) -> None:
-    world = sqlite_world
+def test_a_superseded_warm_instance_warms_up_again_and_takes_back_at_once(world: World) -> None:
     old = world.run("--deployment", "v1", "--warm", bot=world.bot(start=0.3, gate="fd"))
     world.works(1)
     new = world.run("--deployment", "v2")
     until(lambda: world.terms() == [1, 2])
     old.says("ready: ")
+    time.sleep(2.5)  # longer than a ttl: the fence of its former term must not reach the bot at the gate
+    assert old.process.poll() is None and old.text().count("warming up") == 2  # once at its start, once more now
     new.signal(signal.SIGKILL)
     until(lambda: world.terms() == [1, 2, 3])
 
     assert world.overlap() == 0 and world.gap(3) < 0.25
+
+
+def test_a_warm_bot_that_dies_while_its_instance_is_passive_is_warmed_up_again(sqlite_world: World) -> None:
+    world = sqlite_world
+    old = world.run("--deployment", "v1", "--warm", bot=world.bot(gate="fd"))
+    world.works(1)
+    world.run("--deployment", "v2")
+    old.says("ready: ")
+    (waiting,) = [p for p in old.children() if b"--gate" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    os.kill(waiting, signal.SIGKILL)
+    old.says("restart 1 of 5 in 1 s")
+    until(lambda: old.text().count("ready: ") == 2)
+    assert old.process.poll() is None
 
 
 def test_the_gate_in_python_returns_the_term(sqlite_world: World, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -246,3 +247,31 @@ def test_the_check_is_cheap_enough_for_every_order() -> None:
     for _ in range(20_000):
         sum((1, 2, 3))
     assert each < 100 * (time.perf_counter() - began) / 20_000  # no system call that waits, no I/O
+
+
+async def test_an_error_in_on_danger_does_not_end_the_renewals(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard: list[bool] = []
+
+    def warn(on: bool) -> None:
+        heard.append(on)
+        raise RuntimeError("a bug in the user's callback")
+
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+    url = f"sqlite:///{tmp_path}/lease.db"
+    async with botlease.active("bot", database=url, ttl=6.0, on_danger=warn) as term:
+        assert not term.in_danger
+        other = sqlite3.connect(tmp_path / "lease.db", isolation_level=None)
+        other.execute("BEGIN EXCLUSIVE")
+        async with asyncio.timeout(10):
+            while heard != [True]:
+                await asyncio.sleep(0.01)
+        assert term.in_danger
+        other.execute("ROLLBACK")
+        other.close()
+        async with asyncio.timeout(10):
+            while heard != [True, False]:
+                await asyncio.sleep(0.01)
+        assert not term.in_danger
+        term.check()

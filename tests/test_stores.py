@@ -20,7 +20,7 @@ import pytest
 from servers import PgBouncer, has_pgbouncer
 
 from botlease.model import How, Reason, Trial
-from botlease.stores import Store, StoreError, StoreRefused, open_store, postgres, redact, sqlitefile
+from botlease.stores import Store, StoreEmpty, StoreError, StoreRefused, open_store, postgres, redact, sqlitefile
 from botlease.stores.postgres import PostgresStore
 from botlease.stores.sqlite import SqliteStore
 from botlease.stores.sqlitefile import NETWORK_FILE_SYSTEMS
@@ -188,9 +188,16 @@ async def test_a_database_of_the_first_version_is_upgraded_with_all_that_is_in_i
     with monkeypatch.context() as old:
         for module in (sqlitefile, postgres):
             old.setattr(module, "SCHEMA_VERSION", 1)
-        store = open_store(any_url)
-        await store.open(DEADLINE)
-        await store.aclose()
+        old_one: Any = open_store(any_url)
+        if isinstance(old_one, PostgresStore):
+            await old_one._call(DEADLINE, old_one._migrate)
+        else:
+            await old_one.open(DEADLINE)
+        await old_one.aclose()
+    looking = open_store(any_url)  # a command that only looks
+    with pytest.raises(StoreRefused, match="tables are of an older botlease .version 1, this one knows 2"):
+        await looking.open(DEADLINE, upgrade=False)
+    await looking.aclose()
     rows = "('b', 7, 0, 'n', NULL, 10, 'o', '', 3, CURRENT_TIMESTAMP)"
     await run_sql(
         any_url,
@@ -205,6 +212,98 @@ async def test_a_database_of_the_first_version_is_upgraded_with_all_that_is_in_i
     assert (await stores[0].read("b", "a", DEADLINE)).assigned is not None
     for s in stores:
         await s.aclose()
+
+
+async def test_looking_creates_nothing(any_url: str) -> None:
+    if any_url.startswith("sqlite"):
+        sqlite3.connect(any_url.removeprefix("sqlite:///")).close()
+    store = open_store(any_url)
+    with pytest.raises(StoreEmpty, match="nothing has run there yet"):
+        await store.open(DEADLINE, upgrade=False)
+    await store.aclose()
+    with pytest.raises((sqlite3.Error, asyncpg.PostgresError)):
+        await run_sql(any_url, "SELECT * FROM bot_leases")
+
+
+async def test_an_upgrade_does_not_keep_renewals_waiting_behind_a_long_transaction(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as old:
+        old.setattr(postgres, "SCHEMA_VERSION", 1)
+        first = PostgresStore(postgres_url)
+        await first._call(DEADLINE, first._migrate)
+        await first.aclose()
+    await run_sql(
+        postgres_url,
+        "INSERT INTO bot_leases (bot, term, beat, nonce, holder, ttl, origin, proof, served, renewed_at) "
+        "VALUES ('b', 1, 0, 'n', 'a', 10, 'o', '', 0, now())",
+    )
+    reader = await asyncpg.connect(postgres_url)
+    renewer = await asyncpg.connect(postgres_url)
+    transaction = reader.transaction()
+    await transaction.start()
+    await reader.fetch("SELECT * FROM bot_leases")
+    store = open_store(postgres_url)
+    opening = asyncio.ensure_future(store.open(DEADLINE))
+    slowest = 0.0
+    while not opening.done():
+        began = time.monotonic()
+        await renewer.execute("UPDATE bot_leases SET beat = beat + 1 WHERE bot = 'b'")
+        slowest = max(slowest, time.monotonic() - began)
+    with pytest.raises(StoreError, match="in use by a long transaction"):
+        opening.result()
+    assert slowest < 1.0
+    await transaction.rollback()
+    await store.open(DEADLINE)
+    for c in (reader, renewer):
+        await c.close()
+    await store.aclose()
+
+
+async def test_an_operators_role_needs_bot_instances_and_nothing_else(postgres_url: str) -> None:
+    a = open_store(postgres_url)
+    await a.open(DEADLINE)
+    for name, deployment in (("a", "d1"), ("a2", "d1"), ("b", "d2")):
+        await a.register(registration(name, deployment), DEADLINE)
+    assert await claim(a, "b")
+    role = f"operator_{os.getpid()}"
+    admin = await asyncpg.connect(postgres_url)
+    await admin.execute(f"CREATE ROLE {role} LOGIN; GRANT SELECT, UPDATE ON bot_instances TO {role}")
+    try:
+        await admin.execute(f"SET ROLE {role}")
+        await admin.execute("UPDATE bot_instances SET is_active = TRUE WHERE deployment = 'd1'")  # two rows: one wins
+        await admin.execute("RESET ROLE")
+        view = await a.read("bot", "b", DEADLINE)
+        assert view.assigned is not None and view.assigned.generation > view.generation
+    finally:
+        await admin.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+        await admin.close()
+        await a.aclose()
+
+
+async def test_a_claim_of_a_supervisor_of_version_1_is_no_operators_edit(postgres_url: str) -> None:
+    a = open_store(postgres_url)
+    await a.open(DEADLINE)
+    before = (await a.register(registration("a", "d1"), DEADLINE)).generation
+    await a.register(registration("b", "d2"), DEADLINE)
+    assert await claim(a, "b")
+    await run_sql(postgres_url, "SELECT botlease_claim('bot', 'a', 'b')")
+    view = await a.read("bot", "a", DEADLINE)
+    assert view.assigned is not None and view.assigned.instance_id == "a" and view.generation == before
+    await a.aclose()
+
+
+async def test_a_deployment_row_that_vanished_is_put_back(any_url: str) -> None:
+    a = open_store(any_url)
+    await a.open(DEADLINE)
+    await a.register(registration("a", "d1"), DEADLINE)
+    await a.register(registration("b", "d2"), DEADLINE)
+    assert await claim(a, "b")
+    await run_sql(any_url, "DELETE FROM bot_deployments")
+    await a.promote("a", DEADLINE)
+    view = await a.read("bot", "a", DEADLINE)
+    assert view.assigned is not None and view.assigned.instance_id == "a" and view.generation > 0
+    await a.aclose()
 
 
 async def test_a_schema_from_the_future_is_refused(any_url: str) -> None:
@@ -329,7 +428,7 @@ async def test_a_row_lock_does_not_hold_a_call_beyond_its_deadline(postgres_url:
                 how="released",
                 ttl=10,
                 proof="",
-                trial=False,
+                trial=Trial.NONE,
                 deadline=0.5,
             )  # type: ignore[arg-type]
         assert time.monotonic() - began < 1.0
@@ -596,7 +695,7 @@ async def test_a_failed_acquire_does_not_keep_the_side_car_lock(tmp_path: Path) 
             how=How.RELEASED,
             ttl=10,
             proof="",
-            trial=False,
+            trial=Trial.NONE,
             deadline=0.3,
         )
     other.execute("ROLLBACK")

@@ -11,7 +11,7 @@ The command line (``botlease run -- python bot.py``) needs no change in the bot.
 from __future__ import annotations
 
 TYPE_CHECKING = False  # known to type checkers by its name; typing itself is not worth its memory this early
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "ConfigurationError",
     "LeaseLost",

@@ -224,7 +224,7 @@ def wait(
             except TimeoutError:
                 continue
 
-    found = ask(database, until)
+    found = ask(database, until, patience=timeout)
     if found is None:
         fail(f"nobody is {wanted} after {timeout:g} s: see `botlease status`", TIMED_OUT)
     click.echo(found)
@@ -278,7 +278,7 @@ def _instances(ctx: click.Context, param: click.Parameter, incomplete: str) -> l
     async def read() -> list[str]:
         store = open_store(settings.database_url(ctx.params.get("database"), os.environ))
         try:
-            await store.open(1.0)
+            await store.open(1.0, upgrade=False)
             return [i["instance_id"] for i in (await store.overview(1.0))["instances"] if i["ended_at"] is None]
         finally:
             await store.aclose()

@@ -58,11 +58,15 @@ def hide_password(url: str | None) -> None:
         blot(secret)
 
 
-def ask(database: str | None, question: Callable[[Any], Any]) -> Any:
-    """Open the store, ask one thing, close. Errors end the program with one line."""
+def ask(database: str | None, question: Callable[[Any], Any], *, patience: float = 0.0) -> Any:
+    """Open the store as it is, ask one thing, close. Errors end the program with one line; for ``patience`` seconds
+    that nothing has run there yet is none."""
     import asyncio
 
-    from botlease.stores import StoreError, StoreRefused, open_store
+    from botlease import clock
+    from botlease.stores import StoreEmpty, StoreError, StoreRefused, open_store
+
+    end = clock.now() + patience
 
     hide_password(database)
 
@@ -70,17 +74,26 @@ def ask(database: str | None, question: Callable[[Any], Any]) -> Any:
         url = settings.database_url(database, os.environ)
         if url.startswith("sqlite:///") and not os.path.exists(url.removeprefix("sqlite:///")):  # noqa: ASYNC240, PTH110
             # Opening it would make it, and a mistyped path would look like an empty database.
-            raise ConfigurationError(f"there is no database at {url}: nothing has run there yet, or the URL is wrong")
+            raise StoreEmpty(f"there is no database at {url}: nothing has run there yet, or the URL is wrong")
         store = open_store(url)
         try:
-            await store.open(5.0)
+            await store.open(5.0, upgrade=False)
             return await question(store)
         finally:
             await store.aclose()
 
+    async def patiently() -> Any:
+        while True:
+            try:
+                return await asked()
+            except StoreEmpty:
+                if clock.now() >= end:
+                    raise
+                await asyncio.sleep(0.2)
+
     try:
         settings.check_environment(os.environ)
-        return asyncio.run(asked())
+        return asyncio.run(patiently())
     except (StoreRefused, ConfigurationError) as e:
         fail(str(e), CONFIG)
     except StoreError as e:

@@ -147,6 +147,7 @@ class active:
         self._work = BodyWork(begun.set_result, self._cancel, self._session.warn)
         self._keeper = await self._session.open(self._work)
         self._running = asyncio.ensure_future(self._keeper.run())
+        self._running.add_done_callback(self._keeper_ended)
         self._exit.enter_context(_stop_signals(self._keeper.stop))
         self._exit.enter_context(self._session.announced())
         try:
@@ -165,6 +166,11 @@ class active:
         if self._why is None and self._task is not None:
             self._why = reason
             self._task.cancel()
+
+    def _keeper_ended(self, running: asyncio.Future[Reason]) -> None:
+        """A bug of ours ended it. Nobody renews any more: better to cancel the body than to wait for the fence."""
+        if not running.cancelled() and running.exception() is not None:
+            self._cancel(Reason.LOST)
 
     async def _finish(self, *, done: bool = False) -> None:
         self._exit.close()

@@ -208,6 +208,7 @@ class Keeper:
                 return Claimed(q.serial, await store.claim(me.bot, me.instance_id, q.source, limit))
             case Verb.ACQUIRE:
                 assert q.key is not None
+                proved = self.work.proof
                 nonce = os.urandom(8).hex()  # drawn anew for each acquire, so that no late one can be mistaken
                 grant = await store.acquire(
                     me.bot,
@@ -217,10 +218,12 @@ class Keeper:
                     floor=q.floor,
                     how=q.how,
                     ttl=self.timing.ttl,
-                    proof=self.work.proof,
+                    proof=proved,
                     trial=q.trial,
                     deadline=limit,
                 )
+                if grant is not None and proved != self.work.proof:
+                    return Failed(q.serial)  # the row names an owner that is gone: it is read back, and given back
                 return Granted(q.serial, grant.term, nonce, grant.origin) if grant else Denied(q.serial)
             case Verb.RENEW:
                 assert q.held is not None

@@ -218,7 +218,7 @@ class Question:
     key: tuple[int, int, str, str | None] | None = None  # acquire: the row as we saw it
     floor: int = 0  # acquire: the term must rise above this
     how: How = How.RELEASED
-    trial: bool = False  # acquire: the term begins on probation
+    trial: Trial = Trial.NONE  # acquire: whether the term begins on probation
     held: tuple[int, str] | None = None  # renew, release, pass: exactly this (term, nonce)
     source: tuple[str, int, int] | None = None  # claim: who has the assignment now, its generation and beat
     reason: Reason | None = None

@@ -60,7 +60,8 @@ def announced(bot: str, instance_id: str, env: Mapping[str, str]) -> Iterator[Pa
         yield path
     finally:
         if path is not None:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _write(note: Note, env: Mapping[str, str]) -> Path | None:
@@ -87,7 +88,7 @@ def notes(env: Mapping[str, str]) -> list[Note]:
             note = _read(path)
             if note is not None and note.fits:
                 out.append(note)
-            elif note is not None:
+            elif note is not None and note.host == procfs.host():  # not that of another container with the same home
                 with contextlib.suppress(OSError):
                     path.unlink()
     return out

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from botlease import __version__, clock, status
 from botlease.core import Candidate, Phase
 from botlease.keeper import Keeper
-from botlease.model import TRIES, Reason
+from botlease.model import TRIES, Reason, Trial
 from botlease.settings import Settings
 from botlease.stores import Registration, Store, StoreError, StoreRefused, open_store
 from botlease.work import tree
@@ -122,12 +122,13 @@ class Supervisor:
                 from botlease.web.gate import GateServer
 
                 gate = GateServer()
-                await gate.listen()
+                try:
+                    await gate.listen()
+                except OSError as e:
+                    say(f"cannot listen on 127.0.0.1 for the gate: {e.strerror}")
+                    return Exit.UNAVAILABLE
             code = await self._open(store)
             return code if code is not None else await self._keep(store, gate)
-        except OSError as e:
-            say(f"cannot listen on 127.0.0.1 for the gate: {e.strerror}")
-            return Exit.UNAVAILABLE
         finally:
             await store.aclose()
             if gate is not None:
@@ -236,7 +237,7 @@ class Supervisor:
             self.quarantined = state.view.failures >= TRIES
         waits = state.phase is Phase.STANDBY and self.last_holder not in (None, self.settings.instance_id)
         # Where the old one lives until we say that we are well, it lives until the probation is over.
-        proving = state.phase is Phase.WORKING and state.trial
+        proving = state.phase is Phase.WORKING and state.trial is Trial.ON
         # The database is judged by the attempts that fail, not by how long ago it was asked: a standby asks rarely.
         ready = state.phase is not Phase.JOINING and state.failures < 3
         if self.quarantined and state.phase is Phase.STANDBY:

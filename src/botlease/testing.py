@@ -36,7 +36,7 @@ async def acquire(
     bot: str = "bot",
     floor: int = 0,
     nonce: str = "",
-    trial: bool = False,
+    trial: Trial = Trial.NONE,
     how: How = How.RELEASED,
 ) -> Any:
     return await store.acquire(
@@ -304,7 +304,9 @@ class StoreContract:
 
     # Who is newest -------------------------------------------------------------------------------------------------
 
-    async def handed_over(self, a: Store, b: Store, *, reason: Reason, trial: bool = True, back: str = "a") -> View:
+    async def handed_over(
+        self, a: Store, b: Store, *, reason: Reason, trial: Trial = Trial.ON, back: str = "a"
+    ) -> View:
         """ "a" of d1 holds, "b" of d2 takes over on probation and ends for ``reason``. What ``back`` sees."""
         first = await self.held(a)
         await b.register(registration("b", "d2"), DEADLINE)
@@ -337,7 +339,7 @@ class StoreContract:
         a, b = stores
         view = await a.register(registration("a"), DEADLINE)
         await claim(a, "a")
-        await acquire(a, "a", lease_of(view), trial=True)
+        await acquire(a, "a", lease_of(view), trial=Trial.ON)
         await b.register(registration("b", "d2"), DEADLINE)
         await claim(b, "b", "a")
         await acquire(b, "b", lease_of(await b.read("bot", "b", DEADLINE)), how=How.DIED)
@@ -350,7 +352,7 @@ class StoreContract:
         await self.handed_over(a, b, reason=Reason.FAILED)
         assert (await b.register(registration("b2", "d2"), DEADLINE)).failures == 1
         assert await claim(b, "b2", "a")
-        grant = await acquire(b, "b2", lease_of(await b.read("bot", "b2", DEADLINE)), trial=True)
+        grant = await acquire(b, "b2", lease_of(await b.read("bot", "b2", DEADLINE)), trial=Trial.ON)
         assert await b.passed("bot", "b2", grant.term, "nonce-b2", DEADLINE)
         assert (await b.read("bot", "b2", DEADLINE)).failures == 0
 
@@ -362,7 +364,7 @@ class StoreContract:
         await b.register(registration("b2", "d2"), DEADLINE)
         await b.register(registration("c", "d3"), DEADLINE)
         assert await claim(b, "c", "a")
-        grant = await acquire(b, "c", lease_of(await b.read("bot", "c", DEADLINE)), trial=True)
+        grant = await acquire(b, "c", lease_of(await b.read("bot", "c", DEADLINE)), trial=Trial.ON)
         release: Any = {"deadline": DEADLINE, "pass_on": True, "leave": True, "reason": Reason.FAILED}
         assert await b.release("bot", "c", grant.term, "nonce-c", **release)
         view = await a.read("bot", "a", DEADLINE)
@@ -372,7 +374,7 @@ class StoreContract:
         a, b = stores
         view = await a.register(registration("a"), DEADLINE)
         await claim(a, "a")
-        grant = await acquire(a, "a", lease_of(view), trial=True)
+        grant = await acquire(a, "a", lease_of(view), trial=Trial.ON)
         assert (await b.read("bot", "a", DEADLINE)).trial is Trial.ON
         assert not await a.passed("bot", "a", grant.term, "another nonce", DEADLINE)
         assert await a.passed("bot", "a", grant.term, "nonce-a", DEADLINE)
@@ -423,11 +425,27 @@ class StoreContract:
         assert again.assigned is not None and again.assigned.instance_id == "a2"
         assert again.generation < again.assigned.generation
 
+    async def test_an_old_one_that_crashed_and_was_restarted_does_not_become_the_newest(
+        self, stores: Sequence[Store]
+    ) -> None:
+        a, b = stores
+        await a.register(registration("a", "d1"), DEADLINE)
+        view = await b.register(registration("b", "d2"), DEADLINE)
+        await claim(b, "b")
+        await acquire(b, "b", lease_of(view))
+        await a.register(registration("a2", "d1"), DEADLINE)  # "a" never said goodbye
+        release: Any = {"deadline": DEADLINE, "pass_on": True, "leave": True, "reason": Reason.STOPPED}
+        await b.release("bot", "b", lease_of(await b.read("bot", "b", DEADLINE)).term, "nonce-b", **release)
+        again = await b.register(registration("b2", "d2"), DEADLINE)
+
+        assert again.assigned is not None and again.assigned.instance_id in ("a", "a2")
+        assert again.generation > again.assigned.generation
+
     async def test_one_left_over_from_before_does_not_become_the_newest_when_the_newer_restarts(
         self, stores: Sequence[Store]
     ) -> None:
         a, b = stores
-        await self.handed_over(a, b, reason=Reason.STOPPED, trial=False)
+        await self.handed_over(a, b, reason=Reason.STOPPED, trial=Trial.NONE)
         again = await b.register(registration("b2", "d2"), DEADLINE)
 
         assert again.assigned is not None and again.assigned.instance_id == "a"

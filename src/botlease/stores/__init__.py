@@ -39,6 +39,10 @@ class StoreRefused(StoreError):
     """The store can be reached but must not be used as it is; the message names the cure."""
 
 
+class StoreEmpty(StoreRefused):
+    """Nothing of ours has run there yet."""
+
+
 @dataclass(frozen=True, slots=True)
 class Registration:
     """One start of one instance."""
@@ -71,8 +75,9 @@ class Store(Protocol):
     on_change: Callable[[], None] | None
     """Called from the event loop when the database changed, as a hint; may never be called."""
 
-    async def open(self, deadline: float) -> None:
-        """Connect, create or migrate the schema, or refuse."""
+    async def open(self, deadline: float, *, upgrade: bool = True) -> None:
+        """Connect; create or upgrade the tables, or refuse. Without ``upgrade`` nothing is changed: missing tables are
+        :class:`StoreEmpty`, older ones are refused. Who only looks must not stop a bot of an older version."""
 
     async def aclose(self) -> None: ...
 
@@ -96,11 +101,11 @@ class Store(Protocol):
         how: How,
         ttl: float,
         proof: str,
-        trial: bool,
+        trial: Trial,
         deadline: float,
     ) -> Grant | None:
         """Begin a term above ``floor`` if the row is still exactly ``key``, the bot is not paused, and we are assigned
-        and not ended. ``trial``: it begins on probation."""
+        and not ended. ``trial``: whether it begins on probation."""
 
     async def renew(self, bot: str, instance_id: str, term: int, nonce: str, deadline: float) -> Renewal | None: ...
 
@@ -152,6 +157,13 @@ class Store(Protocol):
     def guard_fd(self, bot: str) -> int | None:
         """A lock for the owner of the work to keep as long as it runs, where the store has one. The caller owns
         the descriptor from then on."""
+
+
+def older(version: int) -> str:
+    return (
+        f"its tables are of an older botlease (version {version}, this one knows {SCHEMA_VERSION}): they are upgraded "
+        "when the first instance of this one starts"
+    )
 
 
 def make_view(row: Any, origin: str, era: int) -> View:

@@ -30,9 +30,11 @@ from botlease.stores import (
     Grant,
     Registration,
     Renewal,
+    StoreEmpty,
     StoreError,
     StoreRefused,
     make_view,
+    older,
     redact,
     within,
 )
@@ -141,22 +143,20 @@ CREATE VIEW bot_failures AS
     AND NOT EXISTS (SELECT 1 FROM bot_terms p WHERE p.bot = t.bot AND p.deployment = t.deployment
                     AND p.trial = 'passed' AND p.term > t.term)
   GROUP BY bot, deployment;
-CREATE OR REPLACE FUNCTION botlease_one_active() RETURNS trigger LANGUAGE plpgsql AS $$
+-- SECURITY DEFINER: an operator's role may edit bot_instances and nothing else.
+CREATE OR REPLACE FUNCTION botlease_one_active() RETURNS trigger LANGUAGE plpgsql
+SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE fresh bigint;
 BEGIN
   EXECUTE format('UPDATE %I.%I SET is_active = FALSE WHERE bot = $1 AND instance_id <> $2 AND is_active',
                  TG_TABLE_SCHEMA, TG_TABLE_NAME) USING NEW.bot, NEW.instance_id;
-  IF NEW.beat = OLD.beat THEN
+  IF NEW.beat = OLD.beat AND NEW.version IS DISTINCT FROM '0.1.0' THEN  -- which raised no beat
     EXECUTE format('UPDATE %I.bot_deployments m SET generation = DEFAULT WHERE bot = $1 AND deployment = $2
-                    AND EXISTS (SELECT 1 FROM %I.bot_deployments d WHERE d.bot = $1 AND d.generation > m.generation)
-                    RETURNING generation', TG_TABLE_SCHEMA, TG_TABLE_SCHEMA)
+                    AND EXISTS (SELECT 1 FROM %I.bot_deployments d WHERE d.bot = $1 AND d.generation > m.generation)',
+                   TG_TABLE_SCHEMA, TG_TABLE_SCHEMA) USING NEW.bot, NEW.deployment;
+    EXECUTE format('SELECT generation FROM %I.bot_deployments WHERE bot = $1 AND deployment = $2', TG_TABLE_SCHEMA)
       INTO fresh USING NEW.bot, NEW.deployment;
-    IF fresh IS NOT NULL THEN
-      NEW.generation := fresh;
-      EXECUTE format('UPDATE %I.%I SET generation = $1 WHERE bot = $2 AND deployment = $3 AND instance_id <> $4
-                      AND ended_at IS NULL', TG_TABLE_SCHEMA, TG_TABLE_NAME)
-        USING fresh, NEW.bot, NEW.deployment, NEW.instance_id;
-    END IF;
+    NEW.generation := coalesce(fresh, NEW.generation);
   END IF;
   RETURN NEW;
 END $$;
@@ -175,6 +175,12 @@ BEGIN
   UPDATE bot_instances SET is_active = TRUE, beat = beat + 1 WHERE instance_id = me;
   RETURN TRUE;
 END $$;
+DROP FUNCTION botlease_claim(text, text, text);
+CREATE FUNCTION botlease_claim(the_bot text, me text, source text) RETURNS boolean LANGUAGE sql AS $$
+  -- asked by supervisors of version 1, which did not name generation and beat
+  SELECT botlease_claim($1, $2, $3, coalesce(max(generation), 0), coalesce(max(beat), 0))
+  FROM bot_instances WHERE bot = $1 AND is_active
+$$;
 CREATE TRIGGER botlease_pause AFTER UPDATE ON bot_leases FOR EACH ROW
   WHEN (OLD.paused IS DISTINCT FROM NEW.paused) EXECUTE FUNCTION botlease_notify();
 CREATE TRIGGER botlease_probation AFTER UPDATE ON bot_terms FOR EACH ROW
@@ -203,7 +209,7 @@ SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, co
        (SELECT count(*) FROM bot_instances o
           LEFT JOIN failed f ON f.deployment = o.deployment
         WHERE o.bot = $1 AND o.ended_at IS NULL AND NOT o.is_active AND o.instance_id <> $2
-          AND (coalesce(f.failures, 0) >= {tries}, -o.generation, o.started_at)
+          AND (coalesce(f.failures, 0) >= {tries}, -coalesce(o.generation, 0), o.started_at)
               < (coalesce(mine.failures, 0) >= {tries}, -me.generation, me.started_at)
           AND extract(epoch FROM clock_timestamp() - o.last_heartbeat)::float8 < 3 * coalesce(l.ttl, 10)) AS ahead
 FROM (SELECT 1) x LEFT JOIN bot_leases l ON l.bot = $1
@@ -223,7 +229,7 @@ WITH deployed AS (
   INSERT INTO bot_instances (instance_id, started_at, last_heartbeat, is_active, bot, deployment, generation, host,
                              pid, state, version)
   SELECT $2, clock_timestamp(), clock_timestamp(), FALSE, $1, $3, generation, $4, $5, 'standby', $6 FROM deployed
-  ON CONFLICT (instance_id) DO NOTHING
+  ON CONFLICT (instance_id) DO UPDATE SET generation = excluded.generation WHERE bot_instances.generation IS NULL
 ), lease AS (
   INSERT INTO bot_leases (bot, term, beat, nonce, holder, ttl, origin, proof, served, renewed_at)
   SELECT $1, greatest(coalesce(max(term), 0), CASE WHEN $7 || {timeline} = (SELECT origin FROM botlease_schema)
@@ -292,14 +298,19 @@ RETURNING 1
 
 # The best live standby gets the assignment, if it is ours to give. With nobody to take it, it stays: a
 # vacancy would mean that the operator wants nobody to run. The best: after a failed probation another deployment; then
-# one that is not in quarantine; then the newest. One of an older deployment that started after us, when a stop signal
-# ended us, is a roll-back: left without its beat it counts as chosen by hand, and stays.
+# one that is not in quarantine; then the newest. One of an older deployment that was retired
+# after ours had come (stopped by a signal, or superseded for good) and started again, when a stop signal ends us now,
+# is a roll-back: left without its beat it counts as chosen by hand, and stays. A crash that was restarted is none.
 # Locked in the same order as a claim does it: the lease, the one who gets the assignment, the one who has it. The
 # other order deadlocks (measured: a second lost each time). "handed_on" reads from "me" so that our own row is written
 # before the trigger takes our assignment away.
 BEST: Final = """
 best AS (
-  SELECT o.instance_id, {reason} = 'stopped' AND o.generation < m.generation AND o.started_at > m.started_at AS back
+  SELECT o.instance_id, {reason} = 'stopped' AND o.generation < m.generation AND EXISTS (
+    SELECT 1 FROM bot_deployments d, bot_instances earlier
+    WHERE d.bot = $1 AND d.deployment = m.deployment AND earlier.bot = $1 AND earlier.deployment = o.deployment
+      AND earlier.stop_reason IN ('stopped', 'superseded')
+      AND earlier.ended_at BETWEEN d.first_seen AND o.started_at) AS back
   FROM bot_instances o JOIN bot_instances m ON m.instance_id = $2
     LEFT JOIN (SELECT deployment, failures FROM bot_failures WHERE bot = $1) f ON f.deployment = o.deployment
   WHERE {when} AND (SELECT count(*) FROM {lease}) >= 0 AND o.bot = $1 AND o.ended_at IS NULL AND o.instance_id <> $2
@@ -308,7 +319,7 @@ best AS (
     AND m.is_active
   ORDER BY {reason} = 'failed' AND o.deployment IS NOT DISTINCT FROM m.deployment,
     coalesce(f.failures, 0) >= {tries},
-    o.generation DESC, o.started_at LIMIT 1 FOR UPDATE OF o
+    coalesce(o.generation, 0) DESC, o.started_at LIMIT 1 FOR UPDATE OF o
 ), """
 HAND_ON: Final = """
 handed_on AS (
@@ -501,7 +512,7 @@ class PostgresStore:
         era = f"('x' || {self._timeline})::bit(32)::bigint * 1000000"
         return text.replace("{timeline}", self._timeline).replace("{era}", era).replace("{tries}", str(TRIES))
 
-    async def open(self, deadline: float) -> None:
+    async def open(self, deadline: float, *, upgrade: bool = True) -> None:
         async def work(connection: asyncpg.Connection) -> None:
             try:
                 version = await connection.fetchval("SELECT version FROM botlease_schema")
@@ -509,6 +520,10 @@ class PostgresStore:
                 version = None
             except asyncpg.UndefinedColumnError:
                 raise StoreRefused(f"botlease_schema in {self.url} is not ours: {OWN_SCHEMA}") from None
+            if not upgrade and version is None:
+                raise StoreEmpty(f"there are no tables of botlease at {self.url}: nothing has run there yet")
+            if not upgrade and version < SCHEMA_VERSION:
+                raise StoreRefused(f"{self.url}: {older(version)}")
             if version is None or version < SCHEMA_VERSION:
                 await self._migrate(connection)
             elif version > SCHEMA_VERSION:
@@ -516,6 +531,8 @@ class PostgresStore:
                     f"{self.url} was set up by a newer botlease (schema {version}, this one knows {SCHEMA_VERSION}): "
                     "upgrade this one"
                 )
+
+            await connection.execute("SELECT 1 FROM bot_failures LIMIT 0")  # a role without it could not read a lease
 
         await self._call(deadline, work)
 
@@ -532,14 +549,27 @@ class PostgresStore:
     # Schema ------------------------------------------------------------------------------------------------------
 
     async def _migrate(self, connection: asyncpg.Connection) -> None:
-        async with connection.transaction():
-            await connection.execute(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
-            if not await connection.fetchval("SELECT to_regclass('botlease_schema') IS NOT NULL"):
-                await self._create(connection)  # else another first start was quicker
-            version = await connection.fetchval("SELECT version FROM botlease_schema")
-            for each in range(version + 1, SCHEMA_VERSION + 1):
-                await connection.execute(UPGRADES[each])
-                await connection.execute("UPDATE botlease_schema SET version = $1", each)
+        """Wait for locks only in short pieces: whoever waits for a table keeps everybody behind him waiting, and a
+        renewal must not wait for long."""
+        for last in (False,) * 7 + (True,):
+            try:
+                async with connection.transaction():
+                    await connection.execute("SET LOCAL lock_timeout = '200ms'")
+                    await self._upgrade(connection)
+                break
+            except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError):
+                if last:
+                    raise StoreError(f"the tables at {self.url} are in use by a long transaction") from None
+                await asyncio.sleep(0.3)
+
+    async def _upgrade(self, connection: asyncpg.Connection) -> None:
+        await connection.execute(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
+        if not await connection.fetchval("SELECT to_regclass('botlease_schema') IS NOT NULL"):
+            await self._create(connection)  # else another first start was quicker
+        version = await connection.fetchval("SELECT version FROM botlease_schema")
+        for each in range(version + 1, SCHEMA_VERSION + 1):
+            await connection.execute(UPGRADES[each])
+            await connection.execute("UPDATE botlease_schema SET version = $1", each)
 
     async def _create(self, connection: asyncpg.Connection) -> None:
         taken = await connection.fetchval(
@@ -635,7 +665,7 @@ class PostgresStore:
         how: How,
         ttl: float,
         proof: str,
-        trial: bool,
+        trial: Trial,
         deadline: float,
     ) -> Grant | None:
         row = await self._call(
@@ -643,7 +673,7 @@ class PostgresStore:
             lambda c: c.fetchrow(
                 self._sql(ACQUIRE),
                 *(bot, instance_id, *key, floor, nonce, ttl, self._system, proof, str(how)),
-                Trial.ON if trial else Trial.NONE,
+                str(trial),
             ),
         )
         return Grant(row["term"], row["origin"]) if row else None

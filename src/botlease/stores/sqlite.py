@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from botlease import clock
-from botlease.model import How, Reason, View
+from botlease.model import How, Reason, Trial, View
 from botlease.stores import Grant, Registration, Renewal, StoreError, StoreRefused, within
 from botlease.stores.inotify import JournalWatch
 from botlease.stores.sqlitefile import Key, SqliteFile, explain
@@ -68,6 +68,7 @@ class SqliteStore:
         self._worker: _Worker | None = None
         self._watch: JournalWatch | None = None
         self._own = 0
+        self._upgrade = True
         self._guards: dict[str, int] = {}
 
     async def _call(self, deadline: float, call: Callable[[SqliteFile], T]) -> T:
@@ -82,7 +83,7 @@ class SqliteStore:
                 raise StoreError("given up before it began")
             file = self._file
             if file is None:
-                file = self._file = SqliteFile(self.path)
+                file = self._file = SqliteFile(self.path, upgrade=self._upgrade)
             # The busy time-out is part of the deadline, so that a late write is refused, not late.
             left = max(0.0, give_up - clock.now())
             file.db.execute(f"PRAGMA busy_timeout = {int(left * 800)}")
@@ -109,7 +110,8 @@ class SqliteStore:
             self._file.close()
         self._file = None
 
-    async def open(self, deadline: float) -> None:
+    async def open(self, deadline: float, *, upgrade: bool = True) -> None:
+        self._upgrade = upgrade
         await self._call(deadline, lambda f: None)
         if self._watch is None:
             self._watch = JournalWatch.start(self.path, self._changed)
@@ -154,7 +156,7 @@ class SqliteStore:
         how: How,
         ttl: float,
         proof: str,
-        trial: bool,
+        trial: Trial,
         deadline: float,
     ) -> Grant | None:
         def call(f: SqliteFile) -> Grant | None:

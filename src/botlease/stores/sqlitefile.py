@@ -26,9 +26,11 @@ from botlease.stores import (
     Grant,
     Registration,
     Renewal,
+    StoreEmpty,
     StoreError,
     StoreRefused,
     make_view,
+    older,
 )
 
 Key = tuple[int, int, str, str | None]
@@ -93,13 +95,13 @@ CREATE VIEW bot_failures AS
                     AND p.trial <> '' AND p.trial = 'passed' AND p.term > t.term)
   GROUP BY bot, deployment;
 CREATE TRIGGER bot_instances_by_hand AFTER UPDATE OF is_active ON bot_instances
-WHEN NEW.is_active AND NOT OLD.is_active AND NEW.bot IS NOT NULL AND NEW.beat = OLD.beat
+WHEN NEW.is_active AND NOT OLD.is_active AND NEW.bot IS NOT NULL AND NEW.beat = OLD.beat AND NEW.version <> '0.1.0'
   AND EXISTS (SELECT 1 FROM bot_deployments d WHERE d.bot = NEW.bot AND d.generation > NEW.generation) BEGIN
   INSERT OR REPLACE INTO bot_deployments (bot, deployment, first_seen)
     SELECT bot, deployment, first_seen FROM bot_deployments WHERE bot = NEW.bot AND deployment = NEW.deployment;
-  UPDATE bot_instances SET generation = (
-    SELECT d.generation FROM bot_deployments d WHERE d.bot = NEW.bot AND d.deployment = NEW.deployment)
-  WHERE bot = NEW.bot AND deployment = NEW.deployment AND ended_at IS NULL;
+  UPDATE bot_instances SET generation = coalesce((
+    SELECT d.generation FROM bot_deployments d WHERE d.bot = NEW.bot AND d.deployment = NEW.deployment), generation)
+  WHERE instance_id = NEW.instance_id;
 END;
 """
 UPGRADES: Final = {2: UPGRADE_2}
@@ -120,7 +122,7 @@ SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, co
        (SELECT count(*) FROM bot_instances o
           LEFT JOIN failed f ON f.deployment = o.deployment
         WHERE o.bot = :bot AND o.ended_at IS NULL AND NOT o.is_active AND o.instance_id <> :me
-          AND (coalesce(f.failures, 0) >= {tries}, -o.generation, o.started_at)
+          AND (coalesce(f.failures, 0) >= {tries}, -coalesce(o.generation, 0), o.started_at)
               < (coalesce(mine.failures, 0) >= {tries}, -me.generation, me.started_at)
           AND (julianday(:now) - julianday(o.last_heartbeat)) * 86400.0 < 3 * coalesce(l.ttl, 10)) AS ahead
 FROM (SELECT 1) LEFT JOIN bot_leases l ON l.bot = :bot
@@ -140,7 +142,7 @@ INSERT INTO bot_instances (instance_id, started_at, last_heartbeat, is_active, b
                            state, version)
 SELECT :me, :now, :now, FALSE, :bot, :deployment, generation, :host, :pid, 'standby', :version
 FROM bot_deployments WHERE bot = :bot AND deployment = :deployment
-ON CONFLICT DO NOTHING
+ON CONFLICT (instance_id) DO UPDATE SET generation = excluded.generation WHERE generation IS NULL
 """
 ADD_LEASE: Final = """
 INSERT INTO bot_leases (bot, term, beat, nonce, holder, ttl, origin, proof, served, renewed_at)
@@ -228,12 +230,17 @@ END: Final = (
 )
 # The best live standby gets the assignment, if it is ours to give. With nobody to take it, it stays: a
 # vacancy would mean that the operator wants nobody to run. The best: after a failed probation another deployment; then
-# one that is not in quarantine; then the newest. One of an older deployment that started after us, when a stop signal
-# ended us, is a roll-back: left without its beat it counts as chosen by hand, and stays.
+# one that is not in quarantine; then the newest. One of an older deployment that was retired
+# after ours had come (stopped by a signal, or superseded for good) and started again, when a stop signal ends us now,
+# is a roll-back: left without its beat it counts as chosen by hand, and stays. A crash that was restarted is none.
 HAND_ON: Final = """
 UPDATE bot_instances SET is_active = TRUE, beat = beat + CASE WHEN :reason = 'stopped' AND EXISTS (
-    SELECT 1 FROM bot_instances me WHERE me.instance_id = :me
-      AND bot_instances.generation < me.generation AND bot_instances.started_at > me.started_at)
+    SELECT 1 FROM bot_instances me, bot_deployments d, bot_instances earlier
+    WHERE me.instance_id = :me AND bot_instances.generation < me.generation
+      AND d.bot = :bot AND d.deployment = me.deployment
+      AND earlier.bot = :bot AND earlier.deployment = bot_instances.deployment
+      AND earlier.stop_reason IN ('stopped', 'superseded')
+      AND earlier.ended_at BETWEEN d.first_seen AND bot_instances.started_at)
   THEN 0 ELSE 1 END
 WHERE instance_id = (
   SELECT o.instance_id FROM bot_instances o
@@ -242,7 +249,7 @@ WHERE instance_id = (
     AND (julianday(:now) - julianday(o.last_heartbeat)) * 86400.0
         < 3 * coalesce((SELECT ttl FROM bot_leases WHERE bot = :bot), 10)
   ORDER BY :reason = 'failed' AND o.deployment = (SELECT deployment FROM bot_instances WHERE instance_id = :me),
-    coalesce(f.failures, 0) >= {tries}, o.generation DESC, o.started_at LIMIT 1)
+    coalesce(f.failures, 0) >= {tries}, coalesce(o.generation, 0) DESC, o.started_at LIMIT 1)
 AND EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = :me AND is_active)
 """.replace("{tries}", str(TRIES))
 
@@ -280,7 +287,9 @@ NETWORK_FILE_SYSTEMS: Final = {
 class SqliteFile:
     """The verbs on one open file, synchronous. ``wall`` is injected so that tests can step it."""
 
-    def __init__(self, path: str, wall: Callable[[], float] = clock.wall, busy: float = 1.0) -> None:
+    def __init__(
+        self, path: str, wall: Callable[[], float] = clock.wall, busy: float = 1.0, upgrade: bool = True
+    ) -> None:
         self.path = path
         self.wall = wall
         self.origin = ""
@@ -300,7 +309,7 @@ class SqliteFile:
             mode = self.db.execute("PRAGMA journal_mode").fetchone()[0]
             if path != ":memory:" and mode != "delete":
                 self.db.execute("PRAGMA journal_mode = DELETE")
-            self._migrate()
+            self._migrate(upgrade)
         except sqlite3.Error as e:
             self.db.close()
             raise explain(e, path) from None
@@ -337,9 +346,13 @@ class SqliteFile:
 
     # Schema ----------------------------------------------------------------------------------------------------
 
-    def _migrate(self) -> None:
+    def _migrate(self, upgrade: bool) -> None:
         inode = Path(self.path).stat().st_ino if self.path != ":memory:" else 0
         store_id = self._known()
+        if not upgrade and store_id is None:
+            raise StoreEmpty(f"there are no tables of botlease in {self.path}: nothing has run there yet")
+        if not upgrade and self._version() < SCHEMA_VERSION:
+            raise StoreRefused(f"{self.path}: {older(self._version())}")
         if store_id is None or self._version() < SCHEMA_VERSION:
             with self._write():
                 # Under the write lock: of two first starts at once the second finds it done.
@@ -474,7 +487,7 @@ class SqliteFile:
         how: How,
         ttl: float,
         proof: str,
-        trial: bool = False,
+        trial: Trial = Trial.NONE,
     ) -> Grant | None:
         values = {
             "bot": bot,
@@ -488,7 +501,7 @@ class SqliteFile:
             "how": str(how),
             "ttl": ttl,
             "proof": proof,
-            "trial": Trial.ON if trial else Trial.NONE,
+            "trial": str(trial),
             "origin": self.origin,
             "now": clock.iso(self.wall()),
         }

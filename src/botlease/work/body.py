@@ -71,7 +71,8 @@ class BodyWork:
     def danger(self, on: bool) -> None:
         self.in_danger = on
         if self._running and self.warn is not None:
-            self.warn(on)
+            # The user's code: an error of its own must not end the renewals.
+            self._loop.call_soon(self.warn, on)
 
     def ended(self, *, done: bool = False) -> None:
         """Called by the coroutine's owner when nothing of it runs any more. ``done``: it returned by itself."""

@@ -94,7 +94,7 @@ class ChildWork:
 
     def prepare(self) -> None:
         if self.command.warm and not self._running and not self._warm and self._retry is None:
-            self._crashes = 0
+            self._crashes, self._stopping = 0, False  # the earlier term is over
             self._warm_up()
 
     def _warm_up(self) -> None:

@@ -187,7 +187,7 @@ class _Reaper:
                 self._open(message)
             case "arm" if self.working:
                 self._arm(message["until"])
-            case "arm":  # nothing runs between a crash and the restart: only the side-car lock is kept for longer
+            case "arm" if self.guards:  # between a crash and the restart only the side-car lock is kept for longer
                 self.kill_at = message["until"]
             case "signal":
                 self.draining = self.draining or message["drain"]
@@ -235,7 +235,9 @@ class _Reaper:
 
     def _begin(self, message: dict[str, Any], output: int) -> None:
         self.working, self.draining, self.killing, self.status = True, False, False, None
-        if message["until"] is not None:
+        if message["until"] is None:
+            self.kill_at = None  # a warm start has no term yet, and that of an earlier one is over
+        else:
             self._arm(message["until"])  # before the fork: if we are stopped right here, the kernel ends us in time
             assert self.kill_at is not None
             if clock.now() >= self.kill_at:
@@ -279,7 +281,7 @@ class _Reaper:
         """The term has begun. The fence first; then the word to the bot, which it finds even if it comes later."""
         self._came_along(message)
         if not self.working:  # it died on its way here, and its supervisor is about to hear of it
-            self.kill_at = message["until"]
+            self.kill_at = message["until"] if self.guards else None
             return
         self._arm(message["until"])
         assert self.kill_at is not None
@@ -342,7 +344,9 @@ class _Reaper:
             self.working = False
             self.fence.disarm()
             self._shut()
-            if self.kill_at is not None and clock.now() >= self.kill_at:
+            if not self.guards:
+                self.kill_at = None
+            elif self.kill_at is not None and clock.now() >= self.kill_at:
                 self._drop()
             self._tell(say="gone", status=self.status if self.status is not None else -signal.SIGKILL)
 
