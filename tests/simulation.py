@@ -488,6 +488,7 @@ class World:
                     *(BOT, me, q.key),
                     nonce=nonce,
                     floor=q.floor,
+                    origin=q.origin,
                     how=q.how,
                     ttl=node.timing.ttl,
                     proof=node.proof,

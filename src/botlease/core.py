@@ -582,7 +582,9 @@ def _plan_standby(s: State, now: float, out: list[Action]) -> State:
             floor = max(s.floor, lease.term)
             if lease.origin != view.origin:
                 floor = max(floor + TERM_GAP, view.era)
-            return _ask(s, now, out, Verb.ACQUIRE, key=lease.key, floor=floor, how=how, trial=s.trial)
+            return _ask(
+                s, now, out, Verb.ACQUIRE, key=lease.key, floor=floor, origin=view.origin, how=how, trial=s.trial
+            )
     elif _may_claim(s, view, lease, now):
         peer = view.assigned
         # With nobody to give it back to there is no probation.

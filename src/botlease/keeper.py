@@ -216,6 +216,7 @@ class Keeper:
                     q.key,
                     nonce=nonce,
                     floor=q.floor,
+                    origin=q.origin,
                     how=q.how,
                     ttl=self.timing.ttl,
                     proof=proved,

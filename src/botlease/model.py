@@ -217,6 +217,7 @@ class Question:
     asked_at: float
     key: tuple[int, int, str, str | None] | None = None  # acquire: the row as we saw it
     floor: int = 0  # acquire: the term must rise above this
+    origin: str = ""  # acquire: the database in which the row was seen
     how: How = How.RELEASED
     trial: Trial = Trial.NONE  # acquire: whether the term begins on probation
     held: tuple[int, str] | None = None  # renew, release, pass: exactly this (term, nonce)

@@ -35,6 +35,7 @@ async def acquire(
     *,
     bot: str = "bot",
     floor: int = 0,
+    origin: str | None = None,
     nonce: str = "",
     trial: Trial = Trial.NONE,
     how: How = How.RELEASED,
@@ -45,6 +46,7 @@ async def acquire(
         lease.key,
         nonce=nonce or f"nonce-{me}",
         floor=floor,
+        origin=lease.origin if origin is None else origin,
         how=how,
         ttl=10.0,
         proof="proof",
@@ -117,6 +119,22 @@ class StoreContract:
             replace(lease_of(await b.read("bot", "b", DEADLINE)), holder=None),
         ):
             assert await acquire(b, "b", wrong) is None
+
+    async def test_an_acquire_that_meets_another_database_is_refused(self, stores: Sequence[Store]) -> None:
+        a, _ = stores
+        view = await a.register(registration("a"), DEADLINE)
+        await claim(a, "a")
+        assert await acquire(a, "a", lease_of(view), origin=view.origin + "+") is None
+        assert await acquire(a, "a", lease_of(view), origin=view.origin) is not None
+
+    async def test_a_lease_row_that_vanished_is_put_back_with_the_longer_ttl(
+        self, stores: Sequence[Store], execute: Callable[[str], Any]
+    ) -> None:
+        a, b = stores
+        await self.held(a)
+        await execute("DELETE FROM bot_leases")
+        view = await b.register(replace(registration("b", "d2"), ttl=3.0), DEADLINE)
+        assert lease_of(view).ttl == 10.0  # that of the term which may still run
 
     async def test_of_many_acquires_at_once_one_is_granted(self, stores: Sequence[Store]) -> None:
         a, b = stores

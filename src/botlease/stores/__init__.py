@@ -98,13 +98,15 @@ class Store(Protocol):
         *,
         nonce: str,
         floor: int,
+        origin: str,
         how: How,
         ttl: float,
         proof: str,
         trial: Trial,
         deadline: float,
     ) -> Grant | None:
-        """Begin a term above ``floor`` if the row is still exactly ``key``, the bot is not paused, and we are assigned
+        """Begin a term above ``floor`` if this is still the database ``origin`` (a fail-over in between may have lost
+        the very acquire that would defeat ours), the row is still exactly ``key``, the bot is not paused, we are assigned
         and not ended. ``trial``: whether it begins on probation."""
 
     async def renew(self, bot: str, instance_id: str, term: int, nonce: str, deadline: float) -> Renewal | None: ...

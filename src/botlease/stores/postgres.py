@@ -236,7 +236,7 @@ WITH deployed AS (
                                               THEN 0 ELSE {era} END),
          0, $8, CASE WHEN max(term) IS NULL AND $7 || {timeline} = (SELECT origin FROM botlease_schema)
                 THEN NULL ELSE 'unknown' END,
-         $9, $7 || {timeline}, '', 0, clock_timestamp()
+         greatest($9, max(ttl) FILTER (WHERE released_at IS NULL)), $7 || {timeline}, '', 0, clock_timestamp()
   FROM bot_terms WHERE bot = $1
   ON CONFLICT (bot) DO NOTHING
 ), old_instances AS (
@@ -262,15 +262,16 @@ WITH old AS (
     renewed_at = clock_timestamp(),
     served = greatest(served, (SELECT generation FROM bot_instances WHERE instance_id = $2))
   WHERE bot = $1 AND term = $3 AND beat = $4 AND nonce = $5 AND holder IS NOT DISTINCT FROM $6
-    AND NOT paused
+    AND NOT paused AND $10 || {timeline} = $14
     AND EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = $2 AND bot = $1 AND is_active AND ended_at IS NULL)
   RETURNING term, origin, renewed_at
 ), closed AS (
-  UPDATE bot_terms SET released_at = got.renewed_at, reason = $12, last_beat = old.renewed_at, ttl = old.ttl
+  UPDATE bot_terms SET released_at = got.renewed_at, reason = $12, last_beat = old.renewed_at,
+    ttl = coalesce(bot_terms.ttl, old.ttl)
   FROM old, got WHERE bot = $1 AND released_at IS NULL
 ), opened AS (
-  INSERT INTO bot_terms (bot, term, instance_id, deployment, host, how, acquired_at, trial)
-  SELECT $1, got.term, $2, i.deployment, i.host, $12, got.renewed_at, $13
+  INSERT INTO bot_terms (bot, term, instance_id, deployment, host, how, acquired_at, trial, ttl)
+  SELECT $1, got.term, $2, i.deployment, i.host, $12, got.renewed_at, $13, $9
   FROM got, bot_instances i WHERE i.instance_id = $2
 ), buried AS (  -- the kernel proved it dead: it must not count as a standby
   UPDATE bot_instances SET state = 'stopped', stop_reason = $12, ended_at = clock_timestamp()
@@ -662,6 +663,7 @@ class PostgresStore:
         *,
         nonce: str,
         floor: int,
+        origin: str,
         how: How,
         ttl: float,
         proof: str,
@@ -674,6 +676,7 @@ class PostgresStore:
                 self._sql(ACQUIRE),
                 *(bot, instance_id, *key, floor, nonce, ttl, self._system, proof, str(how)),
                 str(trial),
+                origin,
             ),
         )
         return Grant(row["term"], row["origin"]) if row else None

@@ -153,6 +153,7 @@ class SqliteStore:
         *,
         nonce: str,
         floor: int,
+        origin: str,
         how: How,
         ttl: float,
         proof: str,
@@ -165,7 +166,14 @@ class SqliteStore:
             grant = None
             try:
                 grant = f.acquire(
-                    bot, instance_id, key, nonce=nonce, floor=floor, how=how, ttl=ttl, proof=proof, trial=trial
+                    *(bot, instance_id, key),
+                    nonce=nonce,
+                    floor=floor,
+                    origin=origin,
+                    how=how,
+                    ttl=ttl,
+                    proof=proof,
+                    trial=trial,
                 )
             finally:
                 if grant is None:  # denied, or failed: a lock we kept would shut everybody else out

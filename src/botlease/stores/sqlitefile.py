@@ -131,9 +131,9 @@ FROM (SELECT 1) LEFT JOIN bot_leases l ON l.bot = :bot
      LEFT JOIN failed mine ON mine.deployment = me.deployment
 """.replace("{tries}", str(TRIES))
 
-# Our row, our deployment's generation, the lease. A lease that is missing although the journal knows
-# terms of this bot was lost, and on a database that is not the one the schema was made in anything may
-# have been lost: then it is put back as held by nobody we know, to be waited out in full (R6, R7).
+# Our row, our deployment's generation, the lease (its ttl: that of the term which may still run, if longer). A lease
+# that is missing although the journal knows terms of this bot was lost, and on a database that is not the one the schema
+# was made in anything may have been lost: then it is put back as held by nobody we know, to be waited out in full (R6, R7).
 ADD_DEPLOYMENT: Final = (
     "INSERT INTO bot_deployments (bot, deployment, first_seen) VALUES (:bot, :deployment, :now) ON CONFLICT DO NOTHING"
 )
@@ -149,7 +149,7 @@ INSERT INTO bot_leases (bot, term, beat, nonce, holder, ttl, origin, proof, serv
 SELECT :bot, max(coalesce(max(term), 0), CASE WHEN :origin = (SELECT origin FROM botlease_schema) THEN 0 ELSE :era END),
        0, :nonce,
        CASE WHEN max(term) IS NULL AND :origin = (SELECT origin FROM botlease_schema) THEN NULL ELSE 'unknown' END,
-       :ttl, :origin, '', 0, :now
+       max(:ttl, coalesce(max(CASE WHEN released_at IS NULL THEN ttl END), 0)), :origin, '', 0, :now
 FROM bot_terms WHERE bot = :bot
 ON CONFLICT DO NOTHING
 """
@@ -182,17 +182,18 @@ UPDATE bot_leases SET
   beat = 0, nonce = :new, holder = :me, ttl = :ttl, origin = :origin, proof = :proof, renewed_at = :now,
   served = max(served, (SELECT generation FROM bot_instances WHERE instance_id = :me))
 WHERE bot = :bot AND term = :term AND beat = :beat AND nonce = :nonce AND holder IS :holder AND NOT paused
+  AND :origin = :seen
   AND EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = :me AND bot = :bot AND is_active AND ended_at IS NULL)
 RETURNING term
 """
 LAST_BEAT: Final = "SELECT renewed_at, ttl FROM bot_leases WHERE bot = :bot"
 CLOSE_OLD_TERM: Final = (
-    "UPDATE bot_terms SET released_at = :now, reason = :how, last_beat = :last_beat, ttl = :old_ttl "
+    "UPDATE bot_terms SET released_at = :now, reason = :how, last_beat = :last_beat, ttl = coalesce(ttl, :old_ttl) "
     "WHERE bot = :bot AND term < :term AND released_at IS NULL"
 )
 OPEN_TERM: Final = """
-INSERT INTO bot_terms (bot, term, instance_id, deployment, host, how, acquired_at, trial)
-SELECT :bot, :term, :me, deployment, host, :how, :now, :trial FROM bot_instances WHERE instance_id = :me
+INSERT INTO bot_terms (bot, term, instance_id, deployment, host, how, acquired_at, trial, ttl)
+SELECT :bot, :term, :me, deployment, host, :how, :now, :trial, :ttl FROM bot_instances WHERE instance_id = :me
 """
 PASSED: Final = """
 UPDATE bot_terms SET trial = 'passed' WHERE bot = :bot AND term = :term AND trial <> ''
@@ -484,6 +485,7 @@ class SqliteFile:
         *,
         nonce: str,
         floor: int,
+        origin: str,
         how: How,
         ttl: float,
         proof: str,
@@ -498,6 +500,7 @@ class SqliteFile:
             "holder": key[3],
             "new": nonce,
             "floor": floor,
+            "seen": origin,
             "how": str(how),
             "ttl": ttl,
             "proof": proof,

@@ -76,6 +76,7 @@ class ChildWork:
         self._running = False
         self._warm = False  # it runs up to its gate, or waits there
         self._ready = False
+        self._gated = False  # it was started warm, and its gate has not been opened
         self._stopping = False
         self._crashes = 0
         self._began = 0.0
@@ -120,7 +121,7 @@ class ChildWork:
 
     def _spawn(self, fds: dict[str, int] | None = None) -> None:
         self._retry = None
-        self._ready = False
+        self._ready, self._gated = False, self._warm
         env = {k: v for k, v in self.command.env.items() if k not in ("BOTLEASE_TERM", "BOTLEASE_GATE_FD")}
         env |= {"BOTLEASE_BOT": self.command.bot, "BOTLEASE_INSTANCE_ID": self.command.instance_id}
         if not self._warm:
@@ -215,13 +216,14 @@ class ChildWork:
             match message["say"]:
                 case "started":
                     self.pid = message["pid"]
-                    if self._warm:
+                    if self._gated:
                         self.say(f"warming up: started {self.command.argv[0]} (pid {self.pid})")
                     else:
                         self._at_work(f"started {self.command.argv[0]} (pid {self.pid})")
                 case "ready":
                     self._arrived()
                 case "opened":
+                    self._gated = False
                     if self.gate is not None:
                         self.gate.open(self.term)
                     self._at_work(f"opened the gate to {self.command.argv[0]} (pid {self.pid})")
