@@ -289,6 +289,17 @@ def test_a_holder_whose_bot_is_dead_inside_gives_the_term_up(sqlite_world: World
         assert "polling ok" in hangs.text()  # it is passed on
 
 
+def test_a_python_bot_that_prints_into_the_pipe_is_heard(sqlite_world: World) -> None:
+    """Into a pipe Python writes in blocks, unless it is told otherwise."""
+    code = "import time\nwhile True:\n    print('got updates')\n    time.sleep(0.05)\n"
+    rule = ("--healthy-if", "stdout:got updates", "--healthy-within", "1.5", "--probation", "0.2")
+    sqlite_world.run("--deployment", "v1")
+    sqlite_world.works(1)
+    env = {"PYTHONUNBUFFERED": ""} if "PYTHONUNBUFFERED" in os.environ else {}
+    new = sqlite_world.run("--deployment", "v2", *rule, bot=(sys.executable, "-c", code), env=env)
+    new.says("has passed its probation")
+
+
 def test_a_newcomer_that_never_gets_healthy_is_rolled_back(sqlite_world: World) -> None:
     world = sqlite_world
     world.run("--deployment", "v1")
@@ -317,6 +328,7 @@ def test_a_bot_that_answers_its_url_passes(sqlite_world: World, tmp_path: Path) 
     [
         (("--healthy-if", "https://x/"), "use http://127.0.0.1:PORT/PATH"),
         (("--healthy-if", "stdout:("), "is not a regular expression"),
+        (("--healthy-if", "htp://127.0.0.1/"), "a URL begins with http://"),
         (("--healthy-if", "file:"), "name a URL, a file, or stdout:REGEX"),
         (("--healthy-if", "x", "--healthy-within", "0"), "at least 0.5 s"),
         (("--danger-signal", "KILL"), "use USR1, USR2"),

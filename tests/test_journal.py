@@ -71,6 +71,8 @@ def test_no_journal_is_no_finding() -> None:
         ({0: {"released_at": at(-5)}}, "1: ended 5.0 s before it began"),
         ({0: {"released_at": "yesterday"}}, "1: has a time that is none"),
         ({0: {"acquired_at": None}}, "1: has no beginning"),
+        ({0: {"released_at": datetime.max}}, "1: has a time that is none"),  # infinity
+        ({0: {"acquired_at": datetime.min.replace(tzinfo=UTC)}}, "1: has a time that is none"),
         ({0: {"reason": "felt like it"}}, "1: ended for 'felt like it', which is no reason we know"),
         ({0: {"reason": None}}, "1: ended for None, which is no reason we know"),
         ({2: {"how": "released"}}, "1005: began as 'released', though term 2 is said to have expired"),
@@ -89,6 +91,7 @@ def test_what_cannot_be_true_is_found(change: dict[int, dict[str, Any]], says: s
         (lease(1005, "i1005"), "1006: is above the lease's term 1005"),
         (lease(1006, None), "1006: is open for i1006 in the journal, and held by nobody"),
         (lease(1006, "other"), "1006: is open for i1006 in the journal, and held by other"),
+        (lease(1007, "i1007"), "1007: is held by i1007 and not journalled"),
     ],
 )
 def test_a_lease_that_does_not_fit_its_journal_is_found(row: dict[str, Any] | None, says: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -322,8 +321,18 @@ def test_a_note_that_cannot_be_read_is_passed_over(tmp_path: Path, text: str) ->
 
 
 def test_without_a_place_for_notes_an_instance_runs_all_the_same() -> None:
-    with presence.announced("b", "b-1", {"XDG_RUNTIME_DIR": "/proc"}) as path, contextlib.suppress(OSError):
-        assert path is None or path.exists()
+    with presence.announced("b", "b-1", {"XDG_RUNTIME_DIR": "/proc"}) as path:
+        assert path is None
+
+
+def test_a_note_of_another_container_with_the_same_home_is_left_alone(tmp_path: Path) -> None:
+    env = {"XDG_RUNTIME_DIR": str(tmp_path)}
+    (tmp_path / "botlease").mkdir(mode=0o700)
+    for name, host in (("other", "another-boot/pid:[1]"), ("ours", procfs.host())):
+        note = {"host": host, "pid": 1, "start": "1", "bot": "b", "instance_id": name}
+        (tmp_path / "botlease" / f"{name}.json").write_text(json.dumps(note))
+    assert presence.notes(env) == []
+    assert [p.stem for p in (tmp_path / "botlease").iterdir()] == ["other"]
 
 
 def test_the_check_names_the_command_that_ends_what_it_found(sqlite_world: World) -> None:

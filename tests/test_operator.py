@@ -115,7 +115,7 @@ def test_wait_returns_when_somebody_works_or_stands_by(world: World) -> None:
     who = says(world, "wait", "--active", "--name", "b").strip()
     assert who.startswith("b-")
     nobody = botlease(world, "wait", "--standby", "--timeout", "0.2")
-    assert nobody.returncode == 75 and "nobody is standby after 0.2 s" in nobody.stderr
+    assert nobody.returncode == 75 and "nobody stands by after 0.2 s" in nobody.stderr
     with subprocess.Popen(
         [*BOTLEASE, "wait", "--active", "--deployment", "v2"],
         env=clean_env(BOTLEASE_DATABASE_URL=world.url),
@@ -127,7 +127,25 @@ def test_wait_returns_when_somebody_works_or_stands_by(world: World) -> None:
         assert waiting.stdout.read().strip() == instance(world, "v2")
     assert says(world, "wait", "--standby").strip() == who  # passive: it could take back
     assert first.process.poll() is None
-    assert botlease(world, "wait").returncode == 2
+    assert botlease(world, "wait").returncode == botlease(world, "wait", "--active", "--standby").returncode == 2
+
+
+def test_wait_waits_for_a_database_that_is_not_there_yet(world: World) -> None:
+    with subprocess.Popen(
+        [*BOTLEASE, "wait", "--active", "--name", "b"], env=clean_env(BOTLEASE_DATABASE_URL=world.url)
+    ) as waiting:
+        world.run("--name", "b")
+        assert waiting.wait(20) == 0
+
+
+def test_pruning_does_not_lift_a_quarantine(world: World) -> None:
+    world.run("--deployment", "v1")
+    world.works(1)
+    for n in (1, 2):
+        world.run("--deployment", "v2", bot=world.bot(exit=1, **{"for": 0.05})).wait()
+        until(lambda n=n: world.terms()[-1] == 1 + 2 * n)
+    assert "deleted 2 instances and 2 terms" in says(world, "prune", "--older-than", "0m")
+    world.run("--deployment", "v2").says("quarantined: ")
 
 
 def test_status_shows_a_handover_on_its_way_and_a_deployment_in_quarantine(sqlite_world: World) -> None:
@@ -187,7 +205,7 @@ def test_deactivate_stops_the_bot_until_one_is_promoted(world: World) -> None:
     until(lambda: rows(world, "status")[0]["lease"]["holder"] == who)
     assert "deactivated" in says(world, "deactivate", who)
     until(lambda: rows(world, "status")[0]["lease"]["holder"] is None)
-    assert "1 bots: " not in says(world, "deactivate", "--all")
+    assert "0 bots: nobody had the assignment" in says(world, "deactivate", "--all")
     assert [r["ended"] for r in rows(world, "history")] == ["deactivated", "deactivated"]
     assert botlease(world, "deactivate", "no-such-one").returncode == 78
     assert botlease(world, "deactivate", "x", "--all").returncode == 2
@@ -249,6 +267,20 @@ def test_with_several_bots_the_one_that_is_meant_must_be_named(sqlite_world: Wor
     assert says(world, "pause", "--all").startswith("1 bots: paused")
 
 
+def test_another_bots_name_in_the_environment_stops_nobody(sqlite_world: World) -> None:
+    world = sqlite_world
+    world.run("--name", "b")
+    world.works(1)
+    for env in ({"BOTLEASE_NAME": "typo"}, {"TELEGRAM_BOT_TOKEN": "777:AA-the-token-of-another-bot"}):
+        for args in (["pause"], ["deactivate"], ["history"], ["wait", "--active", "--timeout", "1"]):
+            done = botlease(world, *args, **env)
+            assert done.returncode == 78 and "there are b" in done.stderr, (args, done)
+    for args in (["status"], ["verify"]):
+        assert botlease(world, *args, "--name", "typo").returncode == 78
+    (bot,) = rows(world, "status")
+    assert not bot["paused"] and bot["lease"]["holder"]
+
+
 # Doctor ------------------------------------------------------------------------------------------------------------
 
 
@@ -270,13 +302,15 @@ def test_the_doctor_names_what_a_platform_would_do_to_the_bot(tmp_path: Path) ->
     env = {"RAILWAY_DEPLOYMENT_ID": "d", "RAILWAY_ENVIRONMENT_NAME": "production", "HOME": str(tmp_path)}
     done = botlease(None, "doctor", **env)
     assert done.returncode == 1
-    assert "Railway kills 0 s after its SIGTERM" in done.stdout
-    assert "-> set the service variable RAILWAY_DEPLOYMENT_DRAINING_SECONDS to 11 or more" in done.stdout
+    assert "Railway kills 0 s after its SIGTERM, as far as can be told, and the bot may take 10 s" in done.stdout
+    assert "-> set the service variable RAILWAY_DEPLOYMENT_DRAINING_SECONDS; 11 s are needed" in done.stdout
     assert "-> set BOTLEASE_ENVIRONMENT=production" in done.stdout
     assert "problem  SQLite guards one machine" in done.stdout
     better = {"RAILWAY_DEPLOYMENT_DRAINING_SECONDS": "45", "BOTLEASE_ENVIRONMENT": "production"}
     assert "45 s from SIGTERM to SIGKILL, 11 s are needed" in botlease(None, "doctor", **(env | better)).stdout
     assert "would refuse to become active" in botlease(None, "doctor", **env, BOTLEASE_ENVIRONMENT="x").stdout
+    pm2 = botlease(None, "doctor", pm_id="0", BOTLEASE_PLATFORM_GRACE="60", HOME=str(tmp_path))
+    assert "it does not name deployments: a new one stands by" in pm2.stdout and "60 s from SIGINT" in pm2.stdout
     heroku = botlease(None, "doctor", DYNO="worker.1", HOME=str(tmp_path))
     assert "-> heroku labs:enable runtime-dyno-metadata" in heroku.stdout
 

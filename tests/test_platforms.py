@@ -85,7 +85,7 @@ ROWS = {
         None,
         "bot",
         grace=10,
-        health="required",
+        health="optional",
     ),
     "Koyeb": Row(
         {
@@ -97,6 +97,7 @@ ROWS = {
         "koyeb:d1",
         "i1",
         "a",
+        grace=0,  # not documented: the worst
         health="optional",
     ),
     "DigitalOcean": Row(
@@ -122,8 +123,8 @@ ROWS = {
         {"CAPROVER_GIT_COMMIT_SHA": "abc", "HOSTNAME": CONTAINER}, f"caprover:{CONTAINER}", CONTAINER, grace=10
     ),
     "Docker": Row({"HOSTNAME": CONTAINER}, f"docker:{CONTAINER}", CONTAINER, grace=10),
-    "systemd": Row({"SYSTEMD_EXEC_PID": "77", "INVOCATION_ID": "ff00"}, "systemd:ff00", grace=90, pid=77),
-    "pm2": Row({"pm_id": "3", "pm_uptime": "1764000000000"}, "pm2:1764000000000", "3", signal="SIGINT", grace=1.6),
+    "systemd": Row({"SYSTEMD_EXEC_PID": "77", "INVOCATION_ID": "ff00"}, None, "ff00", grace=90, pid=77),
+    "pm2": Row({"pm_id": "3", "unique_id": "u", "pm_uptime": "1"}, None, "u", signal="SIGINT", grace=1.6),
     "Northflank": Row(
         {"NF_OBJECT_ID": "o", "NF_DEPLOYMENT_SHA": "abc", "NF_PROJECT_ID": "p"},
         "northflank:abc",
@@ -194,10 +195,31 @@ def test_a_pod_of_a_deployment_is_keyed_by_its_template(hostname: str, key: str 
     assert deployment_key(detect(env), env | {"POD_TEMPLATE_HASH": "abc"}) == "kubernetes:abc"
 
 
+AT_A_RESTART = {"INVOCATION_ID": "other", "pm_uptime": "2", "unique_id": "v", "SYSTEMD_EXEC_PID": "77"}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_restart_is_no_new_deployment(name: str) -> None:
+    """What a platform hands out anew when it restarts a process that crashed must not be part of the key."""
+    row = ROWS[name]
+    again = {k: AT_A_RESTART.get(k, v) for k, v in row.env.items()}
+    p = detect(again, row.pid)
+    assert p.name == name and deployment_key(p, again) == row.key
+
+
+@pytest.mark.parametrize("env", [{"SYSTEMD_EXEC_PID": "77", "INVOCATION_ID": "x"}, {"pm_id": "0", "pm_uptime": "1"}])
+def test_where_no_key_is_named_a_new_start_waits_unless_it_is_told_its_deployment(env: dict[str, str]) -> None:
+    env = {"HOME": "/nowhere"} | env
+    assert settings.make(env, pid=77).mode is Mode.WAIT
+    told = settings.make(env | {"BOTLEASE_DEPLOYMENT": "v2"}, pid=77)
+    assert (told.mode, told.deployment) == (Mode.PREEMPT, "v2")
+
+
 def test_what_the_platform_was_set_to_counts() -> None:
     env = {"RAILWAY_DEPLOYMENT_ID": "d", "RAILWAY_DEPLOYMENT_DRAINING_SECONDS": "45"}
     assert grace(detect(env), env) == 45
     assert grace(detect(env), env | {"RAILWAY_DEPLOYMENT_DRAINING_SECONDS": "many"}) == 0
+    assert grace(detect({"pm_id": "0"}), {"pm_id": "0", "BOTLEASE_PLATFORM_GRACE": "60"}) == 60
 
 
 @pytest.mark.parametrize(
@@ -231,6 +253,8 @@ def test_what_an_instance_may_do_there(env: dict[str, str], mode: Mode, leaves: 
         ({"DYNO": "web.1", "HEROKU_PR_NUMBER": "7", "HEROKU_APP_NAME": "x"}, "a preview of a change"),
         ({"BOTLEASE_ENVIRONMENT": "production"}, "'local'"),
         ({"BOTLEASE_ENVIRONMENT": "production,local"}, ""),
+        ({"pm_id": "0", "BOTLEASE_ENVIRONMENT": "production"}, "set BOTLEASE_ENVIRONMENT_NAME"),
+        ({"pm_id": "0", "BOTLEASE_ENVIRONMENT": "production", "BOTLEASE_ENVIRONMENT_NAME": "production"}, ""),
         ({"BOTLEASE_ENVIRONMENT": " , "}, ""),
     ],
 )

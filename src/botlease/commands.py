@@ -39,13 +39,12 @@ def json_option(text: str) -> Callable[..., Any]:
 async def which(store: Any, name: str | None) -> str:
     """The bot that is meant. Raises ConfigurationError if that cannot be told."""
     bots = [lease["bot"] for lease in (await store.overview(DEADLINE))["leases"]]
-    if name is not None:
-        if name not in bots:
-            raise ConfigurationError(f"no bot {name!a} in this database: there are {_list(bots)}")
-        return name
-    own = os.environ.get("BOTLEASE_NAME") or settings.token_id(os.environ)
-    if own in bots and own is not None:
-        return own
+    # The environment's counts like a name that was typed: another bot's must not be stopped for it.
+    wanted = name or os.environ.get("BOTLEASE_NAME") or settings.token_id(os.environ)
+    if wanted is not None:
+        if wanted not in bots:
+            raise ConfigurationError(f"no bot {wanted!a} in this database: there are {_list(bots)}")
+        return wanted
     if len(bots) == 1:
         return str(bots[0])
     raise ConfigurationError(f"which bot? Name it with --name: there are {_list(bots)}")
@@ -78,6 +77,8 @@ def status(database: str | None, name: str | None, ended: bool, as_json: bool, w
         return "\n".join(json.dumps(b) for b in bots) if as_json else show.table(bots)
 
     async def once(store: Any) -> None:
+        if name is not None:
+            await which(store, name)
         text = render(await store.overview(DEADLINE))
         if text:
             click.echo(text)
@@ -157,6 +158,8 @@ def verify(database: str | None, name: str | None, as_json: bool) -> None:
     from botlease.status import clean
 
     async def read(store: Any) -> Any:
+        if name is not None:
+            await which(store, name)
         return await store.terms(name, 10_000_000, 60.0), (await store.overview(DEADLINE))["leases"]
 
     terms, leases = ask(database, read)
@@ -177,15 +180,16 @@ def verify(database: str | None, name: str | None, as_json: bool) -> None:
 @command
 @database_option
 @name_option
-@click.option("--active", "wanted", flag_value="active", help="Until an instance works.")
-@click.option("--standby", "wanted", flag_value="standby", help="Until another one could take over.")
+@click.option("--active", is_flag=True, help="Until an instance works.")
+@click.option("--standby", is_flag=True, help="Until another one could take over.")
 @click.option("--instance", metavar="ID", help="Until it is this one.")
 @click.option("--deployment", metavar="KEY", help="Until it is one of this deployment (with or without the platform).")
 @click.option("--timeout", type=click.FloatRange(0, 86_400), default=60.0, show_default=True, help="Seconds.")
 def wait(
     database: str | None,
     name: str | None,
-    wanted: str | None,
+    active: bool,
+    standby: bool,
     instance: str | None,
     deployment: str | None,
     timeout: float,
@@ -196,8 +200,8 @@ def wait(
     """
     from botlease import status as show
 
-    if wanted is None:
-        raise click.UsageError("wait for what? --active or --standby")
+    if active is standby:
+        raise click.UsageError("wait for what? --active or --standby, one of them")
 
     async def until(store: Any) -> str | None:
         changed = asyncio.Event()
@@ -207,9 +211,9 @@ def wait(
             bots = {b["bot"]: b for b in show.by_bot(await store.overview(DEADLINE))}
             bot = bots.get(name) if name else None
             if name is None and bots:
-                bot = bots[await which(store, None)]
+                bot = bots.get(await which(store, None))
             for i in (bot or {"instances": []})["instances"]:
-                fits = show.works(bot, i) if wanted == "active" else show.stands_by(bot, i)
+                fits = show.works(bot, i) if active else show.stands_by(bot, i)
                 key = str(i["deployment"])
                 if deployment is not None and deployment not in (key, key.partition(":")[2]):
                     continue
@@ -226,7 +230,7 @@ def wait(
 
     found = ask(database, until, patience=timeout)
     if found is None:
-        fail(f"nobody is {wanted} after {timeout:g} s: see `botlease status`", TIMED_OUT)
+        fail(f"nobody {'is active' if active else 'stands by'} after {timeout:g} s: see `botlease status`", TIMED_OUT)
     click.echo(found)
 
 
@@ -396,13 +400,24 @@ def prune(database: str | None, name: str | None, older_than: float) -> None:
 @command
 @click.option("--name", metavar="N", help="Only this bot. Default: the one that the environment names, else all.")
 @click.option("--force-kill", is_flag=True, help="End what is found: SIGTERM, wait, SIGKILL.")
+@click.option(
+    "--grace", type=click.FloatRange(0, 3600), default=12.0, show_default=True, help="From SIGTERM to SIGKILL."
+)
 @json_option("One JSON array.")
-def check(name: str | None, force_kill: bool, as_json: bool) -> None:
-    """Look for instances on this machine. Exit code 0: none (left), 1: some are running."""
-    sys.exit(local_check(name, force_kill, as_json))
+def check(name: str | None, force_kill: bool, grace: float, as_json: bool) -> None:
+    """Look for instances on this machine. Exit code 0: none (left), 1: some are running.
+
+    \b
+    What counts, of your own processes only:
+      instances of botlease, by the note they left (boot id, pid, start time)
+      an interpreter that runs one of the seed's scripts, or -m trading_bot
+      a program of yours that has the very token of this environment in its own
+    The last one is any script that was started with the token: look at the list before --force-kill.
+    """
+    sys.exit(local_check(name, force_kill, grace, as_json))
 
 
-def local_check(name: str | None, force_kill: bool, as_json: bool) -> int:
+def local_check(name: str | None, force_kill: bool, grace: float, as_json: bool) -> int:
     """The seed's ``check_bot_running.py``."""
     from dataclasses import asdict
     from datetime import UTC, datetime
@@ -429,11 +444,11 @@ def local_check(name: str | None, force_kill: bool, as_json: bool) -> int:
             how = program.command_path if program is not None else "botlease check"
             click.echo(f"refused: the bot is already running; `{how} --force-kill` ends it", err=True)
         return 1
-    return 0 if local.force_kill(found, say=lambda text: click.echo(text, err=True)) else 1
+    return 0 if local.force_kill(found, grace, say=lambda text: click.echo(text, err=True)) else 1
 
 
 @command
-@click.argument("platform", required=False)
+@click.argument("platform", required=False, shell_complete=lambda ctx, param, incomplete: _platforms(incomplete))
 @click.option("--dir", "folder", default=".", show_default=True, type=click.Path(file_okay=False), help="Where to.")
 @click.option("--command", "start", default="python bot.py", show_default=True, help="What starts your bot.")
 @click.option("--app", default="bot", show_default=True, metavar="NAME", help="The name in the files.")
@@ -457,6 +472,12 @@ def init(platform: str | None, folder: str, start: str, app: str) -> None:
     for line in done.then:
         click.echo(f"then     {line}")
     sys.exit(1 if any(what == "kept" for _, what in done.files) else 0)
+
+
+def _platforms(incomplete: str) -> list[str]:
+    from botlease.platforms import EVERY, slug
+
+    return [name for p in EVERY if (name := slug(p)).startswith(incomplete)]
 
 
 @command

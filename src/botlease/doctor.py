@@ -90,7 +90,10 @@ def platform_lines(s: Settings, env: Mapping[str, str]) -> list[Line]:
     p = s.platform
     key = "made by hand: each start is a deployment of its own" if s.by_hand else f"deployment {s.deployment}"
     out = [ok(f"platform {p.name}: {key}")]
-    if not s.by_hand and s.deployment.startswith("start:"):
+    if not s.by_hand and s.deployment.startswith("start:") and not p.deployment:
+        what = "a new one stands by until the old one is stopped; BOTLEASE_DEPLOYMENT=... would take over"
+        out[0] = ok(f"platform {p.name}: it does not name deployments: {what}")
+    elif not s.by_hand and s.deployment.startswith("start:"):
         names = " or ".join(source for source, _ in p.deployment) or "--deployment"
         cure = f"make {names} known to the process"
         if p.name == "Heroku":
@@ -103,12 +106,15 @@ def platform_lines(s: Settings, env: Mapping[str, str]) -> list[Line]:
         here = next((env[n] for n in p.environment if env.get(n)), "production")
         out.append(Line("warning", what, f"set BOTLEASE_ENVIRONMENT={here}"))
     has, needs = grace(p, env), s.timing.stop_grace + s.timing.kill_budget
-    if p is not PLAIN and has < needs:
-        what = (
-            f"{p.name} kills {has:g} s after its {p.stop_signal}, and the bot may take "
-            f"{s.timing.stop_grace:g} s to stop and {s.timing.kill_budget:g} s to be killed"
-        )
-        cure = f"{p.grace_cure} to {needs:.0f} or more, or lower --stop-grace"
+    if p is PLAIN:
+        out.append(ok(f"stop: give it {needs:g} s from SIGTERM to SIGKILL"))
+    elif has < needs:
+        told = any(env.get(name) for name in ("BOTLEASE_PLATFORM_GRACE", p.grace_variable) if name)
+        kills = f"{p.name} kills {has:g} s after its {p.stop_signal}" + ("" if told else ", as far as can be told")
+        what = f"{kills}, and the bot may take {s.timing.stop_grace:g} s to stop and {s.timing.kill_budget:g} s to be killed"
+        cure = f"{p.grace_cure}; {needs:.0f} s are needed with this --stop-grace"
+        if not p.grace_variable:
+            cure += " (BOTLEASE_PLATFORM_GRACE says what you have set)"
         out.append(Line("warning", what, cure))
     else:
         out.append(ok(f"stop: {has:g} s from {p.stop_signal} to SIGKILL, {needs:g} s are needed"))
@@ -136,8 +142,10 @@ async def store_lines(s: Settings) -> list[Line]:
             Line("warning", f"one call may take {s.timing.attempt:g} s, and took {found['seconds']:.2f} s", cure)
         )
     if found["missing"]:
-        cure = "GRANT it: docs/design.md, Privileges"
-        out.append(Line("problem", f"the role lacks {', '.join(found['missing'])}", cure))
+        files = s.database.startswith("sqlite:")
+        cure = "check the permissions" if files else "GRANT it: docs/design.md, Privileges"
+        who = "this user" if files else "the role"
+        out.append(Line("problem", f"{who} lacks {', '.join(found['missing'])}", cure))
     elif found["schema"] is None:
         out.append(ok("tables: none yet, the first start makes them"))
     elif found["schema"] > SCHEMA_VERSION:

@@ -67,7 +67,7 @@ class _Session:
 
     def __init__(self, name: str | None, options: dict[str, Any]) -> None:
         self.warn: Callable[[bool], object] | None = options.pop("on_danger", None)
-        self.settings = settings.make(os.environ, name=name, **options)
+        self.settings = settings.make(os.environ, name=name, pid=os.getpid(), **options)
         if self.settings.barred:
             raise settings.ConfigurationError(f"refused to become active: {self.settings.barred}")
         self.store: Store = open_store(self.settings.database)
@@ -132,7 +132,8 @@ class active:
             new orders"), and with False when they succeed again.
 
     Raises:
-        ConfigurationError: settings that cannot work. StoreError: the database cannot be used.
+        ConfigurationError: settings that cannot work, or an environment that BOTLEASE_ENVIRONMENT does not allow (wait
+            there, or end with 0, as your platform needs it). StoreError: the database cannot be used.
     """
 
     def __init__(self, name: str | None = None, **options: Any) -> None:

@@ -39,7 +39,11 @@ class Verdict:
 def moment(value: Any) -> datetime | None:
     """A time of either database: PostgreSQL gives it with a zone, SQLite as text in UTC. None where there is none.
     Raises ValueError for what is no time."""
-    if value is None or isinstance(value, datetime):
+    if value is None:
+        return None
+    if isinstance(value, datetime):
+        if value.tzinfo is None or not 1970 < value.year < 9000:  # infinity
+            raise ValueError("no moment")
         return value
     parsed = datetime.fromisoformat(str(value))
     return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
@@ -127,6 +131,8 @@ def _check_lease(lease: dict[str, Any] | None, last: dict[str, Any] | None, say:
         if lease["holder"] is not None and lease["holder"] != "unknown":
             say(lease["term"], f"is held by {lease['holder']} and not journalled")
         return
+    if lease["term"] > last["term"] and lease["holder"] not in (None, "unknown"):
+        say(lease["term"], f"is held by {lease['holder']} and not journalled")
     if lease["term"] < last["term"]:
         say(last["term"], f"is above the lease's term {lease['term']}: the lease went backwards")
     open_one = last["instance_id"] if last["released_at"] is None else None
@@ -152,7 +158,7 @@ def rows(terms: Iterable[dict[str, Any]], now: datetime) -> list[dict[str, Any]]
     """The journal in the documented form, for people and for scripts; ``lasted`` in seconds, of an open term so far."""
     out = []
     for row in terms:
-        begun, ended = moment(row["acquired_at"]), moment(row["released_at"])
+        begun, ended = _moment_or_none(row["acquired_at"]), _moment_or_none(row["released_at"])
         lasted = None if begun is None else max(0.0, ((ended or now) - begun).total_seconds())
         out.append(
             {
@@ -170,6 +176,13 @@ def rows(terms: Iterable[dict[str, Any]], now: datetime) -> list[dict[str, Any]]
             }
         )
     return out
+
+
+def _moment_or_none(value: Any) -> datetime | None:
+    try:
+        return moment(value)
+    except ValueError:
+        return None
 
 
 def _text(at: datetime | None) -> str | None:

@@ -185,7 +185,7 @@ def runs(argv: Sequence[str], scripts: Sequence[str] = SCRIPTS, modules: Sequenc
         return False
     kind, name = program(argv) or ("", "")
     if kind == "module":
-        return name.split(".")[0] in modules
+        return name.removesuffix(".__main__") in modules  # trading_bot.export is a tool of it
     path = PurePath(name)
     return kind == "script" and (
         path.name in scripts or (path.parent.name in modules and path.name in ("__main__.py", "main.py", "bot.py"))

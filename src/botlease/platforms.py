@@ -28,7 +28,8 @@ class Platform:
     detect: tuple[Source, ...] = ()
     """Any of these that is set and fits tells."""
     deployment: tuple[Source, ...] = ()
-    """The first of these that is set and fits is the deployment key. None at all: it stands by for the older one."""
+    """The first of these that is set and fits is the deployment key. It must be the same after a restart. None at all:
+    a new one stands by until the old one is stopped; BOTLEASE_DEPLOYMENT says otherwise."""
     instance: tuple[str, ...] = ()
     """What the platform calls this one process or container."""
     environment: tuple[str, ...] = ()
@@ -43,7 +44,7 @@ class Platform:
     grace_cure: str = ""
     """How to get more of it."""
     health: str = "none"
-    """Whether something asks for an HTTP answer: none, optional (a gate if it is set up), required."""
+    """Whether something asks for an HTTP answer: none, or optional (if it is set up, or for some kinds of service)."""
     health_window: float = 0
     """Seconds for which /health may wait for the handover and the probation. Only where the old one is kept alive
     until /health says 200, and a deployment that never does so is given up in favour of the old one."""
@@ -119,6 +120,7 @@ PLATFORMS: Final = (
         _all("KOYEB_REGIONAL_DEPLOYMENT_ID"),
         ("KOYEB_INSTANCE_ID",),
         ("KOYEB_APP_NAME",),
+        stop_grace=0,
         grace_cure="its length is not documented: let the bot stop quickly",
         health="optional",
     ),
@@ -130,7 +132,7 @@ PLATFORMS: Final = (
         ("K_SERVICE", "CLOUD_RUN_WORKER_POOL"),
         stop_grace=10,
         grace_cure="it is fixed: let the bot stop within 8 s",
-        health="required",
+        health="optional",  # a service must answer on its port, a worker pool has none
     ),
     Platform(
         "Northflank",
@@ -180,8 +182,9 @@ PLATFORMS: Final = (
     Platform(
         "pm2",
         _all("pm_id"),
-        _all("pm_uptime"),
-        ("pm_id",),
+        # pm_uptime and unique_id are new at each restart: a bot that crashes would be the newest each time
+        (),
+        ("unique_id", "pm_id"),
         stop_signal="SIGINT",
         stop_grace=1.6,
         grace_cure="set kill_timeout in ecosystem.config.js",
@@ -198,7 +201,8 @@ PLATFORMS: Final = (
 SYSTEMD: Final = Platform(
     "systemd",
     _all("SYSTEMD_EXEC_PID"),
-    _all("INVOCATION_ID"),
+    (),  # INVOCATION_ID is new at each restart
+    ("INVOCATION_ID",),
     stop_grace=90,
     grace_cure="set TimeoutStopSec in the unit",
 )
@@ -260,7 +264,10 @@ def instance_name(platform: Platform, env: Mapping[str, str]) -> str | None:
 
 
 def environment_name(platform: Platform, env: Mapping[str, str]) -> str | None:
-    """Which environment of the platform this is: "preview" for a preview of a change, None where it cannot be told."""
+    """Which environment this is, as BOTLEASE_ENVIRONMENT_NAME or the platform says: "preview" for a preview of a
+    change, "local" without a platform, None where it cannot be told."""
+    if env.get("BOTLEASE_ENVIRONMENT_NAME"):
+        return env["BOTLEASE_ENVIRONMENT_NAME"]
     if any(env.get(name) and value in ("", env[name].lower()) for name, value in platform.preview):
         return "preview"
     if platform is PLAIN:
@@ -271,6 +278,6 @@ def environment_name(platform: Platform, env: Mapping[str, str]) -> str | None:
 def grace(platform: Platform, env: Mapping[str, str]) -> float:
     """Seconds this platform gives from its stop signal to SIGKILL, as far as the process can know."""
     try:
-        return float(env.get(platform.grace_variable) or platform.stop_grace)
+        return float(env.get("BOTLEASE_PLATFORM_GRACE") or env.get(platform.grace_variable) or platform.stop_grace)
     except ValueError:
         return platform.stop_grace

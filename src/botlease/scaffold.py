@@ -18,6 +18,10 @@ DOCKERFILE: Final = "Dockerfile"
 WITH_DOCKERFILE: Final = frozenset({"fly", "kubernetes", "cloud-run", "coolify", "docker", "northflank"})
 """Those that build an image, and have no Dockerfile of their own."""
 
+NEEDS: Final = (
+    "put botlease[postgres] beside your bot in requirements.txt (from a checkout or wheel: it is not published yet)"
+)
+NEEDS_SYSTEM: Final = "install botlease[postgres] where the bot's Python is, so that `botlease` is in PATH"
 THEN: Final[dict[str, tuple[str, ...]]] = {
     "railway": (
         "add PostgreSQL; Settings: health check path /health",
@@ -73,7 +77,7 @@ def offers() -> Iterator[tuple[str, str]]:
     """(name, what it writes) for each platform."""
     for platform in EVERY:
         name = slug(platform)
-        yield name, ", ".join(str(path) for path, _ in _templates(name))
+        yield name, ", ".join(str(path).replace("@APP@", "bot") for path, _ in _templates(name))
 
 
 def _templates(name: str) -> Iterator[tuple[PurePosixPath, str]]:
@@ -119,7 +123,8 @@ def write(platform: str, folder: str, *, command: str, app: str) -> Done:
     name = slug(found)
     files = [(fill(str(path)), fill(text)) for path, text in _templates(name)]
     return Done(
-        tuple((path, _put(Path(folder) / path, text)) for path, text in files), tuple(fill(t) for t in THEN[name])
+        tuple((path, _put(Path(folder) / path, text)) for path, text in files),
+        tuple(fill(t) for t in (NEEDS_SYSTEM if name in ("systemd", "pm2", "plain") else NEEDS, *THEN[name])),
     )
 
 

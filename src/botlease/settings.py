@@ -37,7 +37,9 @@ OWN_VARIABLES: Final = (
     "BOTLEASE_HEALTHY_IF",
     "BOTLEASE_HEALTHY_WITHIN",
     "BOTLEASE_ENVIRONMENT",
+    "BOTLEASE_ENVIRONMENT_NAME",
     "BOTLEASE_PLATFORM",
+    "BOTLEASE_PLATFORM_GRACE",
     "BOTLEASE_TASK",
     "BOTLEASE_WARM",
     # set for the bot by a supervisor, so that one may stand in the environment of another
@@ -226,6 +228,8 @@ def barred(platform: Platform, env: Mapping[str, str]) -> str:
         return ""
     shown = ", ".join(allowed)
     if here is None:
-        cure = f" ({' or '.join(platform.environment)})" if platform.environment else ""
-        return f"BOTLEASE_ENVIRONMENT allows {shown}, and {platform.name} does not say which environment this is{cure}"
+        cure = "set " + " or ".join((*platform.environment, "BOTLEASE_ENVIRONMENT_NAME"))
+        return (
+            f"BOTLEASE_ENVIRONMENT allows {shown}, and {platform.name} does not say which environment this is: {cure}"
+        )
     return f"this is the environment {here!a}, and BOTLEASE_ENVIRONMENT allows only {shown}"

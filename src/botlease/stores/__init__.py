@@ -105,9 +105,9 @@ class Store(Protocol):
         trial: Trial,
         deadline: float,
     ) -> Grant | None:
-        """Begin a term above ``floor`` if this is still the database ``origin`` (a fail-over in between may have lost
-        the very acquire that would defeat ours), the row is still exactly ``key``, the bot is not paused, we are assigned
-        and not ended. ``trial``: whether it begins on probation."""
+        """Begin a term above ``floor``, if this is still the database ``origin`` (a fail-over in between may have lost
+        the very acquire that would defeat ours), the row is still exactly ``key``, the bot is not paused, and we are
+        assigned and not ended. ``trial``: whether it begins on probation."""
 
     async def renew(self, bot: str, instance_id: str, term: int, nonce: str, deadline: float) -> Renewal | None: ...
 

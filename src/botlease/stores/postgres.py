@@ -384,7 +384,11 @@ PRUNE: Final = (
     "DELETE FROM bot_instances WHERE last_heartbeat < clock_timestamp() - make_interval(secs => $2) AND NOT is_active "
     "AND bot IS NOT NULL AND ($1::text IS NULL OR bot = $1)",
     "DELETE FROM bot_terms t WHERE released_at < clock_timestamp() - make_interval(secs => $2) "
-    "AND ($1::text IS NULL OR bot = $1) AND term < (SELECT l.term FROM bot_leases l WHERE l.bot = t.bot)",
+    "AND ($1::text IS NULL OR bot = $1) "
+    # What a quarantine rests on is kept for its time, however young the rest may be that goes.
+    "AND (trial <> 'on' OR reason NOT IN ('failed', 'died', 'expired') "
+    f"OR released_at < clock_timestamp() - make_interval(days => {KEEP_ENDED_DAYS})) "
+    "AND term < (SELECT l.term FROM bot_leases l WHERE l.bot = t.bot)",
 )
 INSTANCES: Final = """
 SELECT bot, instance_id, is_active, state, term, deployment, generation, host, pid, started_at,

@@ -247,15 +247,19 @@ class SqliteStore:
                 took = clock.now() - began
             else:
                 took = 0.0
+            # the folder as well: the rollback journal is made in it
             folder = next(p for p in Path(self.path).parents if p.exists())
-            target = self.path if Path(self.path).exists() else str(folder)
+            targets = [self.path] * Path(self.path).exists() + [str(folder)]
+            missing = [f"write permission for {t}" for t in targets if not os.access(t, os.R_OK | os.W_OK)]
+            if str(folder).startswith("/proc"):
+                missing.append(f"a disk at {folder}")
             return {
                 "server": f"SQLite {sqlite3.sqlite_version}",
                 "seconds": took,
                 "schema": version,
                 "pooled": False,
                 "clock": 0.0,
-                "missing": [] if os.access(target, os.R_OK | os.W_OK) else [f"write permission for {target}"],
+                "missing": missing,
             }
 
         return await within(deadline, asyncio.to_thread(look), lambda: None)

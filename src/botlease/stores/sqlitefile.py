@@ -132,8 +132,9 @@ FROM (SELECT 1) LEFT JOIN bot_leases l ON l.bot = :bot
 """.replace("{tries}", str(TRIES))
 
 # Our row, our deployment's generation, the lease (its ttl: that of the term which may still run, if longer). A lease
-# that is missing although the journal knows terms of this bot was lost, and on a database that is not the one the schema
-# was made in anything may have been lost: then it is put back as held by nobody we know, to be waited out in full (R6, R7).
+# that is missing although the journal knows terms of this bot was lost, and on a database that is not the one the
+# schema was made in anything may have been lost: then it is put back as held by nobody we know, to be waited out in
+# full (R6, R7).
 ADD_DEPLOYMENT: Final = (
     "INSERT INTO bot_deployments (bot, deployment, first_seen) VALUES (:bot, :deployment, :now) ON CONFLICT DO NOTHING"
 )
@@ -157,7 +158,9 @@ PRUNE: Final = (
     # One that was killed has no end, only a last heartbeat.
     "DELETE FROM bot_instances WHERE last_heartbeat < :old AND NOT is_active AND bot IS NOT NULL "
     "AND (:bot IS NULL OR bot = :bot)",
+    # What a quarantine rests on is kept for its time, however young the rest may be that goes.
     "DELETE FROM bot_terms WHERE released_at < :old AND (:bot IS NULL OR bot = :bot) "
+    "AND (trial <> 'on' OR reason NOT IN ('failed', 'died', 'expired') OR released_at < :kept) "
     "AND term < (SELECT term FROM bot_leases l WHERE l.bot = bot_terms.bot)",
 )
 DEACTIVATE: Final = (
@@ -460,7 +463,8 @@ class SqliteFile:
             for statement in (ADD_DEPLOYMENT, ADD_INSTANCE, ADD_LEASE):
                 db.execute(statement, values)
             for statement in PRUNE:
-                db.execute(statement, {"bot": None, "old": clock.iso(now - KEEP_ENDED_DAYS * 86_400)})
+                kept = clock.iso(now - KEEP_ENDED_DAYS * 86_400)
+                db.execute(statement, {"bot": None, "old": kept, "kept": kept})
             return self._view(me.bot, me.instance_id)
 
     def read(self, bot: str, instance_id: str) -> View:
@@ -589,9 +593,13 @@ class SqliteFile:
             return db.execute(PAUSE, {"bot": bot, "on": on}).rowcount
 
     def prune(self, bot: str | None, days: float) -> tuple[int, int]:
-        old = clock.iso(self.wall() - days * 86_400)
+        values = {
+            "bot": bot,
+            "old": clock.iso(self.wall() - days * 86_400),
+            "kept": clock.iso(self.wall() - KEEP_ENDED_DAYS * 86_400),
+        }
         with self._write() as db:
-            instances, terms = (db.execute(statement, {"bot": bot, "old": old}).rowcount for statement in PRUNE)
+            instances, terms = (db.execute(statement, values).rowcount for statement in PRUNE)
             return instances, terms
 
     def promote(self, instance_id: str) -> None:

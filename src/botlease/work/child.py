@@ -76,6 +76,7 @@ class ChildWork:
         self._running = False
         self._warm = False  # it runs up to its gate, or waits there
         self._ready = False
+        self._restarting = False  # we end it ourselves, to start it again
         self._gated = False  # it was started warm, and its gate has not been opened
         self._stopping = False
         self._crashes = 0
@@ -133,6 +134,7 @@ class ChildWork:
         output = self.pulse.output() if self.pulse is not None else -1
         if output >= 0:
             fds["stdout"] = output
+            env["PYTHONUNBUFFERED"] = "1"  # into a pipe it would write in blocks, and seem to say nothing
         self._send(
             fds,
             do="start",
@@ -163,6 +165,7 @@ class ChildWork:
 
     def restart(self) -> None:
         if self._running and self._retry is None:
+            self._restarting = True
             self._send(do="kill")  # it counts as a crash, and is started again after the back-off
 
     def danger(self, on: bool) -> None:
@@ -285,7 +288,8 @@ class ChildWork:
         if status in (0, BAD_CONFIGURATION) or self._stopping:
             self._ended()
             return
-        wait = self._back_off(f"crashed ({_how(status)})")
+        wait = self._back_off("was ended" if self._restarting else f"crashed ({_how(status)})")
+        self._restarting = False
         if wait is None:
             self._ended()
             return

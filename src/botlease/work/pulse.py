@@ -38,6 +38,8 @@ class Rule:
             if text.startswith("https://"):
                 raise ValueError(f"{text!a}: the bot runs on this machine, use http://127.0.0.1:PORT/PATH")
             return cls("url", text, within)
+        if "://" in text:
+            raise ValueError(f"{text!a}: a URL begins with http://")
         if text.startswith("stdout:"):
             pattern = text.removeprefix("stdout:")
             try:

@@ -9,5 +9,6 @@ module.exports = {
     autorestart: true,
     kill_timeout: 60000,      // the default is 1600 ms, then SIGKILL
     restart_delay: 2000,
+    env: { BOTLEASE_PLATFORM_GRACE: "60" },
   }],
 };
