@@ -111,7 +111,8 @@ def platform_lines(s: Settings, env: Mapping[str, str]) -> list[Line]:
     elif has < needs:
         told = any(env.get(name) for name in ("BOTLEASE_PLATFORM_GRACE", p.grace_variable) if name)
         kills = f"{p.name} kills {has:g} s after its {p.stop_signal}" + ("" if told else ", as far as can be told")
-        what = f"{kills}, and the bot may take {s.timing.stop_grace:g} s to stop and {s.timing.kill_budget:g} s to be killed"
+        most = f"{s.timing.stop_grace:g} s to stop and {s.timing.kill_budget:g} s to be killed"
+        what = f"{kills}, and the bot may take {most}"
         cure = f"{p.grace_cure}; {needs:.0f} s are needed with this --stop-grace"
         if not p.grace_variable:
             cure += " (BOTLEASE_PLATFORM_GRACE says what you have set)"
