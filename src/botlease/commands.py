@@ -113,7 +113,7 @@ def status(database: str | None, name: str | None, ended: bool, as_json: bool, w
 @click.option("--limit", type=click.IntRange(1, 1_000_000), default=20, show_default=True, help="So many terms.")
 @json_option("One JSON object for each term, one a line.")
 def history(database: str | None, name: str | None, every: bool, limit: int, as_json: bool) -> None:
-    """Show the terms, newest first: who worked, from when, for how long, and why it ended.
+    """Show the terms, newest first: who worked, from when until when, and why it ended. Times are the database's.
 
     \b
     Why it ended:

@@ -191,11 +191,12 @@ def _text(at: datetime | None) -> str | None:
 
 def table(shown: list[dict[str, Any]], *, many: bool = False) -> list[tuple[str, ...]]:
     """As rows of cells, the first one the heading."""
-    head = ("TERM", "INSTANCE", "DEPLOYMENT", "HOST", "FROM (UTC, DATABASE)", "LASTED", "BEGAN", "ENDED", "PROBATION")
+    head = ("TERM", "INSTANCE", "DEPLOYMENT", "HOST", "FROM (UTC)", "UNTIL", "LASTED", "BEGAN", "ENDED", "PROBATION")
     out: list[tuple[str, ...]] = [("BOT", *head) if many else head]
     for r in shown:
         cells = (
-            *(r["term"], r["instance_id"], r["deployment"], r["host"], (r["from"] or "-")[:19]),
+            *(r["term"], r["instance_id"], r["deployment"], r["host"]),
+            *((r["from"] or "-")[:19], (r["until"] or "-")[:19]),
             "-" if r["lasted"] is None else _span(timedelta(seconds=r["lasted"])),
             *(r["began"], r["ended"] or "still on", r["probation"]),
         )
