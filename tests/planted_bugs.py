@@ -286,3 +286,15 @@ def a_pause_is_overlooked() -> Iterator[None]:
 
     with patch.object(core, "_saw", wrong), sql("ACQUIRE", "AND NOT paused", ""):
         yield
+
+
+@bug
+def an_acquire_does_not_name_its_database() -> Iterator[None]:
+    with sql("ACQUIRE", "AND :origin = :seen", ""):
+        yield
+
+
+@bug
+def a_lost_lease_comes_back_with_the_ttl_of_whoever_puts_it_back() -> Iterator[None]:
+    with sql("ADD_LEASE", "max(:ttl, coalesce(max(CASE WHEN released_at IS NULL THEN ttl END), 0))", ":ttl"):
+        yield

