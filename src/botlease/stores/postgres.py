@@ -736,7 +736,13 @@ class PostgresStore:
                 raise StoreRefused(f"no instance {instance_id!r}: see `botlease status`")
             if row["ended_at"] is not None:
                 raise StoreRefused(f"instance {instance_id!r} has stopped: see `botlease status` for those that live")
-            await c.execute("UPDATE bot_instances SET is_active = TRUE WHERE instance_id = $1", instance_id)
+            for last in (False, False, False, True):
+                try:
+                    await c.execute("UPDATE bot_instances SET is_active = TRUE WHERE instance_id = $1", instance_id)
+                    return
+                except (asyncpg.UniqueViolationError, asyncpg.DeadlockDetectedError):
+                    if last:  # a claim of this very moment was quicker, four times
+                        raise StoreError("others are changing the assignment just now: try again") from None
 
         await self._call(deadline, work)
 
