@@ -121,7 +121,7 @@ class Platform:
         c.run.process.wait()
 
     def active(self) -> str | None:
-        """The deployment that has the bot, as the operator sees it."""
+        """The deployment that has the bot, as the operator sees it, once the witness has seen it at work there."""
         done = subprocess.run(
             [*BOTLEASE, "status", "--json"],
             env=clean_env(BOTLEASE_DATABASE_URL=self.world.url),
@@ -130,8 +130,10 @@ class Platform:
         )
         for line in done.stdout.splitlines():
             bot = json.loads(line)
+            if bot["lease"] is None or bot["lease"]["term"] not in self.world.terms():
+                continue
             for i in bot["instances"]:
-                if bot["lease"] and bot["lease"]["holder"] == i["instance_id"]:
+                if bot["lease"]["holder"] == i["instance_id"]:
                     return str(i["deployment"]).partition(":")[2]
         return None
 

@@ -306,6 +306,7 @@ def test_the_doctor_names_what_a_platform_would_do_to_the_bot(tmp_path: Path) ->
     assert "-> set the service variable RAILWAY_DEPLOYMENT_DRAINING_SECONDS; 11 s are needed" in done.stdout
     assert "-> set BOTLEASE_ENVIRONMENT=production" in done.stdout
     assert "problem  SQLite guards one machine" in done.stdout
+    assert "/health waits up to 120 s for handover and probation" in done.stdout
     better = {"RAILWAY_DEPLOYMENT_DRAINING_SECONDS": "45", "BOTLEASE_ENVIRONMENT": "production"}
     assert "45 s from SIGTERM to SIGKILL, 11 s are needed" in botlease(None, "doctor", **(env | better)).stdout
     assert "would refuse to become active" in botlease(None, "doctor", **env, BOTLEASE_ENVIRONMENT="x").stdout

@@ -99,6 +99,11 @@ def platform_lines(s: Settings, env: Mapping[str, str]) -> list[Line]:
         if p.name == "Heroku":
             cure = "heroku labs:enable runtime-dyno-metadata, and deploy again"
         out[0] = Line("warning", f"platform {p.name}: it does not name the deployment: a new one stands by", cure)
+    if p.health_window:
+        waits = f"/health waits up to {p.health_window:g} s for handover and probation"
+        out.append(ok(f"health: {waits}; as the health check path it keeps the old one for as long"))
+    elif p.health == "optional":
+        out.append(ok("health: where it asks for one, give it --health-port and /readyz (never /leader)"))
     if s.barred:
         out.append(Line("problem", f"it would refuse to become active: {s.barred}", "see BOTLEASE_ENVIRONMENT"))
     elif p.environment and not env.get("BOTLEASE_ENVIRONMENT"):
