@@ -152,6 +152,8 @@ def decoys(folder: Path) -> Iterator[tuple[list[str], dict[str, object]]]:
         program(folder / "tools" / f"{tool}.py")
         path = {"env": clean_env(TELEGRAM_BOT_TOKEN=TOKEN, PYTHONPATH=str(folder / "tools"))}
         yield [sys.executable, "-m", tool, source, "railway_startup.py"], path
+    program(folder / "pkg" / "trading_bot" / "export.py")  # a tool of the bot, not the bot
+    yield [sys.executable, "-m", "trading_bot.export"], {"env": clean_env(PYTHONPATH=str(folder / "pkg"))}
     yield (
         [sys.executable, "-m", "trading_bot_tests"],
         {"env": clean_env(PYTHONPATH=str(program(folder / "tools" / "trading_bot_tests.py").parent))},
@@ -195,6 +197,7 @@ def herd(tmp_path: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
     try:
         for argv, how in decoys(tmp_path):
             options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": clean_env(), **how}
+            options["cwd"] = tmp_path  # not here, where the real trading_bot is
             started.append(subprocess.Popen(argv, **options))  # type: ignore[call-overload]
         yield started
     finally:
@@ -226,7 +229,7 @@ def test_of_sixty_decoys_none_is_ever_touched_and_the_bot_is_ended_each_time(
         (folder / "gone.json").write_text(json.dumps({k: getattr(reused, k) for k in presence.Note.__slots__}))
         kind = sorted(targets)[n % len(targets)]
         env = clean_env(TELEGRAM_BOT_TOKEN=TOKEN, PYTHONPATH=str(tmp_path / "real"))
-        with subprocess.Popen(targets[kind], env=env) as target:
+        with subprocess.Popen(targets[kind], env=env, cwd=tmp_path / "real") as target:
             until(
                 lambda t=target: procfs.start_time(t.pid) and b"python" in Path(f"/proc/{t.pid}/cmdline").read_bytes()
             )
