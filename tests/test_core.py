@@ -483,6 +483,14 @@ def test_without_a_probation_a_takeover_has_passed_at_once() -> None:
     assert d.question.verb is Verb.ACQUIRE and d.question.trial is Trial.PASSED
 
 
+def test_hung_work_that_comes_round_before_the_database_answers_goes_on() -> None:
+    d = Driver().working()
+    d.feed(Unhealthy(4))
+    d.feed(Healthy(4))
+    assert d.answer(Seen, View(MINE, "db", ME, 5, others=1)) == []
+    assert d.state.phase is Phase.WORKING and not d.state.stopping
+
+
 def test_what_is_said_about_the_health_of_an_earlier_term_is_ignored() -> None:
     d = Driver().working()
     for event in (Unhealthy(3), Crashed(3), Healthy(3)):

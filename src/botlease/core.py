@@ -311,7 +311,7 @@ def _felt(s: State, event: Healthy | Crashed | Unhealthy, now: float) -> State:
     if s.phase is not Phase.WORKING or s.term is None or s.term.number != event.term:
         return s
     if isinstance(event, Healthy):
-        return replace(s, healthy=True)
+        return replace(s, healthy=True, ailing=s.ailing and not s.hung, hung=False)  # it has come round by itself
     hung = isinstance(event, Unhealthy)
     if not hung:
         s = replace(s, work_since=now, healthy=False)  # a probation begins anew with a new process

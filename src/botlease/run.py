@@ -66,7 +66,9 @@ def say(text: str) -> None:
 
 def child_environment(env: Mapping[str, str], database: str, pass_database: bool) -> dict[str, str]:
     """The bot gets everything but the lease's own database: what it does not have it cannot leak."""
-    out = {k: v for k, v in env.items() if k not in ("BOTLEASE_DATABASE_URL", "BOTLEASE_GATE_URL")}
+    # nor what an outer supervisor said to us about a term and a gate of its own
+    ours = ("BOTLEASE_DATABASE_URL", "BOTLEASE_TERM", "BOTLEASE_GATE_FD", "BOTLEASE_GATE_URL")
+    out = {k: v for k, v in env.items() if k not in ours}
     if pass_database:
         out["BOTLEASE_DATABASE_URL"] = database
     return out

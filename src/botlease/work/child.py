@@ -106,7 +106,7 @@ class ChildWork:
 
     def start(self, term: int, until: float, guard_fd: int | None) -> None:
         self.term, self._until = term, until
-        self._running, self._stopping, self._crashes, self._asked = True, False, 0, 0
+        self._running, self._stopping, self._restarting, self._crashes, self._asked = True, False, False, 0, 0
         self._guarded = guard_fd is not None
         fds = {} if guard_fd is None else {"guard": guard_fd}
         if self._retry is not None:  # it was to be warmed up again
@@ -123,8 +123,7 @@ class ChildWork:
     def _spawn(self, fds: dict[str, int] | None = None) -> None:
         self._retry = None
         self._ready, self._gated = False, self._warm
-        env = {k: v for k, v in self.command.env.items() if k not in ("BOTLEASE_TERM", "BOTLEASE_GATE_FD")}
-        env |= {"BOTLEASE_BOT": self.command.bot, "BOTLEASE_INSTANCE_ID": self.command.instance_id}
+        env = self.command.env | {"BOTLEASE_BOT": self.command.bot, "BOTLEASE_INSTANCE_ID": self.command.instance_id}
         if not self._warm:
             env["BOTLEASE_TERM"] = str(self.term)
         elif self.gate is not None:
