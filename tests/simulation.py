@@ -492,7 +492,7 @@ class World:
                     how=q.how,
                     ttl=node.timing.ttl,
                     proof=node.proof,
-                    trial=q.trial,
+                    probation=q.probation,
                 )
                 self.trace(f"{me} acquires ({q.how}): {grant}")
                 if grant is None:

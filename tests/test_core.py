@@ -27,6 +27,7 @@ from botlease.model import (
     Lease,
     Mode,
     Peer,
+    Probation,
     Ready,
     Reason,
     Registered,
@@ -38,7 +39,6 @@ from botlease.model import (
     Tick,
     Timing,
     TimingError,
-    Trial,
     Unhealthy,
     Verb,
     View,
@@ -94,7 +94,7 @@ class Driver:
         self.joined(View(replace(HELD, term=3), "db", OTHER, 5))
         self.answer(Claimed, True)
         self.answer(Seen, View(FREE, "db", ME, 5))
-        assert self.question.verb is Verb.ACQUIRE and self.question.trial is Trial.ON
+        assert self.question.verb is Verb.ACQUIRE and self.question.probation is Probation.ON
         self.answer(Granted, 4, "n", "db")
         assert self.state.phase is Phase.WORKING
         return self
@@ -356,7 +356,7 @@ def test_a_term_filled_from_a_vacancy_is_not_on_probation() -> None:
         d = Driver().joined(view)
         d.answer(Claimed, True)
         d.answer(Seen, View(FREE, "db", ME, 5))
-        assert d.question.verb is Verb.ACQUIRE and d.question.trial is Trial.NONE
+        assert d.question.verb is Verb.ACQUIRE and d.question.probation is Probation.NONE
 
 
 def test_probation_is_passed_when_the_work_has_lived_through_it() -> None:
@@ -369,7 +369,7 @@ def test_probation_is_passed_when_the_work_has_lived_through_it() -> None:
     d.answer(Renewed, True, False, "db")
     assert d.question.verb is Verb.PASS and d.question.held == (4, "n")
     d.answer(Done)
-    assert d.state.trial is Trial.PASSED
+    assert d.state.probation is Probation.PASSED
 
 
 def test_a_probation_that_cannot_be_recorded_is_not_asked_for_for_ever() -> None:
@@ -387,7 +387,7 @@ def test_work_that_must_prove_progress_passes_only_when_it_has() -> None:
     d = Driver(monitored=True).took_over()
     for _ in range(20):
         d.renewed()
-    assert d.state.trial is Trial.ON and d.state.asking is None
+    assert d.state.probation is Probation.ON and d.state.asking is None
     d.feed(Healthy(4))
     assert d.question.verb is Verb.PASS
 
@@ -406,7 +406,7 @@ def test_a_crash_on_probation_with_nobody_else_is_restarted_in_its_term() -> Non
     d = Driver().took_over()
     d.feed(Crashed(4))
     assert d.answer(Seen, View(MINE, "db", ME, 5, others=0)) == []
-    assert d.state.phase is Phase.WORKING and d.state.trial is Trial.ON
+    assert d.state.phase is Phase.WORKING and d.state.probation is Probation.ON
 
 
 def test_a_crash_begins_the_probation_anew() -> None:
@@ -417,7 +417,7 @@ def test_a_crash_begins_the_probation_anew() -> None:
     d.answer(Seen, View(MINE, "db", ME, 5))
     for _ in range(14):
         d.renewed()
-    assert d.state.trial is Trial.ON and d.state.asking is None
+    assert d.state.probation is Probation.ON and d.state.asking is None
 
 
 def test_a_crash_after_the_probation_asks_nobody() -> None:
@@ -442,8 +442,8 @@ def test_hung_work_gives_the_term_up_to_somebody_else_or_is_restarted() -> None:
     assert d.state.phase is Phase.WORKING
 
 
-@pytest.mark.parametrize(("passed", "after"), [(False, Trial.ON), (True, Trial.PASSED)])
-def test_an_interruption_ends_neither_a_probation_nor_what_it_proved(passed: bool, after: Trial) -> None:
+@pytest.mark.parametrize(("passed", "after"), [(False, Probation.ON), (True, Probation.PASSED)])
+def test_an_interruption_ends_neither_a_probation_nor_what_it_proved(passed: bool, after: Probation) -> None:
     d = Driver().took_over()
     if passed:
         for _ in range(15):
@@ -454,7 +454,7 @@ def test_an_interruption_ends_neither_a_probation_nor_what_it_proved(passed: boo
     d.feed(WorkEnded(4))
     d.answer(Done)
     d.answer(Seen, View(replace(FREE, term=4), "db", ME, 5))
-    assert d.question.verb is Verb.ACQUIRE and d.question.trial is after
+    assert d.question.verb is Verb.ACQUIRE and d.question.probation is after
 
 
 def test_a_turn_that_is_over_ends_the_probation() -> None:
@@ -463,7 +463,7 @@ def test_a_turn_that_is_over_ends_the_probation() -> None:
     d.answer(Seen, View(MINE, "db", OTHER, 5))
     d.feed(WorkEnded(4))
     d.answer(Done)
-    assert d.state.trial is Trial.NONE
+    assert d.state.probation is Probation.NONE
 
 
 def test_a_crash_that_crosses_the_end_of_the_probation_is_restarted_as_any_other() -> None:
@@ -480,7 +480,7 @@ def test_without_a_probation_a_takeover_has_passed_at_once() -> None:
     d = Driver(timing=Timing(probation=0)).joined(View(HELD, "db", OTHER, 5))
     d.answer(Claimed, True)
     d.answer(Seen, View(replace(FREE, term=4), "db", ME, 5))
-    assert d.question.verb is Verb.ACQUIRE and d.question.trial is Trial.PASSED
+    assert d.question.verb is Verb.ACQUIRE and d.question.probation is Probation.PASSED
 
 
 def test_hung_work_that_comes_round_before_the_database_answers_goes_on() -> None:
@@ -510,8 +510,10 @@ def test_quarantined_or_not_a_vacancy_is_filled() -> None:
     assert d.question.verb is Verb.CLAIM
 
 
-@pytest.mark.parametrize(("trial", "leaves"), [(Trial.ON, False), (Trial.PASSED, True), (Trial.NONE, False)])
-def test_the_superseded_one_leaves_when_the_newcomer_has_passed(trial: Trial, leaves: bool) -> None:
+@pytest.mark.parametrize(
+    ("probation", "leaves"), [(Probation.ON, False), (Probation.PASSED, True), (Probation.NONE, False)]
+)
+def test_the_superseded_one_leaves_when_the_newcomer_has_passed(probation: Probation, leaves: bool) -> None:
     newer = Peer("other", 6, False, 3, 0.5)
     for stays in (False, True):
         d = Driver(leaves=not stays).working()
@@ -520,7 +522,7 @@ def test_the_superseded_one_leaves_when_the_newcomer_has_passed(trial: Trial, le
         d.answer(Seen, View(MINE, "db", newer, 5))
         d.feed(WorkEnded(4))
         d.answer(Done)
-        d.answer(Seen, View(HELD, "db", newer, 5, trial=trial))
+        d.answer(Seen, View(HELD, "db", newer, 5, probation=probation))
         if leaves and not stays:
             assert d.question.verb is Verb.LEAVE and d.question.reason is Reason.SUPERSEDED
         else:
@@ -533,7 +535,7 @@ def test_moved_by_hand_to_an_older_one_the_newer_one_stays() -> None:
     d.answer(Seen, View(MINE, "db", OTHER, 5))
     d.feed(WorkEnded(4))
     d.answer(Done)
-    d.answer(Seen, View(HELD, "db", OTHER, 5, trial=Trial.PASSED))
+    d.answer(Seen, View(HELD, "db", OTHER, 5, probation=Probation.PASSED))
     assert d.state.asking is None
 
 

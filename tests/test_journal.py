@@ -27,7 +27,7 @@ def term(number: int, begun: float, ended: float | None, **more: Any) -> dict[st
         "acquired_at": at(begun),
         "released_at": None if ended is None else at(ended),
         "reason": None if ended is None else "stopped",
-        "trial": "",
+        "probation": "",
         "last_beat": None,
         "ttl": None,
     }

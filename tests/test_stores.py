@@ -19,7 +19,7 @@ import asyncpg
 import pytest
 from servers import PgBouncer, has_pgbouncer
 
-from botlease.model import How, Reason, Trial
+from botlease.model import How, Probation, Reason
 from botlease.stores import Store, StoreEmpty, StoreError, StoreRefused, open_store, postgres, redact, sqlitefile
 from botlease.stores.postgres import PostgresStore
 from botlease.stores.sqlite import SqliteStore
@@ -207,7 +207,7 @@ async def test_a_database_of_the_first_version_is_upgraded_with_all_that_is_in_i
     stores = [open_store(any_url), open_store(any_url)]
     await asyncio.gather(*(s.open(DEADLINE) for s in stores))
     view = await stores[0].register(registration("a", bot="b"), DEADLINE)
-    assert lease_of(view).term == 7 and not view.paused and view.trial is Trial.NONE
+    assert lease_of(view).term == 7 and not view.paused and view.probation is Probation.NONE
     assert await claim(stores[1], "a", bot="b")
     assert (await stores[0].read("b", "a", DEADLINE)).assigned is not None
     for s in stores:
@@ -429,7 +429,7 @@ async def test_a_row_lock_does_not_hold_a_call_beyond_its_deadline(postgres_url:
                 how="released",
                 ttl=10,
                 proof="",
-                trial=Trial.NONE,
+                probation=Probation.NONE,
                 deadline=0.5,
             )  # type: ignore[arg-type]
         assert time.monotonic() - began < 1.0
@@ -697,7 +697,7 @@ async def test_a_failed_acquire_does_not_keep_the_side_car_lock(tmp_path: Path) 
             how=How.RELEASED,
             ttl=10,
             proof="",
-            trial=Trial.NONE,
+            probation=Probation.NONE,
             deadline=0.3,
         )
     other.execute("ROLLBACK")

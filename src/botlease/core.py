@@ -73,6 +73,7 @@ from botlease.model import (
     Lease,
     Mode,
     Peer,
+    Probation,
     Question,
     Ready,
     Reason,
@@ -84,7 +85,6 @@ from botlease.model import (
     StopAsked,
     Tick,
     Timing,
-    Trial,
     Unhealthy,
     Verb,
     View,
@@ -165,7 +165,7 @@ class State:
     drain_until: float = 0.0
     killed: bool = False
     reason: Reason | None = None
-    trial: Trial = Trial.NONE  # of the term that is held, or of the one that begins next
+    probation: Probation = Probation.NONE  # of the term that is held, or of the one that begins next
     work_since: float = 0.0
     healthy: bool = False
     ailing: bool = False  # crashed on probation, or without progress: somebody else may have to take over
@@ -283,7 +283,9 @@ def _absorb(s: State, event: Event, now: float, out: list[Action]) -> State:
                 s = replace(s, view=None, look_at=min(s.look_at, now))
             return s
         case Claimed(ok=ok):
-            return replace(s, claimed=s.claimed or ok, trial=s.trial if ok else Trial.NONE, view=None, look_at=now)
+            return replace(
+                s, claimed=s.claimed or ok, probation=s.probation if ok else Probation.NONE, view=None, look_at=now
+            )
         case Granted():
             return _granted(s, q, event, now, out)
         case Denied():
@@ -315,7 +317,7 @@ def _felt(s: State, event: Healthy | Crashed | Unhealthy, now: float) -> State:
     hung = isinstance(event, Unhealthy)
     if not hung:
         s = replace(s, work_since=now, healthy=False)  # a probation begins anew with a new process
-        if s.trial is not Trial.ON:
+        if s.probation is not Probation.ON:
             return s  # it has proved itself: it is started again within the term
     return replace(s, ailing=True, hung=s.hung or hung, look_at=now)
 
@@ -324,7 +326,9 @@ def _ails(s: State, others: int, now: float, out: list[Action]) -> State:
     """The answer. Somebody else is there: give the term up, and end. Nobody is: go on trying."""
     if others:
         s = replace(s, stopping=True, leave_by=now + 3 * s.timing.attempt)
-        return _drain(s, now + s.timing.stop_grace, Reason.FAILED if s.trial is Trial.ON else Reason.UNHEALTHY, out)
+        return _drain(
+            s, now + s.timing.stop_grace, Reason.FAILED if s.probation is Probation.ON else Reason.UNHEALTHY, out
+        )
     if s.hung:
         out.append(Restart())
     return replace(s, ailing=False, hung=False)
@@ -337,7 +341,9 @@ def _work_ended(s: State, term: int, done: bool, now: float) -> State:
     if asking is not None and asking.verb is not Verb.ACQUIRE:
         asking = None  # its answer can no longer matter, and the release must not wait for it
     if s.phase is Phase.WORKING:  # it ended by itself: the instance is finished
-        s = replace(s, reason=Reason.FAILED if s.trial is Trial.ON and not done else Reason.WORK_ENDED, stopping=True)
+        s = replace(
+            s, reason=Reason.FAILED if s.probation is Probation.ON and not done else Reason.WORK_ENDED, stopping=True
+        )
     return replace(
         s, phase=Phase.RELEASING, asking=asking, was_active=True, leave_by=now + 3 * s.timing.attempt, ask_after=now
     )
@@ -436,7 +442,7 @@ def _denied(s: State, q: Question, now: float, out: list[Action]) -> State:
         return _done(s, q, now)  # the term is not ours any more: just as good
     if q.verb is Verb.PASS:
         # The row itself decides whether the term is ours. Asked again and again it would be asked for ever.
-        return replace(s, trial=Trial.NONE, look_at=now)
+        return replace(s, probation=Probation.NONE, look_at=now)
     return replace(s, view=None, look_at=now)
 
 
@@ -462,14 +468,16 @@ def _done(s: State, q: Question, now: float) -> State:
     if q.verb is Verb.TOUCH:
         return replace(s, touch_at=now + s.timing.ttl, shown=q.label)
     if q.verb is Verb.PASS:
-        return replace(s, trial=Trial.PASSED, ailing=s.hung)  # a crash that crossed it is restarted as any other
+        # A crash that crossed it is restarted as any other.
+        return replace(s, probation=Probation.PASSED, ailing=s.hung)
     if q.verb is Verb.LEAVE or q.leave:
         return replace(s, phase=Phase.ENDED, term=None)
     if q.verb is Verb.RELEASE:
         phase = Phase.STANDBY if s.phase is Phase.RELEASING else s.phase
         s = replace(s, phase=phase, term=None, view=None, look_at=now, give_back_at=0.0)
         if q.reason in (Reason.SUPERSEDED, Reason.DEACTIVATED):
-            s = replace(s, trial=Trial.NONE)  # its turn is over; after an interruption the probation begins anew
+            # Its turn is over. After an interruption the probation begins anew.
+            s = replace(s, probation=Probation.NONE)
         return replace(s, shown="passive")  # the release wrote it
     return s
 
@@ -547,7 +555,7 @@ def _plan_hold(s: State, now: float, out: list[Action]) -> State:
 
 def _passed_at(s: State) -> float:
     """When the probation is over, as things are now."""
-    if s.trial is not Trial.ON or s.ailing or (s.me.monitored and not s.healthy):
+    if s.probation is not Probation.ON or s.ailing or (s.me.monitored and not s.healthy):
         return math.inf
     return s.work_since + s.timing.probation
 
@@ -583,13 +591,24 @@ def _plan_standby(s: State, now: float, out: list[Action]) -> State:
             if lease.origin != view.origin:
                 floor = max(floor + TERM_GAP, view.era)
             return _ask(
-                s, now, out, Verb.ACQUIRE, key=lease.key, floor=floor, origin=view.origin, how=how, trial=s.trial
+                s,
+                now,
+                out,
+                Verb.ACQUIRE,
+                key=lease.key,
+                floor=floor,
+                origin=view.origin,
+                how=how,
+                probation=s.probation,
             )
     elif _may_claim(s, view, lease, now):
         peer = view.assigned
         # With nobody to give it back to there is no probation.
         newcomer = peer is not None and not peer.ended and view.generation > peer.generation
-        s = replace(s, trial=Trial.NONE if not newcomer else Trial.ON if s.timing.probation > 0 else Trial.PASSED)
+        s = replace(
+            s,
+            probation=Probation.NONE if not newcomer else Probation.ON if s.timing.probation > 0 else Probation.PASSED,
+        )
         return _ask(s, now, out, Verb.CLAIM, source=peer.key if peer else None)
     return _touch(s, now, out)
 
@@ -616,7 +635,7 @@ def _superseded_for_good(view: View, lease: Lease) -> bool:
     peer = view.assigned
     if peer is None or lease.holder != peer.instance_id:
         return False
-    return view.trial is Trial.PASSED and peer.generation > view.generation
+    return view.probation is Probation.PASSED and peer.generation > view.generation
 
 
 def _somebody_lives(s: State, view: View, now: float) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from botlease.model import How, Reason, Trial
+from botlease.model import How, Probation, Reason
 
 KNOWN: Final = frozenset(str(r) for r in Reason)
 RHO: Final = 0.01
@@ -172,7 +172,7 @@ def rows(terms: Iterable[dict[str, Any]], now: datetime) -> list[dict[str, Any]]
                 "lasted": lasted,
                 "began": row["how"],
                 "ended": row["reason"],
-                "probation": {Trial.ON: "on", Trial.PASSED: "passed"}.get(row["trial"]),
+                "probation": {Probation.ON: "on", Probation.PASSED: "passed"}.get(row["probation"]),
             }
         )
     return out

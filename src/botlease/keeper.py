@@ -220,7 +220,7 @@ class Keeper:
                     how=q.how,
                     ttl=self.timing.ttl,
                     proof=proved,
-                    trial=q.trial,
+                    probation=q.probation,
                     deadline=limit,
                 )
                 if grant is not None and proved != self.work.proof:

@@ -124,7 +124,7 @@ class Mode(StrEnum):
     REFUSE = "refuse"  # leaves if another instance is alive: a second start by hand
 
 
-class Trial(StrEnum):
+class Probation(StrEnum):
     """The probation of a term, as the journal keeps it."""
 
     NONE = ""
@@ -188,7 +188,7 @@ class View:
     renewed_ago: float = 0.0  # by the database's clock, for display and refusals only
     era: int = 0  # rises from one incarnation of the database to the next; terms of a new one begin above it
     paused: bool = False  # the operator wants nobody to work for now
-    trial: Trial = Trial.NONE  # the probation of the lease's term
+    probation: Probation = Probation.NONE  # the probation of the lease's term
     failures: int = 0  # probations that our deployment did not pass
     others: int = 0  # live instances of this bot beside us
 
@@ -219,7 +219,7 @@ class Question:
     floor: int = 0  # acquire: the term must rise above this
     origin: str = ""  # acquire: the database in which the row was seen
     how: How = How.RELEASED
-    trial: Trial = Trial.NONE  # acquire: whether the term begins on probation
+    probation: Probation = Probation.NONE  # acquire: whether the term begins on probation
     held: tuple[int, str] | None = None  # renew, release, pass: exactly this (term, nonce)
     source: tuple[str, int, int] | None = None  # claim: who has the assignment now, its generation and beat
     reason: Reason | None = None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from botlease import __version__, clock, status
 from botlease.core import Candidate, Phase
 from botlease.keeper import Keeper
-from botlease.model import TRIES, Reason, Trial
+from botlease.model import TRIES, Probation, Reason
 from botlease.settings import Settings
 from botlease.stores import Registration, Store, StoreError, StoreRefused, open_store
 from botlease.work import tree
@@ -239,7 +239,7 @@ class Supervisor:
             self.quarantined = state.view.failures >= TRIES
         waits = state.phase is Phase.STANDBY and self.last_holder not in (None, self.settings.instance_id)
         # Where the old one lives until we say that we are well, it lives until the probation is over.
-        proving = state.phase is Phase.WORKING and state.trial is Trial.ON
+        proving = state.phase is Phase.WORKING and state.probation is Probation.ON
         # The database is judged by the attempts that fail, not by how long ago it was asked: a standby asks rarely.
         ready = state.phase is not Phase.JOINING and state.failures < 3
         if self.quarantined and state.phase is Phase.STANDBY:

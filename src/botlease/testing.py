@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from botlease.model import How, Lease, Reason, Trial, View
+from botlease.model import How, Lease, Probation, Reason, View
 from botlease.stores import Registration, Store
 
 DEADLINE = 5.0
@@ -37,7 +37,7 @@ async def acquire(
     floor: int = 0,
     origin: str | None = None,
     nonce: str = "",
-    trial: Trial = Trial.NONE,
+    probation: Probation = Probation.NONE,
     how: How = How.RELEASED,
 ) -> Any:
     return await store.acquire(
@@ -50,7 +50,7 @@ async def acquire(
         how=how,
         ttl=10.0,
         proof="proof",
-        trial=trial,
+        probation=probation,
         deadline=DEADLINE,
     )
 
@@ -323,7 +323,7 @@ class StoreContract:
     # Who is newest -------------------------------------------------------------------------------------------------
 
     async def handed_over(
-        self, a: Store, b: Store, *, reason: Reason, trial: Trial = Trial.ON, back: str = "a"
+        self, a: Store, b: Store, *, reason: Reason, probation: Probation = Probation.ON, back: str = "a"
     ) -> View:
         """ "a" of d1 holds, "b" of d2 takes over on probation and ends for ``reason``. What ``back`` sees."""
         first = await self.held(a)
@@ -331,7 +331,7 @@ class StoreContract:
         assert await claim(b, "b", "a")
         release: Any = {"deadline": DEADLINE, "pass_on": False, "leave": False, "reason": Reason.SUPERSEDED}
         assert await a.release("bot", "a", first.term, "nonce-a", **release)
-        grant = await acquire(b, "b", lease_of(await b.read("bot", "b", DEADLINE)), trial=trial)
+        grant = await acquire(b, "b", lease_of(await b.read("bot", "b", DEADLINE)), probation=probation)
         assert await b.release(
             "bot", "b", grant.term, "nonce-b", **{**release, "pass_on": True, "leave": True, "reason": reason}
         )
@@ -357,7 +357,7 @@ class StoreContract:
         a, b = stores
         view = await a.register(registration("a"), DEADLINE)
         await claim(a, "a")
-        await acquire(a, "a", lease_of(view), trial=Trial.ON)
+        await acquire(a, "a", lease_of(view), probation=Probation.ON)
         await b.register(registration("b", "d2"), DEADLINE)
         await claim(b, "b", "a")
         await acquire(b, "b", lease_of(await b.read("bot", "b", DEADLINE)), how=How.DIED)
@@ -370,7 +370,7 @@ class StoreContract:
         await self.handed_over(a, b, reason=Reason.FAILED)
         assert (await b.register(registration("b2", "d2"), DEADLINE)).failures == 1
         assert await claim(b, "b2", "a")
-        grant = await acquire(b, "b2", lease_of(await b.read("bot", "b2", DEADLINE)), trial=Trial.ON)
+        grant = await acquire(b, "b2", lease_of(await b.read("bot", "b2", DEADLINE)), probation=Probation.ON)
         assert await b.passed("bot", "b2", grant.term, "nonce-b2", DEADLINE)
         assert (await b.read("bot", "b2", DEADLINE)).failures == 0
 
@@ -382,7 +382,7 @@ class StoreContract:
         await b.register(registration("b2", "d2"), DEADLINE)
         await b.register(registration("c", "d3"), DEADLINE)
         assert await claim(b, "c", "a")
-        grant = await acquire(b, "c", lease_of(await b.read("bot", "c", DEADLINE)), trial=Trial.ON)
+        grant = await acquire(b, "c", lease_of(await b.read("bot", "c", DEADLINE)), probation=Probation.ON)
         release: Any = {"deadline": DEADLINE, "pass_on": True, "leave": True, "reason": Reason.FAILED}
         assert await b.release("bot", "c", grant.term, "nonce-c", **release)
         view = await a.read("bot", "a", DEADLINE)
@@ -392,12 +392,12 @@ class StoreContract:
         a, b = stores
         view = await a.register(registration("a"), DEADLINE)
         await claim(a, "a")
-        grant = await acquire(a, "a", lease_of(view), trial=Trial.ON)
-        assert (await b.read("bot", "a", DEADLINE)).trial is Trial.ON
+        grant = await acquire(a, "a", lease_of(view), probation=Probation.ON)
+        assert (await b.read("bot", "a", DEADLINE)).probation is Probation.ON
         assert not await a.passed("bot", "a", grant.term, "another nonce", DEADLINE)
         assert await a.passed("bot", "a", grant.term, "nonce-a", DEADLINE)
         assert await a.passed("bot", "a", grant.term, "nonce-a", DEADLINE)  # the answer may have been lost
-        assert (await b.read("bot", "a", DEADLINE)).trial is Trial.PASSED
+        assert (await b.read("bot", "a", DEADLINE)).probation is Probation.PASSED
 
     async def test_an_older_deployment_chosen_by_hand_becomes_the_newest(
         self, stores: Sequence[Store], execute: Callable[[str], Any]
@@ -463,7 +463,7 @@ class StoreContract:
         self, stores: Sequence[Store]
     ) -> None:
         a, b = stores
-        await self.handed_over(a, b, reason=Reason.STOPPED, trial=Trial.NONE)
+        await self.handed_over(a, b, reason=Reason.STOPPED, probation=Probation.NONE)
         again = await b.register(registration("b2", "d2"), DEADLINE)
 
         assert again.assigned is not None and again.assigned.instance_id == "a"
@@ -496,8 +496,8 @@ class StoreContract:
         await self.handed_over(a, b, reason=Reason.FAILED)
         second, first = await a.terms("bot", 10, DEADLINE)
 
-        assert (first["instance_id"], first["reason"], first["trial"]) == ("a", "superseded", "")
-        assert (second["instance_id"], second["reason"], second["trial"]) == ("b", "failed", "on")
+        assert (first["instance_id"], first["reason"], first["probation"]) == ("a", "superseded", "")
+        assert (second["instance_id"], second["reason"], second["probation"]) == ("b", "failed", "on")
         assert first["acquired_at"] <= first["released_at"] <= second["acquired_at"] <= second["released_at"]
         assert await a.terms("another", 10, DEADLINE) == [] and len(await a.terms(None, 1, DEADLINE)) == 1
 

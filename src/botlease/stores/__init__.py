@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from botlease.model import How, Lease, Peer, Reason, Trial, View
+from botlease.model import How, Lease, Peer, Probation, Reason, View
 
 SCHEMA_VERSION: Final = 2
 SEED_COLUMNS: Final = ("instance_id", "started_at", "last_heartbeat", "is_active")
@@ -102,12 +102,12 @@ class Store(Protocol):
         how: How,
         ttl: float,
         proof: str,
-        trial: Trial,
+        probation: Probation,
         deadline: float,
     ) -> Grant | None:
         """Begin a term above ``floor``, if this is still the database ``origin`` (a fail-over in between may have lost
         the very acquire that would defeat ours), the row is still exactly ``key``, the bot is not paused, and we are
-        assigned and not ended. ``trial``: whether it begins on probation."""
+        assigned and not ended. ``probation``: whether it begins on probation."""
 
     async def renew(self, bot: str, instance_id: str, term: int, nonce: str, deadline: float) -> Renewal | None: ...
 
@@ -196,7 +196,7 @@ def make_view(row: Any, origin: str, era: int) -> View:
         renewed_ago=float(row["renewed_ago"] or 0),
         era=era,
         paused=bool(row["paused"]),
-        trial=Trial(row["trial"] or ""),
+        probation=Probation(row["probation"] or ""),
         failures=row["failures"],
         others=row["others"],
     )

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import asyncpg
 
 from botlease import clock
-from botlease.model import TRIES, How, Reason, Trial, View
+from botlease.model import TRIES, How, Probation, Reason, View
 from botlease.stores import (
     KEEP_ENDED_DAYS,
     SCHEMA_VERSION,
@@ -134,14 +134,14 @@ CREATE TRIGGER botlease_occupancy AFTER UPDATE ON bot_leases FOR EACH ROW
 # older deployment by hand wants it to stay there, whatever restarts meanwhile. So that deployment becomes the newest.
 UPGRADE_2: Final = """
 ALTER TABLE bot_leases ADD COLUMN paused boolean NOT NULL DEFAULT FALSE;
-ALTER TABLE bot_terms ADD COLUMN trial text NOT NULL DEFAULT '', ADD COLUMN host text,
+ALTER TABLE bot_terms ADD COLUMN probation text NOT NULL DEFAULT '', ADD COLUMN host text,
   ADD COLUMN last_beat timestamptz, ADD COLUMN ttl double precision;
-CREATE INDEX bot_terms_trials ON bot_terms (bot, deployment) WHERE trial <> '';
+CREATE INDEX bot_terms_probations ON bot_terms (bot, deployment) WHERE probation <> '';
 CREATE VIEW bot_failures AS
   SELECT bot, deployment, count(*) AS failures FROM bot_terms t
-  WHERE trial = 'on' AND reason IN ('failed', 'died', 'expired')
+  WHERE probation = 'on' AND reason IN ('failed', 'died', 'expired')
     AND NOT EXISTS (SELECT 1 FROM bot_terms p WHERE p.bot = t.bot AND p.deployment = t.deployment
-                    AND p.trial = 'passed' AND p.term > t.term)
+                    AND p.probation = 'passed' AND p.term > t.term)
   GROUP BY bot, deployment;
 -- SECURITY DEFINER: an operator's role may edit bot_instances and nothing else.
 CREATE OR REPLACE FUNCTION botlease_one_active() RETURNS trigger LANGUAGE plpgsql
@@ -184,7 +184,7 @@ $$;
 CREATE TRIGGER botlease_pause AFTER UPDATE ON bot_leases FOR EACH ROW
   WHEN (OLD.paused IS DISTINCT FROM NEW.paused) EXECUTE FUNCTION botlease_notify();
 CREATE TRIGGER botlease_probation AFTER UPDATE ON bot_terms FOR EACH ROW
-  WHEN (OLD.trial IS DISTINCT FROM NEW.trial) EXECUTE FUNCTION botlease_notify();
+  WHEN (OLD.probation IS DISTINCT FROM NEW.probation) EXECUTE FUNCTION botlease_notify();
 """
 UPGRADES: Final = {2: UPGRADE_2}
 
@@ -196,7 +196,7 @@ NO_TIMELINE: Final = "'00000001'::text"
 READ: Final = """
 WITH failed AS MATERIALIZED (SELECT deployment, failures FROM bot_failures WHERE bot = $1)
 SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, coalesce(l.paused, FALSE) AS paused,
-       (SELECT t.trial FROM bot_terms t WHERE t.bot = $1 AND t.term = l.term) AS trial,
+       (SELECT t.probation FROM bot_terms t WHERE t.bot = $1 AND t.term = l.term) AS probation,
        coalesce(mine.failures, 0) AS failures,
        (SELECT count(*) FROM bot_instances o
           LEFT JOIN failed f ON f.deployment = o.deployment
@@ -270,7 +270,7 @@ WITH old AS (
     ttl = coalesce(bot_terms.ttl, old.ttl)
   FROM old, got WHERE bot = $1 AND released_at IS NULL
 ), opened AS (
-  INSERT INTO bot_terms (bot, term, instance_id, deployment, host, how, acquired_at, trial, ttl)
+  INSERT INTO bot_terms (bot, term, instance_id, deployment, host, how, acquired_at, probation, ttl)
   SELECT $1, got.term, $2, i.deployment, i.host, $12, got.renewed_at, $13, $9
   FROM got, bot_instances i WHERE i.instance_id = $2
 ), buried AS (  -- the kernel proved it dead: it must not count as a standby
@@ -292,7 +292,7 @@ RETURNING EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = $2 AND is_acti
 """
 
 PASSED: Final = """
-UPDATE bot_terms SET trial = 'passed' WHERE bot = $1 AND term = $3 AND trial <> ''
+UPDATE bot_terms SET probation = 'passed' WHERE bot = $1 AND term = $3 AND probation <> ''
   AND EXISTS (SELECT 1 FROM bot_leases WHERE bot = $1 AND term = $3 AND nonce = $4 AND holder = $2)
 RETURNING 1
 """
@@ -371,7 +371,7 @@ WHERE instance_id = $1 AND ended_at IS NULL
 """
 LEASES: Final = "SELECT bot, term, beat, holder, ttl, renewed_at, paused FROM bot_leases ORDER BY bot"
 TERMS: Final = """
-SELECT bot, term, instance_id, deployment, host, how, acquired_at, released_at, reason, trial, last_beat, ttl
+SELECT bot, term, instance_id, deployment, host, how, acquired_at, released_at, reason, probation, last_beat, ttl
 FROM bot_terms WHERE ($1::text IS NULL OR bot = $1) ORDER BY bot, term DESC LIMIT $2
 """
 FAILURES: Final = "SELECT bot, deployment, failures FROM bot_failures"
@@ -386,7 +386,7 @@ PRUNE: Final = (
     "DELETE FROM bot_terms t WHERE released_at < clock_timestamp() - make_interval(secs => $2) "
     "AND ($1::text IS NULL OR bot = $1) "
     # What a quarantine rests on is kept for its time, however young the rest may be that goes.
-    "AND (trial <> 'on' OR reason NOT IN ('failed', 'died', 'expired') "
+    "AND (probation <> 'on' OR reason NOT IN ('failed', 'died', 'expired') "
     f"OR released_at < clock_timestamp() - make_interval(days => {KEEP_ENDED_DAYS})) "
     "AND term < (SELECT l.term FROM bot_leases l WHERE l.bot = t.bot)",
 )
@@ -671,7 +671,7 @@ class PostgresStore:
         how: How,
         ttl: float,
         proof: str,
-        trial: Trial,
+        probation: Probation,
         deadline: float,
     ) -> Grant | None:
         row = await self._call(
@@ -679,7 +679,7 @@ class PostgresStore:
             lambda c: c.fetchrow(
                 self._sql(ACQUIRE),
                 *(bot, instance_id, *key, floor, nonce, ttl, self._system, proof, str(how)),
-                str(trial),
+                str(probation),
                 origin,
             ),
         )

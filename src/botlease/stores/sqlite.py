@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from botlease import clock
-from botlease.model import How, Reason, Trial, View
+from botlease.model import How, Probation, Reason, View
 from botlease.stores import Grant, Registration, Renewal, StoreError, StoreRefused, within
 from botlease.stores.inotify import JournalWatch
 from botlease.stores.sqlitefile import Key, SqliteFile, explain
@@ -157,7 +157,7 @@ class SqliteStore:
         how: How,
         ttl: float,
         proof: str,
-        trial: Trial,
+        probation: Probation,
         deadline: float,
     ) -> Grant | None:
         def call(f: SqliteFile) -> Grant | None:
@@ -173,7 +173,7 @@ class SqliteStore:
                     how=how,
                     ttl=ttl,
                     proof=proof,
-                    trial=trial,
+                    probation=probation,
                 )
             finally:
                 if grant is None:  # denied, or failed: a lock we kept would shut everybody else out

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from botlease import clock
-from botlease.model import TRIES, How, Reason, Trial, View
+from botlease.model import TRIES, How, Probation, Reason, View
 from botlease.stores import (
     KEEP_ENDED_DAYS,
     SCHEMA_VERSION,
@@ -82,17 +82,17 @@ END;
 # older deployment by hand wants it to stay there, whatever restarts meanwhile. So that deployment becomes the newest.
 UPGRADE_2: Final = """
 ALTER TABLE bot_leases ADD COLUMN paused BOOLEAN NOT NULL DEFAULT FALSE;
-ALTER TABLE bot_terms ADD COLUMN trial TEXT NOT NULL DEFAULT '';
+ALTER TABLE bot_terms ADD COLUMN probation TEXT NOT NULL DEFAULT '';
 ALTER TABLE bot_terms ADD COLUMN host TEXT;
 ALTER TABLE bot_terms ADD COLUMN last_beat TIMESTAMP;
 ALTER TABLE bot_terms ADD COLUMN ttl REAL;
-CREATE INDEX bot_terms_trials ON bot_terms (bot, deployment) WHERE trial <> '';
+CREATE INDEX bot_terms_probations ON bot_terms (bot, deployment) WHERE probation <> '';
 CREATE VIEW bot_failures AS
   SELECT bot, deployment, count(*) AS failures FROM bot_terms t
-  -- "trial <> ''" says nothing more, but lets the index be used
-  WHERE trial <> '' AND trial = 'on' AND reason IN ('failed', 'died', 'expired')
+  -- "probation <> ''" says nothing more, but lets the index be used
+  WHERE probation <> '' AND probation = 'on' AND reason IN ('failed', 'died', 'expired')
     AND NOT EXISTS (SELECT 1 FROM bot_terms p WHERE p.bot = t.bot AND p.deployment = t.deployment
-                    AND p.trial <> '' AND p.trial = 'passed' AND p.term > t.term)
+                    AND p.probation <> '' AND p.probation = 'passed' AND p.term > t.term)
   GROUP BY bot, deployment;
 CREATE TRIGGER bot_instances_by_hand AFTER UPDATE OF is_active ON bot_instances
 WHEN NEW.is_active AND NOT OLD.is_active AND NEW.bot IS NOT NULL AND NEW.beat = OLD.beat AND NEW.version <> '0.1.0'
@@ -109,7 +109,7 @@ UPGRADES: Final = {2: UPGRADE_2}
 READ: Final = """
 WITH failed AS MATERIALIZED (SELECT deployment, failures FROM bot_failures WHERE bot = :bot)
 SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, coalesce(l.paused, FALSE) AS paused,
-       (SELECT t.trial FROM bot_terms t WHERE t.bot = :bot AND t.term = l.term) AS trial,
+       (SELECT t.probation FROM bot_terms t WHERE t.bot = :bot AND t.term = l.term) AS probation,
        coalesce(mine.failures, 0) AS failures,
        (SELECT count(*) FROM bot_instances o
           LEFT JOIN failed f ON f.deployment = o.deployment
@@ -160,7 +160,7 @@ PRUNE: Final = (
     "AND (:bot IS NULL OR bot = :bot)",
     # What a quarantine rests on is kept for its time, however young the rest may be that goes.
     "DELETE FROM bot_terms WHERE released_at < :old AND (:bot IS NULL OR bot = :bot) "
-    "AND (trial <> 'on' OR reason NOT IN ('failed', 'died', 'expired') OR released_at < :kept) "
+    "AND (probation <> 'on' OR reason NOT IN ('failed', 'died', 'expired') OR released_at < :kept) "
     "AND term < (SELECT term FROM bot_leases l WHERE l.bot = bot_terms.bot)",
 )
 DEACTIVATE: Final = (
@@ -195,11 +195,11 @@ CLOSE_OLD_TERM: Final = (
     "WHERE bot = :bot AND term < :term AND released_at IS NULL"
 )
 OPEN_TERM: Final = """
-INSERT INTO bot_terms (bot, term, instance_id, deployment, host, how, acquired_at, trial, ttl)
-SELECT :bot, :term, :me, deployment, host, :how, :now, :trial, :ttl FROM bot_instances WHERE instance_id = :me
+INSERT INTO bot_terms (bot, term, instance_id, deployment, host, how, acquired_at, probation, ttl)
+SELECT :bot, :term, :me, deployment, host, :how, :now, :probation, :ttl FROM bot_instances WHERE instance_id = :me
 """
 PASSED: Final = """
-UPDATE bot_terms SET trial = 'passed' WHERE bot = :bot AND term = :term AND trial <> ''
+UPDATE bot_terms SET probation = 'passed' WHERE bot = :bot AND term = :term AND probation <> ''
   AND EXISTS (SELECT 1 FROM bot_leases WHERE bot = :bot AND term = :term AND nonce = :nonce AND holder = :me)
 """
 SHOW_TERM: Final = (
@@ -263,7 +263,7 @@ TOUCH: Final = (
 )
 LEASES: Final = "SELECT bot, term, beat, holder, ttl, renewed_at, paused FROM bot_leases ORDER BY bot"
 TERMS: Final = """
-SELECT bot, term, instance_id, deployment, host, how, acquired_at, released_at, reason, trial, last_beat, ttl
+SELECT bot, term, instance_id, deployment, host, how, acquired_at, released_at, reason, probation, last_beat, ttl
 FROM bot_terms WHERE (:bot IS NULL OR bot = :bot) ORDER BY bot, term DESC LIMIT :limit
 """
 FAILURES: Final = "SELECT bot, deployment, failures FROM bot_failures"
@@ -493,7 +493,7 @@ class SqliteFile:
         how: How,
         ttl: float,
         proof: str,
-        trial: Trial = Trial.NONE,
+        probation: Probation = Probation.NONE,
     ) -> Grant | None:
         values = {
             "bot": bot,
@@ -508,7 +508,7 @@ class SqliteFile:
             "how": str(how),
             "ttl": ttl,
             "proof": proof,
-            "trial": str(trial),
+            "probation": str(probation),
             "origin": self.origin,
             "now": clock.iso(self.wall()),
         }
