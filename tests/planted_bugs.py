@@ -169,9 +169,15 @@ def no_lock_delay() -> Iterator[None]:
     real = core._granted
 
     def wrong(s: Any, q: Any, event: Any, now: float, out: Any) -> Any:
-        return real(s, replace(q, how=core.How.RELEASED), event, now, out)
+        return real(s, replace(q, lock_delay=0.0), event, now, out)
 
     with patch.object(core, "_granted", wrong):
+        yield
+
+
+@bug
+def no_lock_delay_after_a_death_that_followed_an_expiry() -> Iterator[None]:
+    with patch.object(core, "_unsettled", lambda s, view, how, now: how is core.How.EXPIRED):
         yield
 
 

@@ -226,9 +226,25 @@ def test_a_beat_starts_the_patience_anew() -> None:
 
 
 def test_a_holder_that_the_kernel_proved_dead_is_followed_at_once() -> None:
-    d = Driver().joined(View(HELD, "db", ME, 5))
+    d = Driver().joined(View(HELD, "db", ME, 5, rooted=How.RELEASED))
     actions = d.feed(HolderDied(4, "y"))
     assert verbs(actions) == [Verb.ACQUIRE] and d.question.how is How.DIED
+    assert [a for a in d.answer(Granted, 5, "n", "db") if isinstance(a, Start)]
+
+
+def test_one_that_died_right_after_an_expiry_leaves_its_lock_delay_to_its_successor() -> None:
+    d = Driver().joined(View(HELD, "db", ME, 5, rooted=How.EXPIRED))
+    d.feed(HolderDied(4, "y"), after=0.1)
+    assert d.question.how is How.DIED
+    assert not [a for a in d.answer(Granted, 5, "n", "db") if isinstance(a, Start)]
+    assert [a for a in d.feed(Tick(), after=TIMING.lock_delay + 0.01) if isinstance(a, Start)]
+
+
+def test_a_lock_delay_that_was_seen_to_pass_is_not_waited_for_again() -> None:
+    d = Driver().joined(View(HELD, "db", ME, 5, rooted=How.EXPIRED))
+    d.feed(Tick(), after=0.6)
+    d.answer(Seen, View(replace(HELD, beat=8), "db", ME, 5, rooted=How.EXPIRED), after=0.5)
+    d.feed(HolderDied(4, "y"))
     assert [a for a in d.answer(Granted, 5, "n", "db") if isinstance(a, Start)]
 
 

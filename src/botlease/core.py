@@ -18,7 +18,7 @@ A *lease* row holds ``(term, beat, nonce, holder)`` and is only ever changed by 
 * A challenger takes the lease only if it was released (which is written after the work's process tree
   is gone), if it saw the same key unchanged for ``ttl*(1+rho)`` on its own clock, or if the kernel of
   the same host proved the holder dead (R3). Its acquire is a compare-and-set on the key it saw, so a
-  renewal that slips in between defeats it. After an expiry it waits ``lock_delay`` before working.
+  renewal that slips in between defeats it. After an expiry, however many deaths ago, it waits ``lock_delay``.
 * Since clock rates differ by less than ``rho``, the last instant a holder can work lies before the first
   instant a challenger can: that is the whole proof. No timestamp of any other machine takes part.
 * One question is in flight at a time and every answer names it: a late, repeated or reordered
@@ -115,7 +115,6 @@ class Term:
     asked_at: float
     trusted_until: float
     start_at: float
-    how: How = How.RELEASED
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +148,7 @@ class State:
     view: View | None = None
     key: tuple[int, int, str, str | None] | None = None
     key_since: float = 0.0
+    term_since: float = 0.0  # since when its term is known to us
     doubted: bool = False
     floor: int = 0
     origin: str = ""
@@ -242,9 +242,9 @@ def _disbelieve(s: State, now: float) -> State:
 
 
 def _release_from(t: Term) -> float:
-    """After an expiry nothing may read "released" before the lock-delay has passed, even if no work began: whoever
-    reads it starts at once, while the dead holder's last requests may still be on their way."""
-    return t.start_at if t.how is How.EXPIRED else 0.0
+    """Nothing may read "released" before the lock-delay has passed, even if no work began: whoever reads it starts at
+    once, while the requests of the one before may still be on their way."""
+    return t.start_at
 
 
 # Taking in -------------------------------------------------------------------------------------------
@@ -354,9 +354,9 @@ def _failed(s: State, q: Question, now: float) -> State:
     s = replace(s, failures=s.failures + 1, ask_after=now + pause)
     if q.verb in (Verb.ACQUIRE, Verb.CLAIM, Verb.RELEASE):
         s = replace(s, view=None, look_at=now)
-        if q.verb is Verb.ACQUIRE and q.how is How.EXPIRED:
+        if q.verb is Verb.ACQUIRE and q.lock_delay:
             # Should it have been granted after all, the lock-delay must pass before we write "released".
-            s = replace(s, give_back_at=q.asked_at + s.timing.lock_delay)
+            s = replace(s, give_back_at=q.asked_at + q.lock_delay)
         if q.verb is Verb.RELEASE and s.phase is Phase.RELEASING:
             s = replace(s, phase=Phase.STANDBY, term=None)
     return s
@@ -385,7 +385,8 @@ def _saw(s: State, view: View, now: float, out: list[Action]) -> State:
         doubted = backwards or changed or lease.origin != view.origin
         if lease.holder and lease.proof and (s.key is None or s.key[2] != lease.nonce):
             out.append(Watch(lease))
-        s = replace(s, key=lease.key, key_since=now, doubted=doubted)
+        known = s.key is not None and s.key[0] == lease.term
+        s = replace(s, key=lease.key, key_since=now, doubted=doubted, term_since=s.term_since if known else now)
     elif changed:
         s = replace(s, key_since=now, doubted=True)
     peer = (view.assigned.instance_id, view.assigned.beat) if view.assigned else None
@@ -426,9 +427,8 @@ def _term_over(s: State, reason: Reason, now: float, out: list[Action]) -> State
 def _granted(s: State, q: Question, event: Granted, now: float, out: list[Action]) -> State:
     until = q.asked_at + s.timing.trust
     if now >= until or s.phase is not Phase.STANDBY:
-        return _disbelieve(replace(s, give_back_at=q.asked_at + s.timing.lock_delay), now)
-    delay = s.timing.lock_delay if q.how is How.EXPIRED else 0.0
-    term = Term(event.term, event.nonce, event.origin, q.asked_at, until, now + delay, q.how)
+        return _disbelieve(replace(s, give_back_at=q.asked_at + q.lock_delay), now)
+    term = Term(event.term, event.nonce, event.origin, q.asked_at, until, now + q.lock_delay)
     s = replace(s, term=term, floor=max(s.floor, event.term), killed=False, reason=None)
     if s.stopping:
         return replace(s, phase=Phase.RELEASING, reason=Reason.GIVEN_BACK)
@@ -599,6 +599,7 @@ def _plan_standby(s: State, now: float, out: list[Action]) -> State:
                 floor=floor,
                 origin=view.origin,
                 how=how,
+                lock_delay=s.timing.lock_delay if _unsettled(s, view, how, now) else 0.0,
                 probation=s.probation,
             )
     elif _may_claim(s, view, lease, now):
@@ -628,6 +629,15 @@ def _vacancy(s: State, lease: Lease, now: float) -> How | None:
     if now >= s.key_since + s.timing.patience(lease.ttl):
         return How.EXPIRED
     return None
+
+
+def _unsettled(s: State, view: View, how: How, now: float) -> bool:
+    """Whether requests of a term that ran out may still be on their way: after an expiry, and also if its successor
+    died so soon that it may have been within its own lock-delay. Our own clock settles that, where we saw its term
+    for long enough."""
+    if how is not How.DIED:
+        return how is How.EXPIRED
+    return view.rooted is How.EXPIRED and now < s.term_since + s.timing.lock_delay * (1 + s.timing.rho)
 
 
 def _superseded_for_good(view: View, lease: Lease) -> bool:

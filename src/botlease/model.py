@@ -191,6 +191,7 @@ class View:
     probation: Probation = Probation.NONE  # the probation of the lease's term
     failures: int = 0  # probations that our deployment did not pass
     others: int = 0  # live instances of this bot beside us
+    rooted: How = How.EXPIRED  # the evidence of the lease's term, or of the one that a row of deaths goes back to
 
 
 # Questions, events, actions --------------------------------------------------------------------------
@@ -219,6 +220,7 @@ class Question:
     floor: int = 0  # acquire: the term must rise above this
     origin: str = ""  # acquire: the database in which the row was seen
     how: How = How.RELEASED
+    lock_delay: float = 0.0  # acquire: how long to wait before working, in seconds
     probation: Probation = Probation.NONE  # acquire: whether the term begins on probation
     held: tuple[int, str] | None = None  # renew, release, pass: exactly this (term, nonce)
     source: tuple[str, int, int] | None = None  # claim: who has the assignment now, its generation and beat

@@ -199,6 +199,7 @@ def make_view(row: Any, origin: str, era: int) -> View:
         probation=Probation(row["probation"] or ""),
         failures=row["failures"],
         others=row["others"],
+        rooted=How(row["rooted"] or How.EXPIRED),
     )
 
 

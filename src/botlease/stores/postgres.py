@@ -197,6 +197,7 @@ READ: Final = """
 WITH failed AS MATERIALIZED (SELECT deployment, failures FROM bot_failures WHERE bot = $1)
 SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, coalesce(l.paused, FALSE) AS paused,
        (SELECT t.probation FROM bot_terms t WHERE t.bot = $1 AND t.term = l.term) AS probation,
+       (SELECT t.how FROM bot_terms t WHERE t.bot = $1 AND t.how <> 'died' ORDER BY t.term DESC LIMIT 1) AS rooted,
        coalesce(mine.failures, 0) AS failures,
        (SELECT count(*) FROM bot_instances o
           LEFT JOIN failed f ON f.deployment = o.deployment

@@ -110,6 +110,7 @@ READ: Final = """
 WITH failed AS MATERIALIZED (SELECT deployment, failures FROM bot_failures WHERE bot = :bot)
 SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, coalesce(l.paused, FALSE) AS paused,
        (SELECT t.probation FROM bot_terms t WHERE t.bot = :bot AND t.term = l.term) AS probation,
+       (SELECT t.how FROM bot_terms t WHERE t.bot = :bot AND t.how <> 'died' ORDER BY t.term DESC LIMIT 1) AS rooted,
        coalesce(mine.failures, 0) AS failures,
        (SELECT count(*) FROM bot_instances o
           LEFT JOIN failed f ON f.deployment = o.deployment
