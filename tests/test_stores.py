@@ -21,7 +21,9 @@ from servers import PgBouncer, has_pgbouncer
 
 from botlease.model import How, Probation, Reason
 from botlease.stores import Store, StoreEmpty, StoreError, StoreRefused, open_store, postgres, redact, sqlitefile
+from botlease.stores.inbox import Changes, Holding, Update
 from botlease.stores.postgres import PostgresStore
+from botlease.stores.postgresinbox import PostgresInbox
 from botlease.stores.sqlite import SqliteStore
 from botlease.stores.sqlitefile import NETWORK_FILE_SYSTEMS
 from botlease.testing import DEADLINE, StoreContract, acquire, claim, lease_of, registration
@@ -190,12 +192,12 @@ async def test_a_database_of_the_first_version_is_upgraded_with_all_that_is_in_i
             old.setattr(module, "SCHEMA_VERSION", 1)
         old_one: Any = open_store(any_url)
         if isinstance(old_one, PostgresStore):
-            await old_one._call(DEADLINE, old_one._migrate)
+            await old_one.call(DEADLINE, old_one._migrate)
         else:
             await old_one.open(DEADLINE)
         await old_one.aclose()
     looking = open_store(any_url)  # a command that only looks
-    with pytest.raises(StoreRefused, match="tables are of an older botlease .version 1, this one knows 2"):
+    with pytest.raises(StoreRefused, match="tables are of an older botlease .version 1, this one knows 3"):
         await looking.open(DEADLINE, upgrade=False)
     await looking.aclose()
     rows = "('b', 7, 0, 'n', NULL, 10, 'o', '', 3, CURRENT_TIMESTAMP)"
@@ -231,7 +233,7 @@ async def test_an_upgrade_does_not_keep_renewals_waiting_behind_a_long_transacti
     with monkeypatch.context() as old:
         old.setattr(postgres, "SCHEMA_VERSION", 1)
         first = PostgresStore(postgres_url)
-        await first._call(DEADLINE, first._migrate)
+        await first.call(DEADLINE, first._migrate)
         await first.aclose()
     await run_sql(
         postgres_url,
@@ -648,8 +650,8 @@ async def test_the_documented_privileges_are_enough_to_run(postgres_url: str) ->
     await run_sql(
         postgres_url,
         f"CREATE ROLE {role} LOGIN",
-        f"GRANT SELECT, INSERT, UPDATE, DELETE ON bot_instances, bot_terms TO {role}",
-        f"GRANT SELECT, INSERT, UPDATE ON bot_leases, bot_deployments TO {role}",
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON bot_instances, bot_terms, bot_updates TO {role}",
+        f"GRANT SELECT, INSERT, UPDATE ON bot_leases, bot_deployments, bot_polls TO {role}",
         f"GRANT SELECT ON bot_failures TO {role}",
         f"GRANT SELECT ON botlease_schema TO {role}",
     )
@@ -662,6 +664,11 @@ async def test_the_documented_privileges_are_enough_to_run(postgres_url: str) ->
         "bot", "a", grant.term, "nonce-a", reason=Reason.STOPPED, pass_on=True, leave=True, deadline=DEADLINE
     )
     assert (await store.overview(DEADLINE))["leases"]
+    inbox, holding = PostgresInbox(store), Holding("bot", "a", grant.term, "nonce-a")
+    assert await inbox.begin(holding, "1", DEADLINE) is not None
+    changes = Changes(received=[Update(1, "{}"), Update(2, "{}")], offset=3)
+    assert await inbox.save(holding, "1", changes, DEADLINE)
+    assert await inbox.save(holding, "1", Changes(given=[1, 2], done=[1, 2], offset=3, confirmed=2), DEADLINE)
     await store.aclose()
 
 

@@ -96,6 +96,11 @@ def main() -> None:
 )
 @click.option("--healthy-within", type=float, metavar="S", help="For how long one such proof counts. Default 30.")
 @click.option("--warm", is_flag=True, help="Start the bot up to botlease.gate() while another one works.")
+@click.option("--gateway", is_flag=True, help="Serve the Bot API on loopback: no 409, no update lost. See below.")
+@click.option("--bot-api", metavar="URL", help="Your own Bot API server. Default https://api.telegram.org.")
+@click.option(
+    "--delete-webhook", is_flag=True, help="With --gateway: delete a webhook that keeps the bot from polling."
+)
 @click.option("--danger-signal", metavar="A[,B]", help="Sent to the bot when renewals fail; B when they succeed again.")
 @click.option(
     "--when-superseded",
@@ -122,6 +127,9 @@ def run(
     healthy_if: str | None,
     healthy_within: float | None,
     warm: bool,
+    gateway: bool,
+    bot_api: str | None,
+    delete_webhook: bool,
     danger_signal: str | None,
     when_superseded: str | None,
     take_over: bool,
@@ -141,6 +149,9 @@ def run(
     A newer deployment takes over, on probation: if it fails, the old one takes back, and after two failures it
     only fills vacancies. An equal or older one stands by. Without a deployment key (on a laptop) a second start is
     refused, unless --take-over or --standby. SIGTERM and SIGINT stop the bot, then this.
+
+    With --gateway the bot finds the Bot API at $BOTLEASE_API_URL instead of https://api.telegram.org: it is the only
+    thing to change in it (README, "Telegram"). What it has not finished is handed to its successor.
 
     \b
     Exit codes:
@@ -169,6 +180,9 @@ def run(
             healthy_if=healthy_if,
             healthy_within=healthy_within,
             warm=warm,
+            gateway=gateway,
+            bot_api=bot_api,
+            delete_webhook=delete_webhook,
             danger_signal=danger_signal,
             when_superseded=when_superseded,
             take_over=take_over,
@@ -192,6 +206,9 @@ def start(
     healthy_if: str | None = None,
     healthy_within: float | None = None,
     warm: bool = False,
+    gateway: bool = False,
+    bot_api: str | None = None,
+    delete_webhook: bool = False,
     danger_signal: str | None = None,
     **options: Any,
 ) -> int:
@@ -207,6 +224,7 @@ def start(
         rule = _rule(healthy_if or env.get("BOTLEASE_HEALTHY_IF"), healthy_within)
         danger = _signals(danger_signal)
         warm = warm or _yes("BOTLEASE_WARM")
+        upstream = _upstream(gateway or _yes("BOTLEASE_GATEWAY"), bot_api, delete_webhook)
     except ConfigurationError as e:
         fail(str(e), CONFIG)
     _check_database(made.database)
@@ -232,6 +250,8 @@ def start(
             warm=warm,
             healthy_if=rule,
             danger=danger,
+            gateway=upstream,
+            delete_webhook=delete_webhook,
         ),
         forked,
     )
@@ -249,6 +269,16 @@ def _rule(text: str | None, within: float | None) -> Any:
         return Rule.parse(text, within)
     except ValueError as e:
         raise ConfigurationError(f"--healthy-if {e}") from None
+
+
+def _upstream(gateway: bool, bot_api: str | None, delete_webhook: bool) -> str | None:
+    """The address of the Bot API behind the gateway, or None without one."""
+    if not gateway:
+        given = "--bot-api" if bot_api else "--delete-webhook" if delete_webhook else ""
+        if given:
+            raise ConfigurationError(f"{given} is for the gateway: add --gateway")
+        return None
+    return settings.bot_api(bot_api or os.environ.get("BOTLEASE_BOT_API") or settings.BOT_API)
 
 
 def _signals(text: str | None) -> tuple[int, ...]:

@@ -1,15 +1,17 @@
-"""A small HTTP/1.1 server: h11 parses, asyncio carries. For health answers, the gate and the Bot API simulator; and
-:func:`status_of`, which asks one for its status.
+"""A small HTTP/1.1 server: h11 parses, asyncio carries. For health answers, the gate, the Bot API gateway and its
+simulator; and :func:`status_of`, which asks one for its status.
 
 It notices when a client hangs up while its answer is being made, and leaves it to the handler what that
-means: :attr:`Request.gone` is set, the handler goes on.
+means: :attr:`Request.gone` is set, the handler goes on. A handler that wants to can take the body of a request, and
+give that of its answer, in pieces.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -17,6 +19,7 @@ import h11
 
 MAX_HEAD = 64 * 1024
 MAX_BODY = 64 * 1024 * 1024
+PIECE = 64 * 1024
 IDLE = 120.0
 
 
@@ -29,12 +32,26 @@ class Request:
     peer: tuple[str, int] = ("", 0)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the client closed its connection before it was answered."""
+    pieces: AsyncIterator[bytes] | None = None
+    """The body, where the server was started with ``streaming``."""
+
+    async def read(self, limit: int = MAX_BODY) -> bytes:
+        """The whole body. Raises ValueError if it is longer than ``limit`` bytes."""
+        if self.pieces is not None:
+            parts, size = [], 0
+            async for piece in self.pieces:
+                size += len(piece)
+                if size > limit:
+                    raise ValueError("the body is too long")
+                parts.append(piece)
+            self.body, self.pieces = b"".join(parts), None
+        return self.body
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
     status: int
-    body: bytes
+    body: bytes | AsyncIterator[bytes]
     content_type: str = "application/json"
     headers: tuple[tuple[str, str], ...] = ()
 
@@ -42,104 +59,148 @@ class Response:
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-async def serve(handler: Handler, port: int, *, host: str | None = "127.0.0.1") -> asyncio.Server:
-    """Listen on ``host`` (None: every address, as a platform's router needs it). Raises OSError if it cannot."""
+async def serve(
+    handler: Handler,
+    port: int,
+    *,
+    host: str | None = "127.0.0.1",
+    sock: socket.socket | None = None,
+    streaming: bool = False,
+) -> asyncio.Server:
+    """Listen on ``host`` (None: every address, as a platform's router needs it) or on a socket that listens already.
+    Raises OSError if it cannot."""
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            await _converse(reader, writer, handler)
+            await _Conversation(reader, writer, handler, streaming).run()
         except (OSError, TimeoutError, h11.ProtocolError, asyncio.IncompleteReadError):
             pass
         finally:
             with contextlib.suppress(OSError):
                 writer.close()
 
+    if sock is not None:
+        return await asyncio.start_server(connected, sock=sock, limit=MAX_HEAD)
     return await asyncio.start_server(connected, host, port, limit=MAX_HEAD)
 
 
-async def _converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, handler: Handler) -> None:
-    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
-    peer = writer.get_extra_info("peername") or ("", 0)
-    while True:
-        request = await _receive(reader, writer, connection)
-        if request is None:
-            return
-        request.peer = (peer[0], peer[1])
-        response = await _answer(reader, connection, handler, request)
-        if response is None:
-            return
-        close = connection.their_state is h11.MUST_CLOSE
-        headers = [
-            ("content-type", response.content_type),
-            ("content-length", str(len(response.body))),
-            ("connection", "close" if close else "keep-alive"),
-            *response.headers,
-        ]
+class _Conversation:
+    """One connection of a client: one request after the other."""
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, handler: Handler, streaming: bool
+    ) -> None:
+        self.reader, self.writer, self.handler, self.streaming = reader, writer, handler, streaming
+        self.connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
+        self.received = asyncio.Event()  # the request is complete: from now on a client that hangs up is noticed
+
+    async def run(self) -> None:
+        peer = self.writer.get_extra_info("peername") or ("", 0)
+        while True:
+            request = await self._receive()
+            if request is None:
+                return
+            request.peer = (peer[0], peer[1])
+            response = await self._answer(request)
+            if response is None or not await self._send(request, response):
+                return
+
+    async def _next(self) -> object:
+        while True:
+            event = self.connection.next_event()
+            if event is not h11.NEED_DATA:
+                return event
+            if self.connection.they_are_waiting_for_100_continue:
+                go_on = h11.InformationalResponse(status_code=100, headers=[])
+                self.writer.write(self.connection.send(go_on) or b"")
+            async with asyncio.timeout(IDLE):
+                self.connection.receive_data(await self.reader.read(PIECE))
+
+    async def _receive(self) -> Request | None:
+        self.received.clear()
+        event = await self._next()
+        if not isinstance(event, h11.Request):
+            return None
+        names = {k.decode("ascii").lower(): v.decode("latin-1") for k, v in event.headers}
+        request = Request(event.method.decode("ascii"), event.target.decode("ascii", "replace"), names)
+        request.pieces = self._pieces()
+        if not self.streaming:
+            try:
+                await request.read()
+            except ValueError:
+                return None
+        return request
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        while True:
+            event = await self._next()
+            if isinstance(event, h11.Data):
+                yield bytes(event.data)
+            elif isinstance(event, h11.EndOfMessage):
+                self.received.set()
+                return
+            else:
+                raise ConnectionError("the client hung up in the middle of its request")
+
+    async def _answer(self, request: Request) -> Response | None:
+        """Run the handler while watching the connection. None: nobody is left to be answered."""
+        task = asyncio.ensure_future(self.handler(request))
+        if not self.received.is_set():
+            complete = asyncio.ensure_future(self.received.wait())
+            both: set[asyncio.Future[object]] = {task, complete}  # type: ignore[arg-type]
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            complete.cancel()
+            if not self.received.is_set():
+                return task.result()  # answered before the whole request was there
+        watch = asyncio.ensure_future(self.reader.read(PIECE))
+        try:
+            await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+            while not task.done():
+                data = b"" if watch.exception() else watch.result()
+                if not data:
+                    request.gone.set()
+                    await asyncio.shield(task)
+                    return None
+                self.connection.receive_data(data)  # the client sends its next request early
+                watch = asyncio.ensure_future(self.reader.read(PIECE))
+                await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+            return task.result()
+        finally:
+            if not watch.done():
+                watch.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await watch
+            elif task.done() and not request.gone.is_set() and not watch.cancelled() and not watch.exception():
+                self.connection.receive_data(watch.result())
+
+    async def _send(self, request: Request, response: Response) -> bool:
+        """False: the connection ends with this answer."""
+        connection, writer, body = self.connection, self.writer, response.body
+        close = connection.their_state is not h11.DONE
+        headers = [("connection", "close" if close else "keep-alive"), *response.headers]
+        if response.content_type:
+            headers.append(("content-type", response.content_type))
+        if isinstance(body, bytes):
+            headers.append(("content-length", str(len(body))))
         out = connection.send(h11.Response(status_code=response.status, headers=headers)) or b""
-        if request.method != "HEAD":
-            out += connection.send(h11.Data(data=response.body)) or b""
+        if isinstance(body, bytes):
+            if request.method != "HEAD":
+                out += connection.send(h11.Data(data=body)) or b""
+        else:
+            try:
+                async for piece in body:
+                    writer.write(out + (connection.send(h11.Data(data=piece)) or b""))
+                    await writer.drain()
+                    out = b""
+            finally:
+                await body.aclose()  # type: ignore[attr-defined]
         out += connection.send(h11.EndOfMessage()) or b""
         writer.write(out)
         await writer.drain()
         if close or connection.our_state is not h11.DONE:
-            return
+            return False
         connection.start_next_cycle()
-
-
-async def _receive(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: h11.Connection
-) -> Request | None:
-    request: Request | None = None
-    size = 0
-    parts: list[bytes] = []
-    while True:
-        event = connection.next_event()
-        if event is h11.NEED_DATA:
-            if connection.they_are_waiting_for_100_continue:
-                go_on = h11.InformationalResponse(status_code=100, headers=[])
-                writer.write(connection.send(go_on) or b"")
-            async with asyncio.timeout(IDLE):
-                connection.receive_data(await reader.read(65_536))
-        elif isinstance(event, h11.Request):
-            names = {k.decode("ascii").lower(): v.decode("latin-1") for k, v in event.headers}
-            request = Request(event.method.decode("ascii"), event.target.decode("ascii", "replace"), names)
-        elif isinstance(event, h11.Data):
-            size += len(event.data)
-            if size > MAX_BODY:
-                return None
-            parts.append(bytes(event.data))
-        elif isinstance(event, h11.EndOfMessage) and request is not None:
-            request.body = b"".join(parts)
-            return request
-        else:
-            return None
-
-
-async def _answer(
-    reader: asyncio.StreamReader, connection: h11.Connection, handler: Handler, request: Request
-) -> Response | None:
-    """Run the handler while watching the connection. None: nobody is left to be answered."""
-    task = asyncio.ensure_future(handler(request))
-    watch = asyncio.ensure_future(reader.read(65_536))
-    try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        while not task.done():
-            data = b"" if watch.exception() else watch.result()
-            if not data:
-                request.gone.set()
-                await asyncio.shield(task)
-                return None
-            connection.receive_data(data)  # the client sends its next request early
-            watch = asyncio.ensure_future(reader.read(65_536))
-            await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        return task.result()
-    finally:
-        if not watch.done():
-            watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watch
-        elif task.done() and not request.gone.is_set() and not watch.cancelled() and not watch.exception():
-            connection.receive_data(watch.result())
+        return True
 
 
 async def status_of(url: str, deadline: float) -> int:

@@ -131,8 +131,8 @@ class Keeper:
                 task.add_done_callback(self._calls.discard)
             case Arm(until=until):
                 self.work.arm(until)
-            case Start(term=term, until=until):
-                self.work.start(term, until, self.store.guard_fd(self.registration.bot))
+            case Start(term=term, nonce=nonce, until=until):
+                self.work.start(term, nonce, until, self.store.guard_fd(self.registration.bot))
             case Drain(until=until, reason=reason):
                 self.say(f"draining: term {self._term}: {_because(reason)}")
                 self.work.drain(until, reason)

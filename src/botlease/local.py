@@ -25,6 +25,7 @@ from botlease.settings import TOKEN_VARIABLES, ConfigurationError, bot_name
 
 SCRIPTS: Final = ("railway_startup.py", "instance_manager.py", "trading_bot.py")
 MODULES: Final = ("trading_bot",)
+OURS: Final = ("botlease-reaper", "botlease-front")  # what stands between a supervisor and its bot
 _WITH_VALUE: Final = frozenset("WXQ")  # options of Python that take a value
 _NODE_WITH_VALUE: Final = frozenset(
     ("-r", "--require", "--import", "--loader", "--experimental-loader", "-C", "--conditions", "--env-file", "--title")
@@ -85,9 +86,17 @@ def find(
             continue
         if what == "bot":
             # a seed script is recognised by its name, and is a supervisor all the same
-            add(procfs.parent(procfs.parent(pid)), "supervisor")
+            add(_supervisor(pid), "supervisor")
         add(pid, what)
     return sorted(found.values(), key=lambda f: (f.what != "supervisor", f.pid))
+
+
+def _supervisor(bot: int) -> int:
+    """The process above everything of ours that stands between it and the bot."""
+    pid = procfs.parent(bot)
+    while _comm(pid) in OURS:
+        pid = procfs.parent(pid)
+    return pid
 
 
 def _has_reaper(pid: int) -> bool:
@@ -114,7 +123,7 @@ def _recognise(
     marks = [e for e in environ if e.startswith(b"BOTLEASE_BOT=")]
     if marks and any(e.startswith(b"BOTLEASE_INSTANCE_ID=") for e in environ):
         # what the bot itself started carries the mark too: only the one below the reaper is the bot
-        if _comm(procfs.parent(pid)) == "botlease-reaper":
+        if _comm(procfs.parent(pid)) in OURS:
             return "bot" if bot is None or marks[0] == b"BOTLEASE_BOT=" + bot.encode() else None
         return None
     if runs(argv, scripts, modules):

@@ -20,7 +20,7 @@ from botlease.model import TRIES, Probation, Reason
 from botlease.settings import Settings
 from botlease.stores import Registration, Store, StoreError, StoreRefused, open_store
 from botlease.work import tree
-from botlease.work.child import ChildWork, Command
+from botlease.work.child import ChildWork, Command, Front
 
 if TYPE_CHECKING:
     from botlease.web.gate import GateServer
@@ -55,6 +55,9 @@ class Options:
     warm: bool = False
     healthy_if: Rule | None = None
     danger: tuple[int, ...] = ()
+    gateway: str | None = None
+    """The address of the Bot API, where it is to be served to the bot."""
+    delete_webhook: bool = False
 
 
 def say(text: str) -> None:
@@ -67,7 +70,7 @@ def say(text: str) -> None:
 def child_environment(env: Mapping[str, str], database: str, pass_database: bool) -> dict[str, str]:
     """The bot gets everything but the lease's own database: what it does not have it cannot leak."""
     # nor what an outer supervisor said to us about a term and a gate of its own
-    ours = ("BOTLEASE_DATABASE_URL", "BOTLEASE_TERM", "BOTLEASE_GATE_FD", "BOTLEASE_GATE_URL")
+    ours = ("BOTLEASE_DATABASE_URL", "BOTLEASE_TERM", "BOTLEASE_GATE_FD", "BOTLEASE_GATE_URL", "BOTLEASE_API_URL")
     out = {k: v for k, v in env.items() if k not in ours}
     if pass_database:
         out["BOTLEASE_DATABASE_URL"] = database
@@ -189,6 +192,13 @@ class Supervisor:
 
     async def _keep(self, store: Store, gate: GateServer | None) -> int:
         s, o = self.settings, self.options
+        front = None
+        if o.gateway is not None:
+            try:
+                front = Front(o.gateway, s.database, o.delete_webhook, _loopback())
+            except OSError as e:
+                say(f"cannot listen on 127.0.0.1 for the gateway: {e.strerror}")
+                return Exit.UNAVAILABLE
         command = Command(
             self.options.argv,
             child_environment(os.environ, s.database, self.options.pass_database),
@@ -196,6 +206,7 @@ class Supervisor:
             s.instance_id,
             max_crashes=o.max_crashes,
             warm=o.warm,
+            front=front,
             danger=o.danger,
         )
         pulse = None
@@ -215,6 +226,8 @@ class Supervisor:
             reason = await self.keeper.run()
         finally:
             self.work.close()
+            if front is not None:
+                front.listen.close()
         if reason is Reason.REFUSED:
             say(await _first(store, s))
             return Exit.REFUSED
@@ -252,6 +265,17 @@ class Supervisor:
             stopping=state.stopping,
             term=state.term.number if state.term else None,
         )
+
+
+def _loopback() -> socket.socket:
+    listening = socket.socket()
+    try:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(128)
+    except OSError:
+        listening.close()
+        raise
+    return listening
 
 
 async def _first(store: Store, s: Settings) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Final
+from urllib.parse import urlsplit
 
 from botlease.model import Mode, Timing, TimingError
 from botlease.platforms import (
@@ -42,12 +43,15 @@ OWN_VARIABLES: Final = (
     "BOTLEASE_PLATFORM_GRACE",
     "BOTLEASE_TASK",
     "BOTLEASE_WARM",
+    "BOTLEASE_GATEWAY",
+    "BOTLEASE_BOT_API",
     # set for the bot by a supervisor, so that one may stand in the environment of another
     "BOTLEASE_TERM",
     "BOTLEASE_INSTANCE_ID",
     "BOTLEASE_BOT",
     "BOTLEASE_GATE_FD",
     "BOTLEASE_GATE_URL",
+    "BOTLEASE_API_URL",
 )
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,63}")
 FAST_TTL: Final = 3.0
@@ -233,3 +237,21 @@ def barred(platform: Platform, env: Mapping[str, str]) -> str:
             f"BOTLEASE_ENVIRONMENT allows {shown}, and {platform.name} does not say which environment this is: {cure}"
         )
     return f"this is the environment {here!a}, and BOTLEASE_ENVIRONMENT allows only {shown}"
+
+
+BOT_API: Final = "https://api.telegram.org"
+
+
+def bot_api(url: str) -> str:
+    """The address of a Bot API server, as it was given. Raises ConfigurationError with the cure."""
+    cure = f"the address of the Bot API should read {BOT_API} or http://host:8081"
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        raise ConfigurationError(cure) from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ConfigurationError(cure)
+    if parts.username is not None or parts.password is not None:
+        raise ConfigurationError(f"{cure}, without a name or a password")
+    return url

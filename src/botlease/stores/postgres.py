@@ -38,6 +38,7 @@ from botlease.stores import (
     redact,
     within,
 )
+from botlease.stores.inbox import POLL_COLUMNS
 
 T = TypeVar("T")
 Key = tuple[int, int, str, str | None]
@@ -46,6 +47,8 @@ PRIVILEGES: Final = {
     "bot_instances": "SELECT INSERT UPDATE DELETE",
     "bot_terms": "SELECT INSERT UPDATE DELETE",
     "bot_leases": "SELECT INSERT UPDATE",
+    "bot_polls": "SELECT INSERT UPDATE",
+    "bot_updates": "SELECT INSERT UPDATE DELETE",
     "bot_deployments": "SELECT INSERT UPDATE",
     "bot_failures": "SELECT",
     "botlease_schema": "SELECT",
@@ -186,7 +189,22 @@ CREATE TRIGGER botlease_pause AFTER UPDATE ON bot_leases FOR EACH ROW
 CREATE TRIGGER botlease_probation AFTER UPDATE ON bot_terms FOR EACH ROW
   WHEN (OLD.probation IS DISTINCT FROM NEW.probation) EXECUTE FUNCTION botlease_notify();
 """
-UPGRADES: Final = {2: UPGRADE_2}
+# From version 2 to 3: the inbox of the Bot API gateway (stores/postgresinbox.py).
+UPGRADE_3: Final = """
+CREATE TABLE bot_polls (
+  bot text NOT NULL, api text NOT NULL, term bigint NOT NULL, nonce text NOT NULL,
+  next_offset bigint NOT NULL DEFAULT 0, asked bigint NOT NULL DEFAULT -1, allowed text,
+  polling boolean NOT NULL DEFAULT FALSE, polled_at timestamptz,
+  conflicts bigint NOT NULL DEFAULT 0, conflict_at timestamptz, webhook text NOT NULL DEFAULT '',
+  repeated bigint NOT NULL DEFAULT 0, set_aside bigint NOT NULL DEFAULT 0, PRIMARY KEY (bot, api)
+) WITH (fillfactor = 50);
+CREATE TABLE bot_updates (
+  bot text NOT NULL, api text NOT NULL, update_id bigint NOT NULL, received_at timestamptz NOT NULL,
+  term bigint NOT NULL, tries integer NOT NULL DEFAULT 0, done boolean NOT NULL DEFAULT FALSE, payload text NOT NULL,
+  PRIMARY KEY (bot, api, update_id)
+) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 2000);
+"""
+UPGRADES: Final = {2: UPGRADE_2, 3: UPGRADE_3}
 
 # Which incarnation of the database answers. The timeline changes with every promotion, and the function fails
 # on a standby, so a stale replica can never be believed. Some hosted PostgreSQL do not have it.
@@ -375,6 +393,11 @@ TERMS: Final = """
 SELECT bot, term, instance_id, deployment, host, how, acquired_at, released_at, reason, probation, last_beat, ttl
 FROM bot_terms WHERE ($1::text IS NULL OR bot = $1) ORDER BY bot, term DESC LIMIT $2
 """
+POLLS: Final = f"""
+SELECT {", ".join(POLL_COLUMNS)},
+  (SELECT count(*) FROM bot_updates u WHERE u.bot = p.bot AND u.api = p.api AND NOT u.done) AS waiting
+FROM bot_polls p ORDER BY bot, api
+"""
 FAILURES: Final = "SELECT bot, deployment, failures FROM bot_failures"
 DEACTIVATE: Final = """
 UPDATE bot_instances SET is_active = FALSE WHERE is_active AND bot IS NOT NULL
@@ -405,6 +428,8 @@ class PostgresStore:
         self._dsn = url
         self.url = redact(url)
         self.on_change: Callable[[], None] | None = None
+        self.listens = True
+        """Whether to be told of changes; to be set before the first call."""
         self.pooled = False
         self._connection: asyncpg.Connection | None = None
         self._connecting: asyncio.Task[asyncpg.Connection] | None = None
@@ -415,7 +440,7 @@ class PostgresStore:
 
     # Connection --------------------------------------------------------------------------------------------------
 
-    async def _call(self, deadline: float, call: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
+    async def call(self, deadline: float, call: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
         async def work() -> T:
             connection = self._connection
             if connection is None or connection.is_closed():
@@ -469,7 +494,7 @@ class PostgresStore:
         try:
             pid = await self._identify(connection)
             self.pooled = pid != connection.get_server_pid()
-            if not self.pooled:
+            if self.listens and not self.pooled:
                 await connection.add_listener(CHANNEL, self._notified)
         except BaseException:
             connection.terminate()
@@ -540,7 +565,7 @@ class PostgresStore:
 
             await connection.execute("SELECT 1 FROM bot_failures LIMIT 0")  # a role without it could not read a lease
 
-        await self._call(deadline, work)
+        await self.call(deadline, work)
 
     async def aclose(self) -> None:
         self.on_change = None
@@ -579,7 +604,8 @@ class PostgresStore:
 
     async def _create(self, connection: asyncpg.Connection) -> None:
         taken = await connection.fetchval(
-            "SELECT string_agg(t, ', ') FROM unnest(ARRAY['bot_leases', 'bot_deployments', 'bot_terms']) t "
+            "SELECT string_agg(t, ', ') FROM "
+            "unnest(ARRAY['bot_leases', 'bot_deployments', 'bot_terms', 'bot_polls', 'bot_updates']) t "
             "WHERE to_regclass(t) IS NOT NULL"
         )
         if taken:
@@ -646,10 +672,10 @@ class PostgresStore:
             )
             return await self._view(c, me.bot, me.instance_id)
 
-        return await self._call(deadline, work)
+        return await self.call(deadline, work)
 
     async def read(self, bot: str, instance_id: str, deadline: float) -> View:
-        return await self._call(deadline, lambda c: self._view(c, bot, instance_id))
+        return await self.call(deadline, lambda c: self._view(c, bot, instance_id))
 
     async def claim(self, bot: str, instance_id: str, source: tuple[str, int, int] | None, deadline: float) -> bool:
         async def work(c: asyncpg.Connection) -> bool:
@@ -658,7 +684,7 @@ class PostgresStore:
             except (asyncpg.UniqueViolationError, asyncpg.DeadlockDetectedError):
                 return False  # rolled back: an operator's edit of this very moment was quicker
 
-        return await self._call(deadline, work)
+        return await self.call(deadline, work)
 
     async def acquire(
         self,
@@ -675,7 +701,7 @@ class PostgresStore:
         probation: Probation,
         deadline: float,
     ) -> Grant | None:
-        row = await self._call(
+        row = await self.call(
             deadline,
             lambda c: c.fetchrow(
                 self._sql(ACQUIRE),
@@ -687,13 +713,13 @@ class PostgresStore:
         return Grant(row["term"], row["origin"]) if row else None
 
     async def renew(self, bot: str, instance_id: str, term: int, nonce: str, deadline: float) -> Renewal | None:
-        row = await self._call(deadline, lambda c: c.fetchrow(self._sql(RENEW), bot, instance_id, term, nonce))
+        row = await self.call(deadline, lambda c: c.fetchrow(self._sql(RENEW), bot, instance_id, term, nonce))
         if row is None:
             return None
         return Renewal(row["assigned"], row["vacant"], self._system + row["timeline"], row["paused"])
 
     async def passed(self, bot: str, instance_id: str, term: int, nonce: str, deadline: float) -> bool:
-        return bool(await self._call(deadline, lambda c: c.fetchval(PASSED, bot, instance_id, term, nonce)))
+        return bool(await self.call(deadline, lambda c: c.fetchval(PASSED, bot, instance_id, term, nonce)))
 
     async def release(
         self,
@@ -708,17 +734,17 @@ class PostgresStore:
         deadline: float,
     ) -> bool:
         return bool(
-            await self._call(
+            await self.call(
                 deadline,
                 lambda c: c.fetchval(RELEASE, bot, instance_id, term, nonce, str(reason), pass_on, leave),
             )
         )
 
     async def touch(self, instance_id: str, state: str, deadline: float) -> None:
-        await self._call(deadline, lambda c: c.execute(TOUCH, instance_id, state))
+        await self.call(deadline, lambda c: c.execute(TOUCH, instance_id, state))
 
     async def leave(self, bot: str, instance_id: str, *, reason: Reason, pass_on: bool, deadline: float) -> None:
-        await self._call(deadline, lambda c: c.execute(LEAVE, bot, instance_id, str(reason), pass_on))
+        await self.call(deadline, lambda c: c.execute(LEAVE, bot, instance_id, str(reason), pass_on))
 
     async def overview(self, deadline: float) -> dict[str, Any]:
         async def work(c: asyncpg.Connection) -> dict[str, Any]:
@@ -726,9 +752,10 @@ class PostgresStore:
                 "leases": [dict(r) for r in await c.fetch(LEASES)],
                 "instances": [dict(r) for r in await c.fetch(INSTANCES)],
                 "failures": [dict(r) for r in await c.fetch(FAILURES)],
+                "polls": [dict(r) for r in await c.fetch(POLLS)],
             }
 
-        return await self._call(deadline, work)
+        return await self.call(deadline, work)
 
     async def promote(self, instance_id: str, deadline: float) -> None:
         async def work(c: asyncpg.Connection) -> None:
@@ -745,23 +772,23 @@ class PostgresStore:
                     if last:  # a claim of this very moment was quicker, four times
                         raise StoreError("others are changing the assignment just now: try again") from None
 
-        await self._call(deadline, work)
+        await self.call(deadline, work)
 
     async def terms(self, bot: str | None, limit: int, deadline: float) -> list[dict[str, Any]]:
-        return [dict(r) for r in await self._call(deadline, lambda c: c.fetch(TERMS, bot, limit))]
+        return [dict(r) for r in await self.call(deadline, lambda c: c.fetch(TERMS, bot, limit))]
 
     async def deactivate(self, bot: str | None, instance_id: str | None, deadline: float) -> int:
-        return _count(await self._call(deadline, lambda c: c.execute(DEACTIVATE, bot, instance_id)))
+        return _count(await self.call(deadline, lambda c: c.execute(DEACTIVATE, bot, instance_id)))
 
     async def pause(self, bot: str | None, on: bool, deadline: float) -> int:
-        return _count(await self._call(deadline, lambda c: c.execute(PAUSE, bot, on)))
+        return _count(await self.call(deadline, lambda c: c.execute(PAUSE, bot, on)))
 
     async def prune(self, bot: str | None, days: float, deadline: float) -> tuple[int, int]:
         async def work(c: asyncpg.Connection) -> tuple[int, int]:
             instances, terms = [_count(await c.execute(statement, bot, days * 86_400)) for statement in PRUNE]
             return instances, terms
 
-        return await self._call(deadline, work)
+        return await self.call(deadline, work)
 
     async def diagnose(self, deadline: float) -> dict[str, Any]:
         async def work(c: asyncpg.Connection) -> dict[str, Any]:
@@ -790,7 +817,7 @@ class PostgresStore:
                 "missing": missing,
             }
 
-        return await self._call(deadline, work)
+        return await self.call(deadline, work)
 
     def guard_fd(self, bot: str) -> int | None:
         return None

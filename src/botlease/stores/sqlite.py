@@ -29,7 +29,7 @@ from botlease.stores.sqlitefile import Key, SqliteFile, explain
 T = TypeVar("T")
 
 
-class _Worker(threading.Thread):
+class Worker(threading.Thread):
     """Runs one call after another; SQLite blocks, sometimes for seconds, and must never block the loop."""
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class SqliteStore:
         self.url = f"sqlite:///{self.path}"
         self.on_change: Callable[[], None] | None = None
         self._file: SqliteFile | None = None
-        self._worker: _Worker | None = None
+        self._worker: Worker | None = None
         self._watch: JournalWatch | None = None
         self._own = 0
         self._upgrade = True
@@ -73,7 +73,7 @@ class SqliteStore:
 
     async def _call(self, deadline: float, call: Callable[[SqliteFile], T]) -> T:
         if self._worker is None:
-            self._worker = _Worker()
+            self._worker = Worker()
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         give_up = clock.now() + deadline
         state = {"dropped": False}
@@ -214,7 +214,12 @@ class SqliteStore:
         await self._call(deadline, lambda f: f.leave(bot, instance_id, reason=reason, pass_on=pass_on))
 
     async def overview(self, deadline: float) -> dict[str, Any]:
-        return await self._call(deadline, lambda f: f.overview())
+        from botlease.stores.sqliteinbox import polls
+
+        def call(f: SqliteFile) -> dict[str, Any]:
+            return f.overview() | {"polls": polls(self.path)}
+
+        return await self._call(deadline, call)
 
     async def promote(self, instance_id: str, deadline: float) -> None:
         await self._call(deadline, lambda f: f.promote(instance_id))

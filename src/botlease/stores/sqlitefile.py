@@ -104,7 +104,8 @@ WHEN NEW.is_active AND NOT OLD.is_active AND NEW.bot IS NOT NULL AND NEW.beat = 
   WHERE instance_id = NEW.instance_id;
 END;
 """
-UPGRADES: Final = {2: UPGRADE_2}
+# Version 3 is PostgreSQL's: here the inbox of the Bot API gateway has a file of its own (stores/sqliteinbox.py).
+UPGRADES: Final = {2: UPGRADE_2, 3: ""}
 
 READ: Final = """
 WITH failed AS MATERIALIZED (SELECT deployment, failures FROM bot_failures WHERE bot = :bot)
@@ -303,7 +304,7 @@ class SqliteFile:
         # A copy of the file put in its place has no number of its own; the seconds of the clock rise well enough.
         self.era: Callable[[], int] = lambda: int(wall())
         if path != ":memory:":
-            _prepare(path)
+            prepare(path)
         try:
             self.db = sqlite3.connect(path, timeout=busy, isolation_level=None, check_same_thread=False)
         except sqlite3.Error as e:
@@ -624,7 +625,7 @@ def _statements(script: str) -> list[str]:
     return out
 
 
-def _prepare(path: str) -> None:
+def prepare(path: str) -> None:
     """Make the folder, refuse what must not hold a lease: links, foreign owners, network file systems."""
     file = Path(path)
     try:

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from botlease.telegram.arguments import integer
+
 OTHER = "Conflict: terminated by other getUpdates request; make sure that only one bot instance is running"
 BY_WEBHOOK = "Conflict: terminated by setWebhook request"
 WEBHOOK_ACTIVE = (
@@ -219,10 +221,3 @@ class Bot:
             "pending_update_count": len(self.queue),
             **({"allowed_updates": self.allowed} if self.allowed else {}),
         }
-
-
-def integer(value: Any, default: int) -> int:
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        return default

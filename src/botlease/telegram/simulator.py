@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import email.parser
-import email.policy
 import json
 import random
 import re
@@ -24,10 +22,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
 from botlease import clock, http
-from botlease.telegram.botapi import ApiError, Bot, Profile, integer
+from botlease.telegram.arguments import arguments, integer
+from botlease.telegram.botapi import ApiError, Bot, Profile
 
 TOKEN = re.compile(r"[1-9]\d*:[^/]{1,70}")
 
@@ -225,7 +224,10 @@ class Simulator:
             if not TOKEN.fullmatch(token):
                 raise ApiError(401, "Unauthorized: invalid token specified")
             bot = self.bot(int(token.split(":")[0]))
-            args = dict(parse_qsl(parts.query)) | _arguments(request)
+            try:
+                args = arguments(parts.query, request.headers.get("content-type", ""), request.body)
+            except ValueError:
+                raise ApiError(400, "Bad Request: can't parse JSON") from None
             result, description = await self._call(bot, method.lower(), args, request)
         except ApiError as e:
             reply: dict[str, Any] = {"ok": False, "error_code": e.code, "description": e.description}
@@ -326,30 +328,3 @@ def _me(bot_id: int) -> dict[str, Any]:
         "can_connect_to_business": False,
         "has_main_web_app": False,
     }
-
-
-def _arguments(request: http.Request) -> dict[str, Any]:
-    """The body as the frameworks send it: JSON, URL-encoded, or multipart."""
-    kind = request.headers.get("content-type", "")
-    args: dict[str, Any] = {}
-    if not request.body:
-        return args
-    if kind.startswith("application/json"):
-        try:
-            loaded = json.loads(request.body)
-        except ValueError:
-            raise ApiError(400, "Bad Request: can't parse JSON") from None
-        args = loaded if isinstance(loaded, dict) else {}
-    elif kind.startswith("multipart/form-data"):
-        head = f"Content-Type: {kind}\r\n\r\n".encode()
-        form = email.parser.BytesParser(policy=email.policy.HTTP).parsebytes(head + request.body)
-        for part in form.iter_parts():
-            name = part.get_param("name", header="content-disposition")
-            if name:
-                args[str(name)] = (part.get_payload(decode=True) or b"").decode(errors="replace")  # type: ignore[union-attr]
-    else:
-        args = dict(parse_qsl(request.body.decode(errors="replace")))
-    if isinstance(args.get("allowed_updates"), str):
-        with contextlib.suppress(ValueError):
-            args["allowed_updates"] = json.loads(args["allowed_updates"])
-    return args

@@ -20,7 +20,7 @@ class Work(Protocol):
     def prepare(self) -> None:
         """Start up to the gate, where that was asked for: nothing of it may act before :meth:`start`."""
 
-    def start(self, term: int, until: float, guard_fd: int | None) -> None:
+    def start(self, term: int, nonce: str, until: float, guard_fd: int | None) -> None:
         """Begin, unless ``until`` (the fence, on :func:`botlease.clock.now`) has passed."""
 
     def arm(self, until: float) -> None:

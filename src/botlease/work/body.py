@@ -43,7 +43,7 @@ class BodyWork:
     def prepare(self) -> None:
         """A program waits for its own turn: there is nothing to warm up."""
 
-    def start(self, term: int, until: float, guard_fd: int | None) -> None:
+    def start(self, term: int, nonce: str, until: float, guard_fd: int | None) -> None:
         self.term, self.until, self._running = term, until, True
         self._guard = -1 if guard_fd is None else guard_fd
         self.fence.arm(until)

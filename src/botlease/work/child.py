@@ -26,6 +26,21 @@ BAD_CONFIGURATION = 78
 
 
 @dataclass(frozen=True, slots=True)
+class Front:
+    """The gateway's part of a command."""
+
+    upstream: str
+    database: str
+    delete_webhook: bool
+    listen: socket.socket
+    """On loopback, and the same for every start of the bot: its address is known before anybody serves there."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.listen.getsockname()[1]}"
+
+
+@dataclass(frozen=True, slots=True)
 class Command:
     argv: tuple[str, ...]
     env: dict[str, str]
@@ -36,6 +51,8 @@ class Command:
     back_off: float = 1.0
     warm: bool = False
     """While it stands by it is started up to its gate."""
+    front: Front | None = None
+    """The Bot API is served in front of it."""
     danger: tuple[int, ...] = ()
     """The signals that say "the end of trust comes nearer" and, if there are two, "not any more"."""
 
@@ -82,6 +99,11 @@ class ChildWork:
         self._crashes = 0
         self._began = 0.0
         self._guarded = False
+        self._front: socket.socket | None = None  # ours of the pair, while there is a process in front of the bot
+        self._front_inbox: reaper.Inbox | None = None
+        self.tallies: dict[str, dict[str, object]] = {}
+        """What the gateway last said about each token, by its bot id."""
+        self._nonce = ""
         self._retry: asyncio.TimerHandle | None = None
         self._asked = 0  # the signal we sent, if the child dies of it that is a clean stop
         tree.prctl(tree.PR_SET_CHILD_SUBREAPER, 1)  # what the reaper leaves behind if it is killed falls to us
@@ -104,8 +126,8 @@ class ChildWork:
         self._warm = True
         self._spawn()
 
-    def start(self, term: int, until: float, guard_fd: int | None) -> None:
-        self.term, self._until = term, until
+    def start(self, term: int, nonce: str, until: float, guard_fd: int | None) -> None:
+        self.term, self._nonce, self._until = term, nonce, until
         self._running, self._stopping, self._restarting, self._crashes, self._asked = True, False, False, 0, 0
         self._guarded = guard_fd is not None
         fds = {} if guard_fd is None else {"guard": guard_fd}
@@ -114,6 +136,7 @@ class ChildWork:
             self._retry = None
         if self._warm:
             self._warm, self._began = False, clock.now()
+            self._tell_front(do="term", term=term, nonce=nonce, until=until)
             self._send(fds, do="open", term=term, until=until)
         else:
             self._spawn(fds)
@@ -134,6 +157,7 @@ class ChildWork:
         if output >= 0:
             fds["stdout"] = output
             env["PYTHONUNBUFFERED"] = "1"  # into a pipe it would write in blocks, and seem to say nothing
+        theirs = self._put_in_front(fds, env)
         self._send(
             fds,
             do="start",
@@ -141,20 +165,71 @@ class ChildWork:
             env=env,
             until=None if self._warm else self._until,
             gate=self._warm,
+            front=self._front_settings(),
         )
         if output >= 0:
             os.close(output)
+        if theirs is not None:
+            theirs.close()
+
+    def _front_settings(self) -> dict[str, object]:
+        c = self.command
+        if c.front is None:
+            return {}
+        settings = {"upstream": c.front.upstream, "database": c.front.database, "bot": c.bot}
+        return {**settings, "instance": c.instance_id, "delete_webhook": c.front.delete_webhook}
+
+    def _put_in_front(self, fds: dict[str, int], env: dict[str, str]) -> socket.socket | None:
+        """A new line to the process in front of the bot. Returns its end."""
+        if self.command.front is None:
+            return None
+        self._drop_front()
+        env["BOTLEASE_API_URL"] = self.command.front.url
+        self._front, theirs = socket.socketpair()
+        self._front_inbox = reaper.Inbox(self._front)
+        self._front.setblocking(False)
+        self._loop.add_reader(self._front, self._heard_front)
+        fds |= {"listen": self.command.front.listen.fileno(), "control": theirs.fileno()}
+        if not self._warm:
+            self._tell_front(do="term", term=self.term, nonce=self._nonce, until=self._until)
+        return theirs
+
+    def _drop_front(self) -> None:
+        if self._front is not None:
+            self._loop.remove_reader(self._front)
+            self._front.close()
+            self._front = None
+
+    def _tell_front(self, **message: object) -> None:
+        if self._front is not None:
+            try:
+                reaper.send(self._front, message)
+            except OSError:
+                pass  # it is gone, or stopped for so long that the fence is near
+
+    def _heard_front(self) -> None:
+        assert self._front_inbox is not None
+        messages = self._front_inbox.receive()
+        if messages is None:
+            self._drop_front()
+        for message in messages or ():
+            if message["say"]:
+                self.say(f"gateway: {message['say']}")
+            else:
+                self.tallies[message.pop("api")] = message
 
     def arm(self, until: float) -> None:
         self._until = until
         if self._running:  # between a crash and the restart, too: the reaper keeps the side-car lock as long
             self._send(do="arm", until=until)
+            self._tell_front(do="arm", until=until)
 
     def drain(self, until: float, reason: Reason) -> None:
         self._stopping = True
         if self._waiting():
             return
         self._asked = self.stop_signal if reason is Reason.STOPPED else signal.SIGTERM
+        self._tell_front(do="drain", until=until)
         self._send(do="signal", number=int(self._asked), drain=True)
 
     def kill(self, reason: Reason) -> None:
@@ -192,6 +267,7 @@ class ChildWork:
             self.pulse.end()
         self._loop.remove_reader(self._sock)
         self._sock.close()  # the reaper ends when it reads the end of file
+        self._drop_front()
         if self._reaper:
             try:
                 os.waitpid(self._reaper, 0)

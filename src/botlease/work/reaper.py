@@ -2,8 +2,9 @@
 
     supervisor (database, decisions) -- reaper (fence, sub-reaper) -- bot -- whatever the bot starts
 
-It is forked early, before anything heavy is imported, and does four things only: start the bot, pass
-signals on, kill everything below it, say when nothing is left. It kills everything when
+(With a gateway there is a :mod:`.front` between reaper and bot.) It is forked early, before anything heavy is imported,
+and does four things only: start the bot, pass signals on, kill everything below it, say when nothing is left. It kills
+everything when
 
 * the supervisor says so, or is gone (end of file on the socket), whatever killed it;
 * the end of trust comes near, whether or not the supervisor is scheduled: it does not need to be asked.
@@ -229,11 +230,12 @@ class _Reaper:
         came = self._came_along(message)
         output = came.get("stdout", -1)
         if not self.working:  # one bot at a time, whatever is asked
-            self._begin(message, output)
-        if output >= 0:
-            os.close(output)
+            self._begin(message, output, came)
+        for name in ("stdout", "listen", "control"):
+            if name in came:
+                os.close(came[name])
 
-    def _begin(self, message: dict[str, Any], output: int) -> None:
+    def _begin(self, message: dict[str, Any], output: int, came: dict[str, int]) -> None:
         self.working, self.draining, self.killing, self.status = True, False, False, None
         if message["until"] is None:
             self.kill_at = None  # a warm start has no term yet, and that of an earlier one is over
@@ -247,7 +249,10 @@ class _Reaper:
         if message["gate"]:
             self.gate, theirs = socket.socketpair()
             self.poll.register(self.gate, select.POLLIN)
-        pid, problem = self._spawn(message["argv"], message["env"], output, theirs)
+        front = message["front"]
+        if front:
+            front |= {name: came[name] for name in ("listen", "control")}
+        pid, problem = self._spawn(message["argv"], message["env"], output, theirs, front)
         if theirs is not None:
             theirs.close()
         if problem:
@@ -295,7 +300,12 @@ class _Reaper:
         self._tell(say="opened")
 
     def _spawn(
-        self, argv: list[str], env: dict[str, str], output: int = -1, gate: socket.socket | None = None
+        self,
+        argv: list[str],
+        env: dict[str, str],
+        output: int = -1,
+        gate: socket.socket | None = None,
+        front: dict[str, Any] | None = None,
     ) -> tuple[int, str]:
         read, write = _pipe()
         me = os.getpid()
@@ -317,6 +327,8 @@ class _Reaper:
                 for number in (*_PASSED_BY, signal.SIGCHLD):
                     signal.signal(number, signal.SIG_DFL)
                 signal.pthread_sigmask(signal.SIG_SETMASK, [])
+                if front:
+                    self._front(argv, env, front, write, gate)
                 os.execvpe(argv[0], argv, env)  # noqa: S606 - the user's command, as given
             except OSError as e:
                 os.write(write, (e.strerror or "cannot be started").encode())
@@ -326,6 +338,24 @@ class _Reaper:
         with open(read, "rb") as pipe:  # noqa: PTH123 - a descriptor; it closes when exec succeeded
             problem = pipe.read().decode()
         return pid, problem
+
+    def _front(
+        self, argv: list[str], env: dict[str, str], front: dict[str, Any], problem: int, gate: socket.socket | None
+    ) -> NoReturn:
+        from botlease.work.front import become, end_as
+
+        status = 70
+        try:
+            door = gate.fileno() if gate is not None else -1
+            keep = {fd for fd in (problem, door, front["listen"], front["control"]) if fd >= 0}
+            status = become(argv, env, front, problem, door, keep)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            end_as(status)
+        raise AssertionError
 
     def _look(self) -> None:
         """Collect the dead; kill what should not be; say when nothing is left."""

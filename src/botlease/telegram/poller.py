@@ -1,0 +1,560 @@
+"""getUpdates of one token, owned: one poll upstream at a time, whoever asks for how many downstream.
+
+* A poll is only started if it must be over before the end of trust. So nobody finds a poll of a dead holder.
+* On a drain the last one returns; it is never broken off, and no confirming call follows. The Bot API does not notice
+  that a client hung up: such a poll lives on until its time-out.
+* Polls are short (:data:`POLL`): a handover waits for the last one, and whoever follows a holder that was killed waits
+  so long before its first one.
+* What came is stored before it is handed out, and handed out before the Bot API is told (by the next offset) that it
+  can forget it.
+* A poll with the offset of the one before would be held for 3 s whatever its time-out says (Client.cpp 15714), longer
+  than the lease may last. So every other one asks with an offset lower by one, which confirms and evicts nothing.
+* A 409 although we hold the lease means that somebody outside of this database polls: named, never fought.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from botlease import clock
+from botlease.stores import StoreError, redact
+from botlease.stores.inbox import Begun, Changes, Holding, Inbox, Update
+from botlease.telegram.arguments import integer
+from botlease.telegram.desk import TRIES, Desk, Poll
+from botlease.telegram.upstream import Fenced, Unreachable, Upstream
+
+POLL: Final = 2.0
+"""Seconds a poll is held. What it costs: half a request a second when nobody writes."""
+MARGIN: Final = 0.3
+"""Seconds between the latest end of a poll and the end of trust, for its way there; the successor waits for at least
+kill_budget and lock_delay more."""
+PROMOTED: Final = 3.1
+"""Seconds for which a poll may be held that has the offset of the one before it, begun within 3 s."""
+EMPTY: Final = b'{"ok":true,"result":[]}'
+BACKLOG: Final = 1000
+BACKLOG_BYTES: Final = 16 * 1024 * 1024
+"""With so many updates at hand nothing is fetched: they wait at the Bot API, which keeps 100,000 for a day."""
+QUIET: Final = 90.0
+"""Seconds after its last poll for which a program counts as one that polls. (The Bot API holds one for 50 at most.)"""
+RECHECK: Final = 60.0
+"""Seconds until a webhook that is set, or a token that was refused, is looked at again."""
+CONFLICT_PAUSES: Final = (3.2, 30.0, 60.0, 120.0, 300.0)
+"""After a 409. The first may be a packet that was late; the Bot API delays every further one within 3 s."""
+ATTEMPT: Final = 5.0
+"""Seconds for one call of the inbox. Nothing of the lease waits for it."""
+
+
+class Bell:
+    """Rings for everybody who listens at that moment. Take :meth:`heard` before looking, and no ring is missed."""
+
+    def __init__(self) -> None:
+        self._next: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def ring(self) -> None:
+        rung, self._next = self._next, asyncio.get_running_loop().create_future()
+        rung.set_result(None)
+
+    def heard(self) -> asyncio.Future[None]:
+        """Shared: it must not be cancelled."""
+        return self._next
+
+
+class Term:
+    """What the gateway may do, and until when. Shared by everything in it."""
+
+    def __init__(self) -> None:
+        self.holding: Holding | None = None
+        self.until = 0.0
+        self.over = False
+        self.begun = asyncio.Event()
+        self.changed = Bell()
+
+    def begin(self, holding: Holding, until: float) -> None:
+        self.holding, self.until = holding, until
+        self.begun.set()
+        self.arm(until)
+
+    def arm(self, until: float) -> None:
+        self.until = until
+        self.changed.ring()
+
+    def end(self) -> None:
+        self.over = True
+        self.changed.ring()
+
+    @property
+    def remaining(self) -> float:
+        return 0.0 if self.over or self.holding is None else max(0.0, self.until - clock.now())
+
+    def may(self) -> bool:
+        """Whether a request may leave. Before the term only what reads does; the gateway sees to that."""
+        return not self.over and (self.holding is None or clock.now() < self.until)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What there is to say about one token."""
+
+    deaf: float = 0.0  # seconds since the last getUpdates that succeeded, both upstream and of the program
+    waiting: int = 0
+    in_hand: int = 0
+    repeated: int = 0
+    set_aside: int = 0
+    conflicts: int = 0
+    webhook: str = ""
+
+
+class Poller:
+    def __init__(
+        self,
+        token: str,
+        term: Term,
+        upstream: Upstream,
+        inbox: Inbox,
+        say: Callable[[str], None],
+        *,
+        delete_webhook: bool = False,
+    ) -> None:
+        self.api = token.split(":")[0]
+        self.desk = Desk()
+        self.tally = Tally()
+        self._token = token
+        self._term = term
+        self._upstream = upstream
+        self._inbox = inbox
+        self._say = say
+        self._delete_webhook = delete_webhook
+        self._refused: tuple[int, bytes] | None = None
+        self._offset = 0
+        self._low = False  # the next poll asks with the lower offset
+        self._asked = (-1, -1e9)  # the offset of the last poll, and when it began
+        self._recent: set[int] = set()  # done, and perhaps to be had once more
+        self._allowed: str | None = None
+        self._marked: set[int] = set()  # counted as handed out in this process
+        self._polling = True
+        self._dirty = Changes()
+        self._saving = asyncio.Lock()
+        self._written = self._wanted = 0
+        self._save_failed = False
+        self._saved_at = -1e9
+        self._strikes, self._struck_at = 0, -1e9  # 409s
+        self._trouble, self._back_off = "", 1.0
+        self._polls = 0  # of the program
+        self._heard_at = self._polled_at = clock.now()
+        self._stopping = False
+        self._loaded = False
+        self._news = Bell()
+        self._task = asyncio.ensure_future(self._run())
+        self._flush: asyncio.Task[None] | None = None
+
+    # Downstream --------------------------------------------------------------------------------------------------
+
+    async def get_updates(self, args: dict[str, Any], gone: asyncio.Event, acknowledges: bool) -> tuple[int, bytes]:
+        """Answer a poll of the program: status and body. Waits as long as it asks for."""
+        offset, timeout = integer(args.get("offset"), 0), min(max(integer(args.get("timeout"), 0), 0), 50)
+        self._state_allowed(args.get("allowed_updates"))
+        if offset < 0:
+            # It would forget everything but the last ones: what came while nobody polled, at every deployment.
+            self._say(f"the bot asks for offset {offset}, to drop what is pending: nothing was dropped")
+            return 200, EMPTY
+        now = clock.now()
+        poll = Poll(offset, min(max(integer(args.get("limit"), 100), 1), 100), now, acknowledges)
+        left = asyncio.ensure_future(gone.wait())
+        arrived = False
+        try:
+            if not await self._until(lambda: self._loaded, now + timeout, left):
+                return 200, EMPTY
+            self._polls += 1
+            self._finish(self.desk.enter(poll))
+            self._news.ring()
+            await self._until(lambda: self._refused is not None or self._has(poll), now + timeout, left)
+            if self._refused is not None:
+                refused, self._refused = self._refused, None
+                return refused
+            updates = [] if gone.is_set() else self.desk.take(poll)
+            if updates:
+                await self._hand_out(updates)
+            arrived = not gone.is_set()
+            return 200, b'{"ok":true,"result":[' + ",".join(u.payload for u in updates).encode() + b"]}"
+        finally:
+            left.cancel()
+            self._polled_at = clock.now()
+            self.desk.leave(poll, self._polled_at, arrived=arrived)
+            self._news.ring()
+
+    def _has(self, poll: Poll) -> bool:
+        """The oldest poll is served first."""
+        return self.desk.open[0] is poll and self.desk.offers(poll)
+
+    async def _until(self, what: Callable[[], bool], end: float, gone: asyncio.Future[Any]) -> bool:
+        while True:
+            news, changed = self._news.heard(), self._term.changed.heard()
+            if self._term.over:
+                raise Fenced
+            if what():
+                return True
+            rest = end - clock.now()
+            if rest <= 0 or gone.done():
+                return False
+            await asyncio.wait({news, changed, gone}, timeout=rest, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _hand_out(self, updates: list[Update]) -> None:
+        """Write down that they are in the program's hands, before they are."""
+        new = [u for u in updates if u.update_id not in self._marked]
+        self._marked |= {u.update_id for u in new}
+        again = [u for u in new if u.tries > 0]
+        self._dirty.given += [u.update_id for u in new]
+        if again:
+            self._dirty.repeated += len(again)
+            self.tally.repeated += len(again)
+            self._say(f"{len(again)} updates were in hand when the one before ended: handed out again")
+        if self._dirty.given:
+            await self._save()
+
+    def _state_allowed(self, wanted: Any) -> None:
+        if isinstance(wanted, list):
+            text = json.dumps(wanted)
+            if text != self._allowed:
+                self._allowed = self._dirty.allowed = text
+
+    def acknowledge(self, ids: list[int]) -> None:
+        self._finish(self.desk.acknowledge(ids))
+
+    def _finish(self, ids: list[int]) -> None:
+        if ids:
+            self._dirty.done += ids
+            self._marked -= set(ids)
+            self._recent |= set(ids)
+            self._news.ring()
+            if self._flush is None or self._flush.done():
+                self._flush = asyncio.ensure_future(self._save_in_time())
+
+    # The inbox ---------------------------------------------------------------------------------------------------
+
+    async def _save_in_time(self) -> None:
+        """What is done need not be durable before anything else happens."""
+        with contextlib.suppress(Fenced):
+            while self._dirty.done:
+                await self._save()
+
+    async def _save(self) -> None:
+        """Write what is to be written, with whatever else has come together meanwhile. Returns when it is durable."""
+        self._wanted += 1
+        wanted = self._wanted
+        pause = 0.1
+        while self._written < wanted:
+            async with self._saving:
+                if self._written >= wanted:
+                    return
+                holding = self._term.holding
+                if holding is None or self._term.over:
+                    raise Fenced
+                changes, self._dirty = self._dirty, Changes()
+                changes.offset, changes.polling, changes.asked = self._offset, self._polling, self._asked[0]
+                changes.webhook = self.tally.webhook
+                upto = self._wanted
+                try:
+                    ours = await self._inbox.save(holding, self.api, changes, ATTEMPT)
+                except StoreError as e:
+                    self._merge(changes)
+                    if not self._save_failed:
+                        self._say(f"the inbox cannot be written: {e}; nothing is confirmed to the Bot API until it is")
+                    self._save_failed = True
+                else:
+                    if not ours:
+                        self._term.end()
+                        raise Fenced
+                    self._save_failed = False
+                    self._written, self._saved_at = upto, clock.now()
+                    return
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 2.0)
+
+    def _merge(self, failed: Changes) -> None:
+        later = self._dirty
+        self._dirty = replace(
+            later,
+            received=failed.received + later.received,
+            given=failed.given + later.given,
+            done=failed.done + later.done,
+            confirmed=max(failed.confirmed, later.confirmed),
+            allowed=later.allowed if later.allowed is not None else failed.allowed,
+            polled=failed.polled or later.polled,
+            conflicts=failed.conflicts + later.conflicts,
+            repeated=failed.repeated + later.repeated,
+            set_aside=failed.set_aside + later.set_aside,
+        )
+
+    async def _load(self) -> Begun:
+        pause, told = 0.2, False
+        holding = self._term.holding
+        assert holding is not None
+        while True:
+            try:
+                begun = await self._inbox.begin(holding, self.api, ATTEMPT)
+            except StoreError as e:
+                if not told:
+                    self._say(f"the inbox cannot be read: {e}")
+                told = True
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 2.0)
+                continue
+            if begun is None:
+                self._term.end()
+                raise Fenced
+            return begun
+
+    # Upstream ----------------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        try:
+            await self._term.begun.wait()
+            begun = await self._load()
+            self._offset, self._allowed = begun.offset, self._allowed or begun.allowed
+            self._recent |= set(begun.done)
+            self._low = begun.offset > 1 and begun.asked == begun.offset
+            self.desk.newest = begun.offset - 1
+            self.desk.receive([u for u in begun.updates if u.tries < TRIES])
+            hopeless = [u.update_id for u in begun.updates if u.tries >= TRIES]
+            if hopeless:
+                self._set_aside(hopeless, f"each was in hand when {TRIES} processes ended")
+            self._loaded = True
+            self._news.ring()
+            # The poll of the one before may still be held, and by some accounts of the server would make ours fail.
+            # (And with its offset ours would be held for longer than it asks for.)
+            wait = POLL + MARGIN if self._term.remaining > PROMOTED + 2 * MARGIN else PROMOTED
+            free_at = clock.now() + wait if begun.unfinished else 0.0
+            await self._while_unwanted()
+            await self._mind_the_webhook()
+            await self._pause(free_at - clock.now())
+            while not self._stopping:
+                await self._turn()
+        except Fenced:
+            pass
+        except Exception as e:  # a bug of ours must not make a bot deaf in silence
+            self._say(f"the gateway failed: {type(e).__name__}: {redact(str(e))}")
+            raise
+
+    async def _while_unwanted(self) -> None:
+        """A program that does not poll (or uses a webhook) is not polled for."""
+        while not self._stopping:
+            news = self._news.heard()
+            if self.desk.open or (self._polls and clock.now() - self._polled_at < QUIET):
+                return
+            await asyncio.wait({news}, timeout=1.0)
+
+    async def _turn(self) -> None:
+        await self._while_unwanted()
+        if len(self.desk.given) > BACKLOG // 2:
+            # A hook that never acknowledges must not make the bot deaf.
+            aside = self.desk.let_go(len(self.desk.given) - BACKLOG // 2)
+            self._set_aside(aside, f"{BACKLOG // 2} others are in hand, and none is acknowledged")
+        news, changed = self._news.heard(), self._term.changed.heard()
+        remaining = self._term.remaining
+        full = self.desk.size >= BACKLOG or sum(len(u.payload) for u in self.desk.waiting.values()) >= BACKLOG_BYTES
+        if self._stopping or full or remaining <= MARGIN:
+            await asyncio.wait({news, changed}, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+            return
+        low = self._low
+        offset = self._offset - low if self._offset > 1 else int(low)
+        last, began = self._asked
+        if offset == last and remaining < PROMOTED + MARGIN and clock.now() < began + PROMOTED:
+            await self._pause(began + PROMOTED - clock.now())
+            return
+        seconds = int(min(POLL, remaining - MARGIN))
+        asked: dict[str, Any] = {"offset": offset, "timeout": seconds}
+        if self._allowed is not None:
+            asked["allowed_updates"] = json.loads(self._allowed)
+        self._asked = (offset, clock.now())
+        try:
+            status, body = await self._ask("getUpdates", asked)
+        except Unreachable as e:
+            await self._failed(f"the Bot API cannot be reached: {e}")
+            return
+        await self._answered(status, body, offset)
+        if not seconds:
+            await self._pause(0.3)  # a lease too short for a poll that is held
+
+    async def _ask(self, method: str, args: dict[str, Any]) -> tuple[int, bytes]:
+        body = json.dumps(args).encode()
+        headers = [(b"content-type", b"application/json"), (b"accept", b"application/json")]
+        # getUpdates may be asked again: the offset makes it the same
+        answer = await self._upstream.call("POST", f"/bot{self._token}/{method}", headers, body, repeatable=True)
+        try:
+            return answer.status, await answer.read()
+        except (OSError, TimeoutError) as e:
+            raise Unreachable(str(e) or type(e).__name__) from None
+
+    async def _answered(self, status: int, body: bytes, confirmed: int) -> None:
+        try:
+            reply = json.loads(body)
+        except ValueError:
+            reply = {}
+        if not isinstance(reply, dict):
+            reply = {}
+        if status == 200 and isinstance(reply.get("result"), list):
+            await self._received(reply["result"], confirmed)
+        elif status == 409:
+            await self._conflict(str(reply.get("description", "")))
+        elif status in (401, 404):
+            # The program should hear that its token is wrong.
+            self._refused = (status, body)
+            self._news.ring()
+            await self._failed(f"the Bot API refuses the token of bot {self.api}: {status}", RECHECK)
+        else:
+            parameters = reply.get("parameters")
+            wait = parameters.get("retry_after", 0) if isinstance(parameters, dict) else 0
+            await self._failed(f"the Bot API answers {status}", float(wait) if isinstance(wait, int) else 0.0)
+
+    async def _received(self, result: list[Any], confirmed: int) -> None:
+        if self._trouble:
+            self._say("the Bot API answers again")
+        self._trouble, self._back_off = "", 1.0
+        self._heard_at = clock.now()
+        self._dirty.polled = True
+        self._dirty.confirmed = max(self._dirty.confirmed, confirmed)
+        self._low = not self._low
+        if len(self._recent) > 10 * BACKLOG:
+            self._recent = {i for i in self._recent if i >= confirmed}
+        # stored as "in hand", if somebody waits for it: then it is, as soon as it is stored
+        at_once = int(bool(self.desk.open) and not self.desk.shut)
+        updates = [
+            Update(u["update_id"], json.dumps(u, separators=(",", ":")), at_once)
+            for u in result
+            if isinstance(u, dict) and isinstance(u.get("update_id"), int)
+        ]
+        new = [u for u in updates if not self.desk.knows(u.update_id) and u.update_id not in self._recent]
+        if new:
+            self._offset = updates[-1].update_id + 1
+            self._low = False
+            self._dirty.received += new
+            await self._save()
+            self._marked |= {u.update_id for u in new if at_once}
+            self.desk.receive([replace(u, tries=0) for u in new])
+            self._news.ring()
+        elif clock.now() - self._saved_at > 10.0:
+            await self._save()  # for those who look at "deaf"
+
+    async def _conflict(self, description: str) -> None:
+        if "webhook" in description:
+            await self._mind_the_webhook()
+            return
+        now = clock.now()
+        if now - self._struck_at > 2 * CONFLICT_PAUSES[-1]:
+            self._strikes = 0
+        self._struck_at = now
+        self._strikes += 1
+        self._dirty.conflicts += 1
+        self.tally.conflicts += 1
+        pause = CONFLICT_PAUSES[min(self._strikes, len(CONFLICT_PAUSES)) - 1]
+        if self._strikes > 1:
+            self._say(
+                f"somebody else polls with the token of bot {self.api}, outside of this database: we hold the lease, "
+                f"and get 409. Not fighting: looking again in {pause:g} s. Stop it there, or make a second bot"
+            )
+        await self._save()
+        await self._pause(pause)
+
+    async def _mind_the_webhook(self) -> None:
+        """Where a webhook is set polling is refused. It may be another system's: it is named, and left alone."""
+        while not self._stopping:
+            try:
+                status, body = await self._ask("getWebhookInfo", {})
+                info = json.loads(body).get("result", {}) if status == 200 else {}
+                url = str(info.get("url") or "") if isinstance(info, dict) else ""
+            except (Unreachable, ValueError):
+                return  # the poll itself will tell
+            if not url:
+                if self.tally.webhook:
+                    self.tally.webhook = ""
+                    self._say("the webhook is gone: polling")
+                return
+            host = urlsplit(url).hostname or "an address"  # the rest of it may hold a secret
+            if self._delete_webhook:
+                self._say(f"deleting the webhook of bot {self.api} at {host}")
+                with contextlib.suppress(Unreachable):
+                    await self._ask("deleteWebhook", {})
+                continue
+            if not self.tally.webhook:
+                self._say(
+                    f"bot {self.api} has a webhook at {host}: the Bot API refuses polling, and it was left alone. "
+                    "If nothing needs it, start with --delete-webhook"
+                )
+            self.tally.webhook = host
+            await self._save()
+            await self._pause(RECHECK)
+
+    def _set_aside(self, ids: list[int], why: str) -> None:
+        self._dirty.set_aside += len(ids)
+        self.tally.set_aside += len(ids)
+        self._say(f"{len(ids)} updates are set aside: {why}")
+        self._finish(ids)
+
+    # Waiting -----------------------------------------------------------------------------------------------------
+
+    async def _failed(self, what: str, wait: float = 0.0) -> None:
+        if what != self._trouble:
+            self._say(what)
+        self._trouble = what
+        await self._pause(max(wait, self._back_off))
+        self._back_off = min(self._back_off * 2, 15.0)
+
+    async def _pause(self, seconds: float) -> None:
+        end = clock.now() + seconds
+        while not self._stopping and not self._term.over:
+            news, changed = self._news.heard(), self._term.changed.heard()
+            rest = end - clock.now()
+            if rest <= 0:
+                return
+            await asyncio.wait({news, changed}, timeout=rest, return_when=asyncio.FIRST_COMPLETED)
+
+    # The end -----------------------------------------------------------------------------------------------------
+
+    @property
+    def deaf(self) -> float:
+        """Seconds since the last getUpdates that succeeded, upstream and of the program."""
+        polled = clock.now() if self.desk.open else self._polled_at
+        return max(0.0, clock.now() - min(self._heard_at, polled))
+
+    def report(self) -> Tally:
+        waiting, in_hand = len(self.desk.waiting), len(self.desk.given)
+        return replace(self.tally, deaf=round(self.deaf, 1), waiting=waiting, in_hand=in_hand)
+
+    def stop(self) -> None:
+        """Start no poll and hand nothing out any more."""
+        self._stopping = True
+        self.desk.shut = True
+        self._news.ring()
+
+    async def settled(self) -> None:
+        """Until nothing is in the program's hands."""
+        while not self.desk.idle and not self._term.over:
+            news, changed = self._news.heard(), self._term.changed.heard()
+            if not self.desk.idle:
+                await asyncio.wait({news, changed}, return_when=asyncio.FIRST_COMPLETED)
+
+    async def flush(self) -> None:
+        with contextlib.suppress(Fenced):
+            while self._dirty.done and self._loaded:
+                await self._save()
+
+    async def finish(self) -> None:
+        """Let the last poll return, and write down that it has."""
+        self.stop()
+        with contextlib.suppress(Exception):
+            await self._task
+        if self._loaded:
+            self._polling = False
+            with contextlib.suppress(Fenced):
+                await self._save()
+
+    def cancel(self) -> None:
+        self._task.cancel()
+        if self._flush is not None:
+            self._flush.cancel()
