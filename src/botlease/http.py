@@ -75,6 +75,8 @@ async def serve(
             await _Conversation(reader, writer, handler, streaming).run()
         except (OSError, TimeoutError, h11.ProtocolError, asyncio.IncompleteReadError):
             pass
+        except asyncio.CancelledError:
+            pass  # the loop is being closed; asyncio (3.11) would log it as an error of the callback
         finally:
             with contextlib.suppress(OSError):
                 writer.close()

@@ -120,6 +120,9 @@ class Gateway:
             return _error(503, "the term is over")
         except Unreachable as e:
             return _error(502, f"Bad Gateway: {e}")
+        except Exception as e:  # a bug of ours; its text might hold the token
+            self._once(f"the gateway failed at {found['method'][:40]}: {type(e).__name__}")
+            return _error(500, "Internal Server Error")
 
     async def _turn(self, request: http.Request, method: str) -> bool:
         """Before the term begins only what reads may pass."""
@@ -145,7 +148,8 @@ class Gateway:
         else:
             assert request.pieces is not None
             pieces = request.pieces
-        reads = request.method == "GET" or target.rpartition("/")[2].lower().startswith("get")
+        # by its name: a GET may send as well
+        reads = target.startswith("/file/") or target.rpartition("/")[2].lower().startswith("get")
         answer = await self._upstream.call(request.method, target, headers, pieces, repeatable=reads)
         kept = tuple((k.decode("ascii"), v.decode("latin-1")) for k, v in answer.headers if k != b"content-length")
         size = next((int(v) for k, v in answer.headers if k == b"content-length" and v.isdigit()), None)
@@ -169,8 +173,10 @@ class Gateway:
                 return http.Response(status, reply)
             case "botleasedone":
                 ids = args.get("update_ids")
-                ids = json.loads(ids) if isinstance(ids, str) else ids
-                self._poller(found["token"]).acknowledge([i for i in ids if isinstance(i, int)] if ids else [])
+                with contextlib.suppress(ValueError):
+                    ids = json.loads(ids) if isinstance(ids, str) else ids
+                known = [i for i in ids if isinstance(i, int)] if isinstance(ids, list) else []
+                self._poller(found["token"]).acknowledge(known)
                 return http.Response(200, b'{"ok":true,"result":true}')
             case "setwebhook" if args.get("url"):
                 return await self._set_webhook(request, found, args, body)

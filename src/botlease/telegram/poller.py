@@ -132,6 +132,7 @@ class Poller:
         self._delete_webhook = delete_webhook
         self._refused: tuple[int, bytes] | None = None
         self._offset = 0
+        self._confirmed = 0
         self._low = False  # the next poll asks with the lower offset
         self._asked = (-1, -1e9)  # the offset of the last poll, and when it began
         self._recent: set[int] = set()  # done, and perhaps to be had once more
@@ -257,7 +258,7 @@ class Poller:
                     raise Fenced
                 changes, self._dirty = self._dirty, Changes()
                 changes.offset, changes.polling, changes.asked = self._offset, self._polling, self._asked[0]
-                changes.webhook = self.tally.webhook
+                changes.webhook, changes.confirmed = self.tally.webhook, self._confirmed
                 upto = self._wanted
                 try:
                     ours = await self._inbox.save(holding, self.api, changes, ATTEMPT)
@@ -283,7 +284,6 @@ class Poller:
             received=failed.received + later.received,
             given=failed.given + later.given,
             done=failed.done + later.done,
-            confirmed=max(failed.confirmed, later.confirmed),
             allowed=later.allowed if later.allowed is not None else failed.allowed,
             polled=failed.polled or later.polled,
             conflicts=failed.conflicts + later.conflicts,
@@ -418,24 +418,25 @@ class Poller:
         self._trouble, self._back_off = "", 1.0
         self._heard_at = clock.now()
         self._dirty.polled = True
-        self._dirty.confirmed = max(self._dirty.confirmed, confirmed)
+        self._confirmed = confirmed
         self._low = not self._low
         if len(self._recent) > 10 * BACKLOG:
             self._recent = {i for i in self._recent if i >= confirmed}
-        # stored as "in hand", if somebody waits for it: then it is, as soon as it is stored
-        at_once = int(bool(self.desk.open) and not self.desk.shut)
         updates = [
-            Update(u["update_id"], json.dumps(u, separators=(",", ":")), at_once)
+            Update(u["update_id"], json.dumps(u, separators=(",", ":")))
             for u in result
             if isinstance(u, dict) and isinstance(u.get("update_id"), int)
         ]
         new = [u for u in updates if not self.desk.knows(u.update_id) and u.update_id not in self._recent]
         if new:
+            # Those that somebody waits for are stored as handed out: they are, as soon as they are stored.
+            soon = self.desk.open[0].limit if self.desk.open and not self.desk.shut else 0
+            new = [replace(u, tries=int(n < soon)) for n, u in enumerate(new)]
             self._offset = updates[-1].update_id + 1
             self._low = False
             self._dirty.received += new
             await self._save()
-            self._marked |= {u.update_id for u in new if at_once}
+            self._marked |= {u.update_id for u in new if u.tries}
             self.desk.receive([replace(u, tries=0) for u in new])
             self._news.ring()
         elif clock.now() - self._saved_at > 10.0:

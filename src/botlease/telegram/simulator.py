@@ -19,6 +19,7 @@ import json
 import random
 import re
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,6 +105,10 @@ class Simulator:
         self.on_reply: Callable[[Message], None] = lambda message: None
         self._by_update: dict[tuple[int, int], Message] = {}
         self._by_message: dict[tuple[int, int, int], Message] = {}
+        self.calls: deque[tuple[float, int, str]] = deque(maxlen=100_000)
+        """(when, bot id, method) of each request that arrived whole."""
+        self.faults: list[tuple[str, ApiError]] = []
+        """The next call of this method (lower case) is answered so instead, once."""
         self._next_message = 0
         self._server: asyncio.Server | None = None
 
@@ -216,6 +221,8 @@ class Simulator:
         if parts.path == "/simulator/report":
             body = {str(i): self._plain(i) for i in self.bots}
             return http.Response(200, json.dumps(body).encode())
+        if file := re.fullmatch(r"/file/bot[^/]+/zeros/(\d+)\.bin", parts.path):
+            return http.Response(200, b"0" * int(file[1]), "application/octet-stream")
         match = re.fullmatch(r"/bot([^/]+)/([A-Za-z]+)/?", parts.path)
         try:
             if match is None:
@@ -224,6 +231,14 @@ class Simulator:
             if not TOKEN.fullmatch(token):
                 raise ApiError(401, "Unauthorized: invalid token specified")
             bot = self.bot(int(token.split(":")[0]))
+            self.calls.append((clock.now(), bot.bot_id, method))
+            fault = next((f for f in self.faults if f[0] == method.lower()), None)
+            if fault is not None:
+                self.faults.remove(fault)
+                raise fault[1]
+            if method.lower() == "senddocument":  # its size is all that matters of it
+                sent = {"message_id": 1, "document": {"file_id": "1", "file_size": len(request.body)}}
+                return http.Response(200, json.dumps({"ok": True, "result": sent}).encode())
             try:
                 args = arguments(parts.query, request.headers.get("content-type", ""), request.body)
             except ValueError:
@@ -258,6 +273,9 @@ class Simulator:
                 return await bot.set_webhook(args)
             case "deletewebhook":
                 return await bot.set_webhook({**args, "url": ""})
+            case "getfile":
+                path = f"zeros/{args.get('file_id')}.bin"
+                return {"file_id": args.get("file_id"), "file_unique_id": "1", "file_path": path}, ""
             case "sendmessage":
                 return self._send(bot, args), ""
             case "setmycommands" | "sendchataction" | "deletemycommands":
