@@ -24,3 +24,14 @@ venv() {
   "$uv" pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation -e . || return 1
   touch "$stamp"
 }
+
+# The Node frameworks among the test bots. Where there is no npm, their tests say that they were skipped.
+node_bots() {
+  if [ -f tests/bots/node/node_modules/.package-lock.json ]; then return 0; fi
+  if ! command -v npm >/dev/null && [ "${CI:-}" = true ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    { apt-get update && apt-get install -y --no-install-recommends nodejs npm; } >/dev/null 2>&1 || true
+  fi
+  command -v npm >/dev/null || return 0
+  echo "installing the Node bots into tests/bots/node (once)" >&2
+  (cd tests/bots/node && npm ci --omit=optional --no-audit --no-fund --loglevel=error >/dev/null) || true
+}

@@ -245,7 +245,8 @@ class Supervisor:
         now = clock.now()
         if k is None:
             barred = bool(self.settings.barred)
-            return Snapshot("barred" if barred else "booting", barred, False, 0.0, self.stopping.is_set())
+            word = "barred" if barred else "booting"
+            return Snapshot(word, barred, False, 0.0, self.stopping.is_set(), bot=self.settings.bot)
         state = k.state
         if state.view is not None and state.view.lease is not None:  # between two reads there is none
             self.last_holder = state.view.lease.holder
@@ -264,6 +265,8 @@ class Supervisor:
             waiting_for=max(0.001, now - self.began) if proving or (waits and not state.was_active) else 0.0,
             stopping=state.stopping,
             term=state.term.number if state.term else None,
+            bot=self.settings.bot,
+            gateway=self.work.gateway(now) if self.work is not None and state.phase is Phase.WORKING else {},
         )
 
 

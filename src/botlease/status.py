@@ -22,6 +22,10 @@ FIELDS: Final = (
 )
 
 
+GATEWAY: Final = ("api", "polled_at", "waiting", "repeated", "set_aside", "conflicts", "conflict_at", "webhook")
+"""What is said about each token that is polled through the gateway."""
+
+
 def _time(value: Any) -> Any:
     return value.isoformat(sep=" ", timespec="milliseconds") if isinstance(value, datetime) else value
 
@@ -42,6 +46,9 @@ def by_bot(overview: dict[str, Any], *, ended: bool = False) -> list[dict[str, A
             # The holder's heartbeat is its renewal; its own row is touched once a ttl only.
             instance["last_heartbeat"] = max(str(instance["last_heartbeat"]), str(lease["renewed_at"]))
         entry["instances"].append(instance)
+    for row in overview.get("polls", ()):
+        if row["bot"] in bots:
+            bots[row["bot"]]["gateway"].append({name: _time(row[name]) for name in GATEWAY})
     for row in overview["failures"]:
         if row["failures"] >= TRIES and row["bot"] in bots:
             bots[row["bot"]]["quarantine"].append(row["deployment"])
@@ -51,7 +58,8 @@ def by_bot(overview: dict[str, Any], *, ended: bool = False) -> list[dict[str, A
 
 
 def _bot(name: str, lease: dict[str, Any] | None, paused: bool) -> dict[str, Any]:
-    return {"bot": name, "paused": paused, "lease": lease, "instances": [], "quarantine": [], "handover": None}
+    more: dict[str, Any] = {"instances": [], "quarantine": [], "handover": None, "gateway": []}
+    return {"bot": name, "paused": paused, "lease": lease, **more}
 
 
 def handover(bot: dict[str, Any]) -> dict[str, Any] | None:
@@ -94,6 +102,17 @@ def align(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows]
 
 
+def _gateway(bot: dict[str, Any], g: dict[str, Any]) -> str:
+    who = "" if g["api"] == bot["bot"] else f" of bot {clean(g['api'])}"
+    line = f"gateway{who}: last getUpdates {str(g['polled_at'] or 'never')[:19]}, {g['waiting']} updates are not done"
+    line += f", {g['repeated']} were handed out again after a kill, {g['set_aside']} set aside"
+    if g["conflicts"]:
+        line += f"; SOMEBODY ELSE POLLED {g['conflicts']} times, last {str(g['conflict_at'])[:19]}"
+    if g["webhook"]:
+        line += f"; WEBHOOK at {clean(g['webhook'])}: polling is refused (--delete-webhook)"
+    return line
+
+
 def table(bots: list[dict[str, Any]]) -> str:
     """The status as text, columns as wide as they must be."""
     if not bots:
@@ -116,6 +135,7 @@ def table(bots: list[dict[str, Any]]) -> str:
             out.append(f"handover {step['step']}: {clean(step['from'])} -> {clean(step['to'])}")
         if bot["quarantine"]:
             out.append(f"in quarantine, did not pass their probation: {clean(', '.join(map(str, bot['quarantine'])))}")
+        out += [_gateway(bot, g) for g in bot["gateway"]]
         rows: list[tuple[str, ...]] = [
             ("", "INSTANCE", "STATE", "TERM", "GENERATION", "DEPLOYMENT", "HOST", "PID", "STARTED", "HEARTBEAT")
         ]

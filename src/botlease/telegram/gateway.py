@@ -79,10 +79,16 @@ class Gateway:
             async with asyncio.timeout(max(0.0, until - clock.now())):
                 await asyncio.gather(*(p.settled() for p in self.pollers.values()))
 
-    async def finish(self) -> None:
-        """The bot has ended: let the last polls return, write down what is done."""
+    def signalled(self) -> None:
+        """The bot has been told to stop. What it confirms from now on may not be finished: grammY's last call confirms
+        what it is just working on. It counts if the bot ends by itself."""
+        for poller in self.pollers.values():
+            poller.signalled = True
+
+    async def finish(self, *, clean: bool = True) -> None:
+        """The bot has ended, by itself if ``clean``: let the last polls return, write down what is done."""
         self._draining = True
-        await asyncio.gather(*(p.finish() for p in self.pollers.values()))
+        await asyncio.gather(*(p.finish(clean) for p in self.pollers.values()))
 
     async def flush(self) -> None:
         """Write down what is done."""

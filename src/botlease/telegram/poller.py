@@ -124,6 +124,8 @@ class Poller:
         self.api = token.split(":")[0]
         self.desk = Desk()
         self.tally = Tally()
+        self.signalled = False  # the program has been told to stop
+        self._doubtful: list[int] = []  # confirmed since then
         self._token = token
         self._term = term
         self._upstream = upstream
@@ -172,7 +174,11 @@ class Poller:
             if not await self._until(lambda: self._loaded, now + timeout, left):
                 return 200, EMPTY
             self._polls += 1
-            self._finish(self.desk.enter(poll))
+            done = self.desk.enter(poll)
+            if self.signalled:
+                self._doubtful += done
+            else:
+                self._finish(done)
             self._news.ring()
             await self._until(lambda: self._refused is not None or self._has(poll), now + timeout, left)
             if self._refused is not None:
@@ -545,9 +551,11 @@ class Poller:
             while self._dirty.done and self._loaded:
                 await self._save()
 
-    async def finish(self) -> None:
+    async def finish(self, clean: bool) -> None:
         """Let the last poll return, and write down that it has."""
         self.stop()
+        if clean:
+            self._finish(self._doubtful)
         with contextlib.suppress(Exception):
             await self._task
         if self._loaded:

@@ -15,6 +15,8 @@ from botlease.work import proof, reaper, tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from botlease.web.gate import GateServer
     from botlease.work.pulse import Pulse
 
@@ -101,8 +103,7 @@ class ChildWork:
         self._guarded = False
         self._front: socket.socket | None = None  # ours of the pair, while there is a process in front of the bot
         self._front_inbox: reaper.Inbox | None = None
-        self.tallies: dict[str, dict[str, object]] = {}
-        """What the gateway last said about each token, by its bot id."""
+        self._tallies: dict[str, dict[str, Any]] = {}
         self._nonce = ""
         self._retry: asyncio.TimerHandle | None = None
         self._asked = 0  # the signal we sent, if the child dies of it that is a clean stop
@@ -185,6 +186,7 @@ class ChildWork:
             return None
         self._drop_front()
         env["BOTLEASE_API_URL"] = self.command.front.url
+        self._tallies = {}
         self._front, theirs = socket.socketpair()
         self._front_inbox = reaper.Inbox(self._front)
         self._front.setblocking(False)
@@ -216,7 +218,11 @@ class ChildWork:
             if message["say"]:
                 self.say(f"gateway: {message['say']}")
             else:
-                self.tallies[message.pop("api")] = message
+                self._tallies[message.pop("api")] = message
+
+    def gateway(self, now: float) -> dict[str, dict[str, Any]]:
+        """What the gateway last said about each token, by its bot id; ``deaf`` in seconds until now."""
+        return {api: {**t, "deaf": round(max(0.0, now - t["heard"]), 1)} for api, t in self._tallies.items()}
 
     def arm(self, until: float) -> None:
         self._until = until
@@ -229,8 +235,9 @@ class ChildWork:
         if self._waiting():
             return
         self._asked = self.stop_signal if reason is Reason.STOPPED else signal.SIGTERM
-        self._tell_front(do="drain", until=until)
-        self._send(do="signal", number=int(self._asked), drain=True)
+        # With a process in front of it the bot is signalled by that, when it has nothing in hand any more.
+        self._tell_front(do="drain", until=until, number=int(self._asked))
+        self._send(do="signal", number=0 if self._front is not None else int(self._asked), drain=True)
 
     def kill(self, reason: Reason) -> None:
         self._stopping = True

@@ -97,6 +97,7 @@ class _Front:
         self.status: int | None = None
         self.until = 0.0
         self.asked = False
+        self.hurry = True
 
     async def run(self) -> int:
         import asyncio
@@ -117,7 +118,7 @@ class _Front:
         for number in FORWARDED:
             loop.add_signal_handler(number, self.forward, number)
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop, number)
+            loop.add_signal_handler(number, self.signalled, number)
         loop.add_signal_handler(signal.SIGCHLD, self.look)
         self.control.setblocking(False)
         loop.add_reader(self.control, self.hear)
@@ -126,17 +127,16 @@ class _Front:
         reporting = loop.create_task(self.report())
         await self.ended.wait()
         reporting.cancel()
-        if self.asked:
-            with contextlib.suppress(TimeoutError):
+        assert self.status is not None
+        with contextlib.suppress(TimeoutError):
+            if self.asked:
                 async with asyncio.timeout(max(0.5, self.until - clock.now())):
-                    await self.gateway.finish()
-        else:
-            with contextlib.suppress(TimeoutError):
+                    await self.gateway.finish(clean=self.status >= 0)
+            else:  # the bot is about to be started again: it need not wait for the last poll
                 async with asyncio.timeout(2.0):
                     await self.gateway.flush()
         self.tally()
         await self.gateway.close()
-        assert self.status is not None
         return self.status
 
     # The bot -----------------------------------------------------------------------------------------------------
@@ -155,21 +155,30 @@ class _Front:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, number)
 
-    def stop(self, number: int) -> None:
-        if self.asked:  # it was asked before: whoever repeats it does not want to wait
-            self.forward(number)
-            return
-        self.asked = True
-        now = clock.now()
-        if self.until <= now:
-            self.until = now + 2 * UNANNOUNCED
-            patience = now + UNANNOUNCED
-        else:
-            patience = now + (self.until - now) * SHARE
-        self.draining = self.loop.create_task(self.drain(number, patience))
+    def signalled(self, number: int) -> None:
+        """A stop signal from elsewhere: from a platform that signals everything in the container, the bot included. It
+        is not signalled a second time (many take that for "at once") before it has had its time."""
+        self.gateway.signalled()
+        self.begin_to_stop(number, clock.now() + 2 * UNANNOUNCED, hurry=False)
 
-    async def drain(self, number: int, patience: float) -> None:
+    def begin_to_stop(self, number: int, until: float, *, hurry: bool) -> None:
+        self.until = max(self.until, until)
+        self.hurry = self.hurry and hurry
+        if not self.asked:
+            self.asked = True
+            self.draining = self.loop.create_task(self.drain(number))
+
+    async def drain(self, number: int) -> None:
+        import asyncio
+
+        began = clock.now()
+        patience = (
+            began + max(UNANNOUNCED, (self.until - began) * SHARE) if self.until - began > UNANNOUNCED else self.until
+        )
         await self.gateway.drain(patience)
+        if not self.hurry:
+            await asyncio.sleep(max(0.0, patience - clock.now()))
+        self.gateway.signalled()
         self.forward(number)
 
     # The supervisor ------------------------------------------------------------------------------------------------
@@ -189,7 +198,7 @@ class _Front:
                 case "arm":
                     self.gateway.arm(message["until"])
                 case "drain":
-                    self.until = message["until"]
+                    self.begin_to_stop(message["number"], message["until"], hurry=True)
 
     def tell(self, **message: Any) -> None:
         from botlease.work.reaper import send
