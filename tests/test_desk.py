@@ -114,3 +114,14 @@ def test_ids_that_begin_anew_lower_than_before_are_handed_out() -> None:
     asked(d, offset=901)
     d.receive([Update(5, "{}")])
     assert answered(d, d.open[0]) == [5]
+
+
+def test_what_comes_while_the_open_poll_is_being_answered_is_not_wanted_yet() -> None:
+    d = desk()
+    assert d.wanted == 0
+    poll = asked(d, limit=1)
+    assert d.wanted == 1
+    d.receive([Update(5, "{}")])
+    assert got(d, poll) == [5] and d.wanted == 0
+    d.leave(poll, 0.0, arrived=True)
+    assert d.wanted == 0

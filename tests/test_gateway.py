@@ -76,7 +76,7 @@ class Bot:
             answer: dict[str, Any] = await r.json()
             return answer | {"status": r.status}
 
-    async def poll(self, timeout: float = 5, prefix: str = "", **args: Any) -> list[str]:
+    async def poll(self, timeout: float = 5, prefix: str = "/batch", **args: Any) -> list[str]:
         """The texts of the next batch; what it got before is confirmed by it."""
         result = (await self.call("getUpdates", prefix, offset=self.offset, timeout=timeout, **args))["result"]
         if result:

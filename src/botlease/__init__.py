@@ -21,6 +21,7 @@ __all__ = [
     "active",
     "exclusive",
     "gate",
+    "gateway",
     "wait_at_gate",
 ]
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from botlease.gating import NotSupervised, gate, wait_at_gate
     from botlease.inside import LeaseLost, Term, active, exclusive
+    from botlease.inside_gateway import gateway
     from botlease.settings import ConfigurationError
     from botlease.stores import StoreError
 
@@ -41,6 +43,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("botlease.stores").StoreError
     if name == "ConfigurationError":
         return importlib.import_module("botlease.settings").ConfigurationError
+    if name == "gateway":
+        return importlib.import_module("botlease.inside_gateway").gateway
     if name in ("NotSupervised", "gate", "wait_at_gate"):
         return getattr(importlib.import_module("botlease.gating"), name)
     if name in __all__:

@@ -32,23 +32,26 @@ class LeaseLost(Exception):
 class Term:
     """One unbroken hold of the lease."""
 
-    def __init__(self, number: int, bot: str, instance_id: str, work: BodyWork) -> None:
+    def __init__(self, number: int, bot: str, instance_id: str, work: BodyWork, database: str = "") -> None:
         self.number = number
         """The fencing token: it only ever rises. Write it beside what you write, and refuse lower ones."""
         self.bot = bot
         self.instance_id = instance_id
-        self._work = work
+        self.database = database
+        """The URL of the lease's database, which may hold a password."""
+        self.work = work
+        """For the parts of botlease that serve this term."""
         self._over = False
 
     @property
     def remaining(self) -> float:
         """Seconds for which the term can be trusted if no further renewal succeeds; 0 when it is over."""
-        return 0.0 if self._over else max(0.0, self._work.until - clock.now())
+        return 0.0 if self._over else max(0.0, self.work.until - clock.now())
 
     @property
     def in_danger(self) -> bool:
         """True while renewals fail and the end of trust comes nearer: open nothing new, finish what is open."""
-        return self._over or self._work.in_danger
+        return self._over or self.work.in_danger
 
     def check(self) -> None:
         """Raise :class:`LeaseLost` if the term is over. Synchronous and cheap (no I/O): call it before each
@@ -160,7 +163,7 @@ class active:
             await self._finish()
             raise
         s = self._session.settings
-        self.term = Term(begun.result(), s.bot, s.instance_id, self._work)
+        self.term = Term(begun.result(), s.bot, s.instance_id, self._work, s.database)
         return self.term
 
     def _cancel(self, reason: Reason) -> None:
@@ -215,7 +218,8 @@ def exclusive(
 
             def begin(number: int) -> None:
                 nonlocal task, term
-                term = Term(number, session.settings.bot, session.settings.instance_id, work)
+                s = session.settings
+                term = Term(number, s.bot, s.instance_id, work, s.database)
                 task = loop.create_task(call(term))
                 task.add_done_callback(over)
 

@@ -74,6 +74,13 @@ class Desk:
         """Nothing is in the program's hands."""
         return not self.given
 
+    @property
+    def wanted(self) -> int:
+        """How many that come now would go out at once."""
+        if self.shut or self.waiting or not self.open or self.open[0].batch:
+            return 0
+        return self.open[0].limit
+
     # Polls ---------------------------------------------------------------------------------------------------
 
     def enter(self, poll: Poll) -> list[int]:

@@ -10,8 +10,10 @@ Every method passes through as it is, in pieces. Answered here, and why:
 * ``drop_pending_updates`` is taken out of a ``setWebhook``;
 * ``botleaseDone`` is the hooks': these updates have been handled.
 
-A base URL that ends in ``/ack`` says that such a hook is at work: an update is done when it is acknowledged, not when
-the next poll comes.
+One update is handed out at a time, and is done when the next poll comes: that is true of every framework that polls
+again when it has handled what it got, and then at most one is in hand when it is killed. Two other ways are chosen by
+the end of the base URL: ``/batch`` hands out as many as the framework asks for (Telegraf handles them side by side), and
+``/ack`` does so as well and says that a hook acknowledges them one by one.
 
 Before the term begins (a warm start) methods that only read pass, the others wait for it.
 """
@@ -33,7 +35,7 @@ from botlease.telegram.poller import Poller, Tally, Term
 from botlease.telegram.upstream import Fenced, Headers, Unreachable, Upstream
 
 PATH: Final = re.compile(
-    r"(?P<ack>/ack)?(?P<rest>/(?P<file>file/)?bot(?P<token>[^/]+)/(?P<method>[^?]*)(\?(?P<query>.*))?)"
+    r"(?P<way>/ack|/batch)?(?P<rest>/(?P<file>file/)?bot(?P<token>[^/]+)/(?P<method>[^?]*)(\?(?P<query>.*))?)"
 )
 TOKEN: Final = re.compile(r"\d{3,20}:[A-Za-z0-9_-]{1,80}(/test)?")
 LIMIT: Final = 8 * 1024 * 1024
@@ -175,7 +177,9 @@ class Gateway:
         match method:
             case "getupdates":
                 poller = self._poller(found["token"])
-                status, reply = await poller.get_updates(args, request.gone, found["ack"] is not None)
+                if found["way"] is None:
+                    args["limit"] = 1
+                status, reply = await poller.get_updates(args, request.gone, found["way"] == "/ack")
                 return http.Response(status, reply)
             case "botleasedone":
                 ids = args.get("update_ids")

@@ -436,7 +436,7 @@ class Poller:
         new = [u for u in updates if not self.desk.knows(u.update_id) and u.update_id not in self._recent]
         if new:
             # Those that somebody waits for are stored as handed out: they are, as soon as they are stored.
-            soon = self.desk.open[0].limit if self.desk.open and not self.desk.shut else 0
+            soon = self.desk.wanted
             new = [replace(u, tries=int(n < soon)) for n, u in enumerate(new)]
             self._offset = updates[-1].update_id + 1
             self._low = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from botlease import clock
 from botlease.model import Event, Reason, WorkEnded
@@ -31,6 +31,11 @@ class BodyWork:
         self.cancel = cancel
         self.warn = warn
         self.in_danger = False
+        self.nonce = ""
+        self.on_arm: Callable[[float], None] | None = None
+        self.settle: Callable[[float], Awaitable[None]] | None = None
+        """Before a drain cancels the coroutine, this may bring what it has in hand to an end; at most until then."""
+        self._settling: asyncio.Task[None] | None = None
         self.tell: Callable[[Event], None] = lambda event: None
         self.proof = proof.make((os.getpid(),))
         self.until = 0.0
@@ -44,7 +49,7 @@ class BodyWork:
         """A program waits for its own turn: there is nothing to warm up."""
 
     def start(self, term: int, nonce: str, until: float, guard_fd: int | None) -> None:
-        self.term, self.until, self._running = term, until, True
+        self.term, self.nonce, self.until, self._running = term, nonce, until, True
         self._guard = -1 if guard_fd is None else guard_fd
         self.fence.arm(until)
         self.in_danger = False
@@ -54,10 +59,23 @@ class BodyWork:
         self.until = until
         if self._running:
             self.fence.arm(until)
+        if self.on_arm is not None:
+            self.on_arm(until)
 
     def drain(self, until: float, reason: Reason) -> None:
-        if self._running:
+        if not self._running:
+            return
+        if self.settle is None:
             self.cancel(reason)
+        else:
+            self._settling = self._loop.create_task(self._cancel_when_settled(self.settle(until), reason))
+
+    async def _cancel_when_settled(self, settled: Awaitable[None], reason: Reason) -> None:
+        try:
+            await settled
+        finally:
+            if self._running:
+                self.cancel(reason)
 
     def kill(self, reason: Reason) -> None:
         if self._running:

@@ -1,7 +1,9 @@
 // Telegraf as its documentation has it, signals included.
 import { Telegraf } from "telegraf";
 
-const apiRoot = process.env.BOTLEASE_API_URL ?? process.env.TELEGRAM_API_URL;
+// It handles a batch side by side.
+const gateway = process.env.BOTLEASE_API_URL;
+const apiRoot = gateway ? `${gateway}/batch` : process.env.TELEGRAM_API_URL;
 const bot = new Telegraf(process.env.TELEGRAM_BOT_TOKEN, { telegram: { apiRoot } });
 const work = Number(process.env.WORK) * 1000;
 bot.on("message", async (ctx) => {

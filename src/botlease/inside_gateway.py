@@ -1,0 +1,68 @@
+"""The Bot API gateway inside a Python program: ``async with botlease.gateway(term) as url``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+from botlease import clock, settings
+from botlease.keeper import log
+from botlease.stores.inbox import Holding, open_inbox
+from botlease.telegram.gateway import Gateway
+
+if TYPE_CHECKING:
+    from botlease.inside import Term
+
+SHARE = 0.6
+"""Of the time for a drain, what the program may take to finish what it has in hand before it is cancelled."""
+
+
+class gateway:
+    """Serve the Bot API on loopback for the body of an ``async with``, within a term.
+
+    Gives the address to use as the framework's base URL (it is in ``BOTLEASE_API_URL`` as well, for the hooks of
+    :mod:`botlease.telegram`). The rules are those of ``botlease run --gateway``. When the term ends early nothing is
+    handed out any more, the body may finish what it has in hand, and then it is cancelled.
+
+    Args:
+        term: what ``botlease.active`` or ``botlease.exclusive`` gave.
+        bot_api: your own Bot API server. Default: ``BOTLEASE_BOT_API``, or https://api.telegram.org.
+        delete_webhook: delete a webhook that keeps the bot from polling, instead of naming it.
+
+    Raises:
+        ConfigurationError: an address that cannot be one. OSError: no port of 127.0.0.1 is to be had.
+    """
+
+    def __init__(self, term: Term, *, bot_api: str | None = None, delete_webhook: bool = False) -> None:
+        upstream = settings.bot_api(bot_api or os.environ.get("BOTLEASE_BOT_API") or settings.BOT_API)
+        self._term = term
+        self._gateway = Gateway(upstream, open_inbox(term.database), log.info, delete_webhook=delete_webhook)
+
+    async def __aenter__(self) -> str:
+        term, work = self._term, self._term.work
+        url = await self._gateway.listen()
+        self._before = os.environ.get("BOTLEASE_API_URL")
+        os.environ["BOTLEASE_API_URL"] = url
+        self._gateway.begin(Holding(term.bot, term.instance_id, term.number, work.nonce), work.until)
+        work.on_arm, work.settle = self._gateway.arm, self._settle
+        return url
+
+    async def _settle(self, until: float) -> None:
+        now = clock.now()
+        await self._gateway.drain(now + (until - now) * SHARE)
+        self._gateway.signalled()
+
+    async def __aexit__(self, *error: object) -> None:
+        work = self._term.work
+        work.on_arm = work.settle = None
+        if self._before is None:
+            os.environ.pop("BOTLEASE_API_URL", None)
+        else:
+            os.environ["BOTLEASE_API_URL"] = self._before
+        with contextlib.suppress(Exception):
+            # at the end of trust there is no time left, and the kernel's timer would end the whole program
+            async with asyncio.timeout(max(0.0, work.until - clock.now() - 0.1)):
+                await self._gateway.finish()
+        await self._gateway.close()

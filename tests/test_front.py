@@ -1,0 +1,277 @@
+"""``botlease run --gateway`` with real processes: the gateway is a part of the work, and stands before its stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import BOTLEASE, Run, World, clean_env, until
+from telegram_thread import BOT, TOKEN, Telegram
+
+from botlease import clock
+from botlease.work.tree import descendants
+
+PLAIN = (sys.executable, str(Path(__file__).parent / "bots" / "bot_plain.py"))
+
+
+@pytest.fixture
+def telegram() -> Iterator[Telegram]:
+    t = Telegram()
+    yield t
+    t.close()
+
+
+def start(world: World, telegram: Telegram, *options: str, bot: tuple[str, ...] = PLAIN, work: str = "0") -> Run:
+    more = () if "--ttl" in options else ("--ttl", "4")
+    return world.run("--gateway", *more, *options, bot=bot, env=telegram.env | {"WORK": work}, ttl="4")
+
+
+def comm(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+def front(run: Run) -> int:
+    def find() -> int:
+        return next((p for p in descendants(run.pid) if comm(p) == "botlease-front"), 0)
+
+    return int(str(until(find)))
+
+
+def status(world: World) -> dict[str, object]:
+    said = subprocess.run(
+        [*BOTLEASE, "status", "--json"], env=clean_env(BOTLEASE_DATABASE_URL=world.url), capture_output=True, check=True
+    )
+    found: dict[str, object] = json.loads(said.stdout)
+    return found
+
+
+def test_a_bot_is_served_and_its_updates_survive_a_handover_and_a_kill(world: World, telegram: Telegram) -> None:
+    start(world, telegram, "--deployment", "v1", "--when-superseded", "stay", "--probation", "0.5", work="0.05")
+    telegram.answered()
+    messages = []
+    for n in range(80):  # 4 s of chat
+        messages.append(telegram.say(str(n)))
+        if n == 20:
+            two = start(world, telegram, "--deployment", "v2", "--probation", "0.5", work="0.05")
+        if n == 60:
+            for pid in [two.pid, *descendants(two.pid)]:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    until(lambda: all(m.replies for m in messages), 20)
+    assert {m.replies[0][1] for m in messages} >= {"term 1", "term 2"}
+    report = telegram.do(lambda: telegram.simulator.report(BOT))
+    bot = status(world)["gateway"][0]  # type: ignore[index]
+    assert report.conflicts == 0 and report.lost == 0
+    assert report.twice <= bot["repeated"] <= 1
+
+
+def test_the_bot_finishes_what_it_has_before_it_is_told_to_stop(sqlite_world: World, telegram: Telegram) -> None:
+    run = start(sqlite_world, telegram, work="1.0")  # no signal handler: SIGTERM would end it at once
+    telegram.answered()
+    message = telegram.say("in hand")
+    run.says("bot: has in hand")
+    late = telegram.say("too late for this one")
+    run.signal(signal.SIGTERM)
+    assert run.wait() == 0
+    assert len(message.replies) == 1 and not late.replies
+    again = start(sqlite_world, telegram)
+    until(lambda: late.replies)
+    assert len(message.replies) == 1 and len(late.replies) == 1
+    again.signal(signal.SIGTERM)
+    again.wait()
+
+
+def test_a_bot_that_does_not_finish_is_signalled_in_time(sqlite_world: World, telegram: Telegram) -> None:
+    run = start(sqlite_world, telegram, "--stop-grace", "4", work="60")
+    telegram.say("a long one")
+    run.says("bot: has a long one")
+    began = time.monotonic()
+    run.signal(signal.SIGTERM)
+    assert run.wait() == 0
+    assert 1.5 < time.monotonic() - began < 4.0
+
+
+def test_the_exit_code_of_the_bot_is_passed_through(sqlite_world: World, telegram: Telegram) -> None:
+    run = start(sqlite_world, telegram, "--max-crashes", "0", bot=(*PLAIN, "--die"))
+    assert run.wait() == 3
+    shot = start(sqlite_world, telegram, "--max-crashes", "0", bot=("sh", "-c", "kill -SEGV $$"))
+    assert shot.wait() == 128 + signal.SIGSEGV
+    missing = start(sqlite_world, telegram, bot=("/dev/null",))
+    assert missing.wait() == 126
+
+
+def test_a_crash_is_restarted_at_the_same_address_and_the_update_is_not_lost(
+    sqlite_world: World, telegram: Telegram
+) -> None:
+    run = start(sqlite_world, telegram, "--max-crashes", "9")
+    telegram.answered()
+    telegram.say("die")
+    run.says("handed out again", 30)
+    run.says("set aside", 60)  # it kills the bot each time
+    telegram.answered("and now for something else")
+    assert "crashed (exit code 9)" in run.text()
+
+
+def test_signals_are_passed_on(sqlite_world: World, telegram: Telegram) -> None:
+    run = start(sqlite_world, telegram)
+    telegram.answered()
+    run.signal(signal.SIGUSR1)
+    run.says("bot: USR1")
+
+
+@pytest.mark.parametrize("who", ["front", "reaper", "supervisor"])
+def test_nothing_outlives_a_kill(sqlite_world: World, telegram: Telegram, who: str) -> None:
+    run = start(sqlite_world, telegram)
+    telegram.answered()
+    below = descendants(run.pid)
+    victim = run.pid if who == "supervisor" else next(p for p in below if comm(p) == f"botlease-{who}")
+    spared = [p for p in below if p != victim and not (who == "front" and comm(p) == "botlease-reaper")]
+    os.kill(victim, signal.SIGKILL)
+    until(lambda: not any(_alive(p) for p in spared), 1.0)
+    if who != "supervisor":
+        telegram.answered("back again")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except OSError:
+        return False
+
+
+def test_no_request_of_a_paused_holder_leaves_after_its_term(sqlite_world: World, telegram: Telegram) -> None:
+    """Everything of it is stopped in the middle of a dozen uploads, for three ttl."""
+    uploader = (
+        "import os, threading, urllib.request, time\n"
+        "url = f\"{os.environ['BOTLEASE_API_URL']}/bot{os.environ['TELEGRAM_BOT_TOKEN']}/sendDocument\"\n"
+        "def pieces():\n"
+        "    for _ in range(40):\n"
+        "        yield b'x' * 50_000\n"
+        "        time.sleep(0.01)\n"
+        "def go():\n"
+        "    while True:\n"
+        "        request = urllib.request.Request(url, pieces(), {'content-length': '2000000'})\n"
+        "        try: urllib.request.urlopen(request).read()\n"
+        "        except OSError: time.sleep(0.05)\n"
+        "for _ in range(12): threading.Thread(target=go).start()\n"
+    )
+    run = start(sqlite_world, telegram, "--ttl", "1.5", bot=(sys.executable, "-c", uploader))
+    calls = telegram.simulator.calls
+    until(lambda: len(calls) > 30)
+    tree = [run.pid, *descendants(run.pid)]
+    stopped = clock.now()
+    for pid in tree:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(4.5)
+    resumed = clock.now()
+    bot = [p for p in tree if p != run.pid]
+    assert not any(_alive(p) for p in bot)  # the kernel ended it at the end of trust, stopped or not
+    os.kill(run.pid, signal.SIGCONT)
+    run.says("active: term 2")
+    began = clock.now()
+    time.sleep(0.5)
+    late = [when - stopped for when, _, _ in list(calls) if stopped + 1.5 < when < min(began, resumed)]
+    assert late == []
+    run.signal(signal.SIGKILL)
+
+
+def test_big_files_pass_in_constant_memory(sqlite_world: World, telegram: Telegram) -> None:
+    size = 50_000_000
+    code = (
+        "import os, urllib.request, time\n"
+        "base, token = os.environ['BOTLEASE_API_URL'], os.environ['TELEGRAM_BOT_TOKEN']\n"
+        "def pieces():\n"
+        f"    for _ in range({size // 50_000}): yield b'x' * 50_000\n"
+        "url = f'{base}/bot{token}/sendDocument'\n"
+        f"up = urllib.request.Request(url, pieces(), {{'content-length': '{size}'}})\n"
+        "print('bot: small', urllib.request.urlopen(f'{base}/bot{token}/getMe').status, flush=True)\n"
+        "time.sleep(1.0)\n"
+        f"assert b'\"file_size\": {size}' in urllib.request.urlopen(up).read()\n"
+        "print('bot: up', flush=True)\n"
+        f"down = urllib.request.urlopen(f'{{base}}/file/bot{{token}}/zeros/{size}.bin')\n"
+        "n = 0\n"
+        "while piece := down.read(100_000): n += len(piece)\n"
+        f"assert n == {size}\n"
+        "print('bot: down', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    run = start(sqlite_world, telegram, bot=(sys.executable, "-c", code))
+    run.says("bot: small")
+    before = _peak(front(run))
+    run.says("bot: down", 60)
+    assert _peak(front(run)) - before < 4_000  # kB
+
+
+def _peak(pid: int) -> int:
+    line = next(x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1])
+
+
+def test_a_warm_bot_may_read_before_its_term_and_polls_after(sqlite_world: World, telegram: Telegram) -> None:
+    start(sqlite_world, telegram, "--deployment", "v1", "--when-superseded", "stay")
+    telegram.answered()
+    two = start(sqlite_world, telegram, "--deployment", "v2", "--warm", bot=(*PLAIN, "--gate"))
+    two.says("waits at its gate")
+    two.says("active: term 2")
+    assert telegram.answered().replies[0][1] == "term 2"
+    assert telegram.do(lambda: telegram.simulator.report(BOT)).conflicts == 0
+
+
+def test_the_token_is_in_no_title_no_table_and_no_output(world: World, telegram: Telegram) -> None:
+    run = start(world, telegram)
+    telegram.answered()
+    secret = TOKEN.split(":")[1]
+    for pid in [run.pid, *descendants(run.pid)]:
+        assert secret.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    assert secret not in run.text() + json.dumps(status(world))
+    if world.url.startswith("sqlite"):
+        for file in world.folder.iterdir():
+            assert secret.encode() not in file.read_bytes(), file
+
+
+def test_health_and_metrics_say_for_how_long_the_bot_is_deaf(sqlite_world: World, telegram: Telegram) -> None:
+    from servers import free_port
+
+    port = free_port()
+    start(sqlite_world, telegram, "--health-port", str(port))
+    telegram.answered()
+
+    def get(path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}") as answer:
+            return str(answer.read().decode())
+
+    until(lambda: "deaf" in get("/health"))
+    assert json.loads(get("/health"))["deaf"] < 6
+    metrics = get("/metrics")
+    assert f'botlease_gateway_deaf_seconds{{bot="{BOT}",api="{BOT}"}}' in metrics
+    assert f'botlease_active{{bot="{BOT}"}} 1' in metrics
+
+
+def test_the_local_check_knows_a_bot_behind_the_gateway(sqlite_world: World, telegram: Telegram) -> None:
+    run = start(sqlite_world, telegram)
+    telegram.answered()
+    said = subprocess.run(
+        [*BOTLEASE, "check", "--name", str(BOT), "--json"], env=clean_env(), capture_output=True, text=True
+    )
+    found = {(p["pid"], p["what"]) for p in json.loads(said.stdout)}
+    assert (run.pid, "supervisor") in found
+    assert {what for pid, what in found if pid != run.pid} == {"bot"}
+
+
+def test_what_cannot_work_is_refused_with_the_cure(sqlite_world: World) -> None:
+    for options, text in (
+        (("--gateway", "--bot-api", "ftp://x"), "should read https://api.telegram.org"),
+        (("--gateway", "--bot-api", "https://me:secret@host"), "without a name or a password"),
+        (("--bot-api", "https://host"), "--bot-api is for the gateway: add --gateway"),
+        (("--delete-webhook",), "--delete-webhook is for the gateway: add --gateway"),
+    ):
+        run = sqlite_world.run("--name", "b", *options, bot=("true",))
+        assert run.wait() == 78 and text in run.text() and "secret" not in run.text()
