@@ -12,7 +12,7 @@ Every method passes through as it is, in pieces. Answered here, and why:
 
 One update is handed out at a time, and is done when the next poll comes: that is true of every framework that polls
 again when it has handled what it got, and then at most one is in hand when it is killed. Two other ways are chosen by
-the end of the base URL: ``/batch`` hands out as many as the framework asks for (Telegraf handles them side by side), and
+the end of the base URL: ``/batch`` hands out as many as the framework asks for (Telegraf handles them at once), and
 ``/ack`` does so as well and says that a hook acknowledges them one by one.
 
 Before the term begins (a warm start) methods that only read pass, the others wait for it.
