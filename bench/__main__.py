@@ -2,7 +2,7 @@
 
 Times and memory stand beside their floors, measured in the same run on the same machine: a number alone says more
 about the machine than about us. The floor of the database is one beat of the holder each 2 s, of the processor nothing.
-``--quick`` takes fewer samples.
+``--quick`` takes fewer samples, ``--gateway`` measures the gateway alone.
 """
 
 from __future__ import annotations
@@ -237,6 +237,17 @@ def measure(name: str, url: Callable[[], str], folder: Path, floors: dict[str, f
             w.close()
 
 
+def gateway(folder: Path) -> None:
+    from bench.gateway import measure as measure_gateway
+
+    print("\nThe Bot API gateway")
+    world = World(folder, f"sqlite:///{folder}/gateway.db")
+    try:
+        measure_gateway(world, 2000 if QUICK else 8000, line, pss)
+    finally:
+        world.close()
+
+
 def main() -> None:
     # As an installation has it: with compiled modules. Compiling them at each start doubles its time and memory.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -250,6 +261,9 @@ def main() -> None:
         line("start of the bot (python -I -S)", ms(start))
         line("python -c pass", ms(python))
         line("an idle Python with asyncio", f"PSS {floor_memory():5.1f} MB")
+        gateway(folder)
+        if "--gateway" in sys.argv:
+            return
         counter = iter(range(1000))
         measure("SQLite", lambda: f"sqlite:///{folder}/bench{next(counter)}.db", folder, floors)
         server = Postgres()

@@ -68,7 +68,7 @@ class View:
         self.console.print()
         self.console.print(table)
         self.console.print(
-            "[dim]* in flight when it was killed (confirmed and not handled, or the reverse): no lease can "
+            "[dim]* in flight when it was killed (confirmed and not handled, or the reverse): no lease alone can "
             "save those.\n  Most of each silence is the bot's own stop and start.[/]"
         )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from telegram import Message, Update
 from telegram.ext import Application, ApplicationBuilder, CommandHandler, ContextTypes
 
+from botlease.telegram import ptb
 from trading_bot.ledger import AlreadyPlaced, Ledger, NotEnough, Order, Stale
 from trading_bot.prices import SYMBOLS, Prices, UnknownSymbol
 
@@ -94,7 +96,9 @@ class Trader:
 
     def build(self, token: str, api: str | None) -> Application:  # type: ignore[type-arg]
         builder = ApplicationBuilder().token(token)
-        if api:
+        if "BOTLEASE_API_URL" in os.environ:  # started behind the gateway, which knows where the Bot API is
+            builder = ptb.through_gateway(builder)
+        elif api:
             builder = builder.base_url(f"{api}/bot").base_file_url(f"{api}/file/bot")
         application = builder.build()
         for name in ("start", "price", "buy", "sell", "portfolio"):
