@@ -24,6 +24,7 @@ import random
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -127,7 +128,7 @@ class Run:
         self.processes.append(process)
         return process
 
-    async def answered(self, limit: float = 40.0) -> None:
+    async def answered(self, limit: float = 60.0) -> None:
         """Somebody writes, and gets an answer."""
         message = self.user.say("are you there?")
         async with asyncio.timeout(limit):
@@ -150,6 +151,7 @@ class Run:
             bot = self.simulator.bot(self.bot_id)
             before = bot.counters.conflicts_live
             await self.happen(kind, old)
+            await self.taken_over()
             await self.answered()
             await asyncio.sleep(2.0 if self.every else 0.5)
             self.user.hush()
@@ -193,6 +195,13 @@ class Run:
     def kill_all(self, process: subprocess.Popen[bytes]) -> None:
         if process.poll() is None:
             send([process.pid, *descendants(process.pid)], signal.SIGKILL)
+
+    async def taken_over(self) -> None:
+        """The one that follows holds the lease. (Its bot may take seconds to start.)"""
+        with contextlib.closing(sqlite3.connect(self.folder / "lease.db")) as db:
+            async with asyncio.timeout(60):
+                while not db.execute("SELECT 1 FROM bot_terms WHERE term > 1").fetchone():
+                    await asyncio.sleep(0.05)
 
     async def settled(self) -> None:
         """Until everything is answered, or nothing has happened for a while."""

@@ -57,6 +57,15 @@ async def test_what_a_term_received_and_did_not_finish_is_found_by_the_next(inbo
     )
 
 
+async def test_what_was_not_handed_out_after_all_is_not_counted(inboxes: tuple[Inbox, Inbox]) -> None:
+    a, b = inboxes
+    await a.begin(FIRST, API, DEADLINE)
+    await save(a, FIRST, received=updates(1, 2, tries=1), offset=3)
+    await save(a, FIRST, returned=[2], offset=3)
+    found = await b.begin(SECOND, API, DEADLINE)
+    assert found is not None and [(u.update_id, u.tries) for u in found.updates] == [(1, 1), (2, 0)]
+
+
 async def test_a_term_that_ended_without_a_word_may_have_left_a_poll_behind(inboxes: tuple[Inbox, Inbox]) -> None:
     a, b = inboxes
     await a.begin(FIRST, API, DEADLINE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import resource
 import signal
@@ -13,10 +14,12 @@ import textwrap
 import time
 from pathlib import Path
 
+import aiohttp
 import pytest
 from harness import clean_env, until
 
 import botlease
+from botlease.telegram.simulator import Simulator
 
 
 @pytest.fixture(autouse=True)
@@ -275,3 +278,58 @@ async def test_an_error_in_on_danger_does_not_end_the_renewals(
                 await asyncio.sleep(0.01)
         assert not term.in_danger
         term.check()
+
+
+@pytest.mark.parametrize("end", ["stop", "newer"])
+async def test_a_program_finishes_what_it_has_from_the_gateway_before_it_is_cancelled(any_url: str, end: str) -> None:
+    simulator = await Simulator.start()
+    chat, token = simulator.user(77777), "77777:AA-a-token-of-a-test-0123456789"
+    taken = asyncio.Event()
+
+    async def bot(url: str) -> None:
+        offset = 0
+        async with aiohttp.ClientSession() as http:
+            while True:
+                call = f"{url}/bot{token}"
+                async with http.post(f"{call}/getUpdates", json={"offset": offset, "timeout": 20}) as r:
+                    updates = (await r.json())["result"]
+                for update in updates:
+                    taken.set()
+                    await asyncio.sleep(0.5)
+                    message = update["message"]
+                    reply = {
+                        "chat_id": message["chat"]["id"],
+                        "text": "x",
+                        "reply_to_message_id": message["message_id"],
+                    }
+                    await (await http.post(f"{call}/sendMessage", json=reply)).read()
+                    offset = update["update_id"] + 1
+
+    async def instance(deployment: str) -> None:
+        with contextlib.suppress(botlease.LeaseLost):
+            async with (
+                botlease.active("77777", database=any_url, deployment=deployment) as term,
+                botlease.gateway(term, bot_api=simulator.url) as url,
+            ):
+                assert os.environ["BOTLEASE_API_URL"] == url
+                await bot(url)
+
+    first = asyncio.ensure_future(instance("v1"))
+    message = chat.say("in hand")
+    await asyncio.wait_for(taken.wait(), 10)
+    late = chat.say("late")
+    second = asyncio.ensure_future(instance("v2")) if end == "newer" else None
+    if second is None:
+        os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.wait_for(first, 15)
+    assert len(message.replies) == 1
+    if second is None:
+        assert "BOTLEASE_API_URL" not in os.environ
+    else:
+        while not late.replies:
+            await asyncio.sleep(0.01)
+        assert len(message.replies) == len(late.replies) == 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(second, 15)
+    assert simulator.report(77777).conflicts == 0
+    await simulator.stop()

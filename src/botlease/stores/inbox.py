@@ -56,6 +56,7 @@ class Changes:
 
     received: list[Update] = field(default_factory=list)
     given: list[int] = field(default_factory=list)  # handed out from now on
+    returned: list[int] = field(default_factory=list)  # stored as handed out, and not handed out after all
     done: list[int] = field(default_factory=list)
     offset: int = 0  # the first id that has not been received
     confirmed: int = 0  # the Bot API has seen this offset: what is done below it can be forgotten

@@ -51,8 +51,8 @@ WITH mine AS (
   FROM mine, unnest($13::bigint[], $14::int[], $15::text[]) u(id, tries, payload)
   ON CONFLICT DO NOTHING
 ), given AS (
-  UPDATE bot_updates SET tries = tries + 1
-  WHERE bot = $1 AND api = $2 AND update_id = ANY($16::bigint[]) AND EXISTS (SELECT 1 FROM mine)
+  UPDATE bot_updates SET tries = tries + CASE WHEN update_id = ANY($20::bigint[]) THEN -1 ELSE 1 END
+  WHERE bot = $1 AND api = $2 AND update_id = ANY($16::bigint[] || $20) AND EXISTS (SELECT 1 FROM mine)
 ), done AS (
   UPDATE bot_updates SET done = TRUE, payload = ''
   WHERE bot = $1 AND api = $2 AND update_id = ANY($17::bigint[]) AND update_id >= $18 AND EXISTS (SELECT 1 FROM mine)
@@ -93,7 +93,7 @@ class PostgresInbox:
             *(me.bot, api, me.term, me.nonce, c.offset, c.allowed, c.polling, c.webhook, c.polled),
             *(c.conflicts, c.repeated, c.set_aside),
             *([u.update_id for u in received], [u.tries for u in received], [u.payload for u in received]),
-            *(c.given, c.done, c.confirmed, c.asked),
+            *(c.given, c.done, c.confirmed, c.asked, c.returned),
         )
         return bool(await self._store.call(deadline, lambda db: db.fetchval(SAVE, *values)))
 

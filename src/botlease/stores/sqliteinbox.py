@@ -61,6 +61,7 @@ INSERT INTO bot_updates (bot, api, update_id, received_at, term, tries, payload)
 ON CONFLICT DO NOTHING
 """
 GIVE: Final = "UPDATE bot_updates SET tries = tries + 1 WHERE bot = ? AND api = ? AND update_id = ?"
+RETURN: Final = "UPDATE bot_updates SET tries = tries - 1 WHERE bot = ? AND api = ? AND update_id = ?"
 FINISH: Final = "UPDATE bot_updates SET done = TRUE, payload = '' WHERE bot = ? AND api = ? AND update_id = ?"
 FORGET: Final = "DELETE FROM bot_updates WHERE bot = :bot AND api = :api AND done AND update_id < :confirmed"
 POLLS: Final = f"""
@@ -192,6 +193,7 @@ class SqliteInbox:
                 return False
             db.executemany(RECEIVE, [(me.bot, api, u.update_id, now, me.term, u.tries, u.payload) for u in c.received])
             db.executemany(GIVE, [(me.bot, api, i) for i in c.given])
+            db.executemany(RETURN, [(me.bot, api, i) for i in c.returned])
             db.executemany(FINISH, [(me.bot, api, i) for i in c.done])
             db.execute(FORGET, {"bot": me.bot, "api": api, "confirmed": c.confirmed})
             return True

@@ -289,6 +289,7 @@ class Poller:
             later,
             received=failed.received + later.received,
             given=failed.given + later.given,
+            returned=failed.returned + later.returned,
             done=failed.done + later.done,
             allowed=later.allowed if later.allowed is not None else failed.allowed,
             polled=failed.polled or later.polled,
@@ -560,6 +561,7 @@ class Poller:
             await self._task
         if self._loaded:
             self._polling = False
+            self._dirty.returned = [i for i in self.desk.waiting if i in self._marked]
             with contextlib.suppress(Fenced):
                 await self._save()
 
