@@ -249,7 +249,7 @@ class _Reaper:
         if message["gate"]:
             self.gate, theirs = socket.socketpair()
             self.poll.register(self.gate, select.POLLIN)
-        front = message["front"]
+        front = message.get("front")
         if front:
             front |= {name: came[name] for name in ("listen", "control")}
         pid, problem = self._spawn(message["argv"], message["env"], output, theirs, front)
