@@ -31,7 +31,8 @@ from typing import Any, Final
 from botlease import clock, http
 from botlease.stores.inbox import Holding, Inbox
 from botlease.telegram.arguments import arguments
-from botlease.telegram.poller import Poller, Tally, Term
+from botlease.telegram.poller import Poller, Tally
+from botlease.telegram.term import Term
 from botlease.telegram.upstream import Fenced, Headers, Unreachable, Upstream
 
 PATH: Final = re.compile(

@@ -23,11 +23,13 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from botlease import clock
-from botlease.stores import StoreError, redact
-from botlease.stores.inbox import Begun, Changes, Holding, Inbox, Update
+from botlease.stores import redact
+from botlease.stores.inbox import Changes, Inbox, Update
 from botlease.telegram.arguments import integer
 from botlease.telegram.desk import TRIES, Desk, Poll
+from botlease.telegram.term import Bell, Term
 from botlease.telegram.upstream import Fenced, Unreachable, Upstream
+from botlease.telegram.writer import Writer
 
 POLL: Final = 2.0
 """Seconds a poll is held. What it costs: half a request a second when nobody writes."""
@@ -46,55 +48,6 @@ RECHECK: Final = 60.0
 """Seconds until a webhook that is set, or a token that was refused, is looked at again."""
 CONFLICT_PAUSES: Final = (3.2, 30.0, 60.0, 120.0, 300.0)
 """After a 409. The first may be a packet that was late; the Bot API delays every further one within 3 s."""
-ATTEMPT: Final = 5.0
-"""Seconds for one call of the inbox. Nothing of the lease waits for it."""
-
-
-class Bell:
-    """Rings for everybody who listens at that moment. Take :meth:`heard` before looking, and no ring is missed."""
-
-    def __init__(self) -> None:
-        self._next: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def ring(self) -> None:
-        rung, self._next = self._next, asyncio.get_running_loop().create_future()
-        rung.set_result(None)
-
-    def heard(self) -> asyncio.Future[None]:
-        """Shared: it must not be cancelled."""
-        return self._next
-
-
-class Term:
-    """What the gateway may do, and until when. Shared by everything in it."""
-
-    def __init__(self) -> None:
-        self.holding: Holding | None = None
-        self.until = 0.0
-        self.over = False
-        self.begun = asyncio.Event()
-        self.changed = Bell()
-
-    def begin(self, holding: Holding, until: float) -> None:
-        self.holding, self.until = holding, until
-        self.begun.set()
-        self.arm(until)
-
-    def arm(self, until: float) -> None:
-        self.until = until
-        self.changed.ring()
-
-    def end(self) -> None:
-        self.over = True
-        self.changed.ring()
-
-    @property
-    def remaining(self) -> float:
-        return 0.0 if self.over or self.holding is None else max(0.0, self.until - clock.now())
-
-    def may(self) -> bool:
-        """Whether a request may leave. Before the term only what reads does; the gateway sees to that."""
-        return not self.over and (self.holding is None or clock.now() < self.until)
 
 
 @dataclass(slots=True)
@@ -129,7 +82,6 @@ class Poller:
         self._token = token
         self._term = term
         self._upstream = upstream
-        self._inbox = inbox
         self._say = say
         self._delete_webhook = delete_webhook
         self._refused: tuple[int, bytes] | None = None
@@ -141,11 +93,7 @@ class Poller:
         self._allowed: str | None = None
         self._marked: set[int] = set()  # counted as handed out in this process
         self._polling = True
-        self._dirty = Changes()
-        self._saving = asyncio.Lock()
-        self._written = self._wanted = 0
-        self._save_failed = False
-        self._saved_at = -1e9
+        self._writer = Writer(self.api, term, inbox, say, self._fill_in)
         self._strikes, self._struck_at = 0, -1e9  # 409s
         self._trouble, self._back_off = "", 1.0
         self._polls = 0  # of the program
@@ -154,7 +102,6 @@ class Poller:
         self._loaded = False
         self._news = Bell()
         self._task = asyncio.ensure_future(self._run())
-        self._flush: asyncio.Task[None] | None = None
 
     # Downstream --------------------------------------------------------------------------------------------------
 
@@ -216,113 +163,41 @@ class Poller:
         new = [u for u in updates if u.update_id not in self._marked]
         self._marked |= {u.update_id for u in new}
         again = [u for u in new if u.tries > 0]
-        self._dirty.given += [u.update_id for u in new]
+        self._writer.changes.given += [u.update_id for u in new]
         if again:
-            self._dirty.repeated += len(again)
+            self._writer.changes.repeated += len(again)
             self.tally.repeated += len(again)
             self._say(f"{len(again)} updates were in hand when the one before ended: handed out again")
-        if self._dirty.given:
-            await self._save()
+        if self._writer.changes.given:
+            await self._writer.save()
 
     def _state_allowed(self, wanted: Any) -> None:
         if isinstance(wanted, list):
             text = json.dumps(wanted)
             if text != self._allowed:
-                self._allowed = self._dirty.allowed = text
+                self._allowed = self._writer.changes.allowed = text
 
     def acknowledge(self, ids: list[int]) -> None:
         self._finish(self.desk.acknowledge(ids))
 
     def _finish(self, ids: list[int]) -> None:
         if ids:
-            self._dirty.done += ids
+            self._writer.changes.done += ids
             self._marked -= set(ids)
             self._recent |= set(ids)
             self._news.ring()
-            if self._flush is None or self._flush.done():
-                self._flush = asyncio.ensure_future(self._save_in_time())
+            self._writer.save_soon()
 
-    # The inbox ---------------------------------------------------------------------------------------------------
-
-    async def _save_in_time(self) -> None:
-        """What is done need not be durable before anything else happens."""
-        with contextlib.suppress(Fenced):
-            while self._dirty.done:
-                await self._save()
-
-    async def _save(self) -> None:
-        """Write what is to be written, with whatever else has come together meanwhile. Returns when it is durable."""
-        self._wanted += 1
-        wanted = self._wanted
-        pause = 0.1
-        while self._written < wanted:
-            async with self._saving:
-                if self._written >= wanted:
-                    return
-                holding = self._term.holding
-                if holding is None or self._term.over:
-                    raise Fenced
-                changes, self._dirty = self._dirty, Changes()
-                changes.offset, changes.polling, changes.asked = self._offset, self._polling, self._asked[0]
-                changes.webhook, changes.confirmed = self.tally.webhook, self._confirmed
-                upto = self._wanted
-                try:
-                    ours = await self._inbox.save(holding, self.api, changes, ATTEMPT)
-                except StoreError as e:
-                    self._merge(changes)
-                    if not self._save_failed:
-                        self._say(f"the inbox cannot be written: {e}; nothing is confirmed to the Bot API until it is")
-                    self._save_failed = True
-                else:
-                    if not ours:
-                        self._term.end()
-                        raise Fenced
-                    self._save_failed = False
-                    self._written, self._saved_at = upto, clock.now()
-                    return
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, 2.0)
-
-    def _merge(self, failed: Changes) -> None:
-        later = self._dirty
-        self._dirty = replace(
-            later,
-            received=failed.received + later.received,
-            given=failed.given + later.given,
-            returned=failed.returned + later.returned,
-            done=failed.done + later.done,
-            allowed=later.allowed if later.allowed is not None else failed.allowed,
-            polled=failed.polled or later.polled,
-            conflicts=failed.conflicts + later.conflicts,
-            repeated=failed.repeated + later.repeated,
-            set_aside=failed.set_aside + later.set_aside,
-        )
-
-    async def _load(self) -> Begun:
-        pause, told = 0.2, False
-        holding = self._term.holding
-        assert holding is not None
-        while True:
-            try:
-                begun = await self._inbox.begin(holding, self.api, ATTEMPT)
-            except StoreError as e:
-                if not told:
-                    self._say(f"the inbox cannot be read: {e}")
-                told = True
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, 2.0)
-                continue
-            if begun is None:
-                self._term.end()
-                raise Fenced
-            return begun
+    def _fill_in(self, changes: Changes) -> None:
+        changes.offset, changes.confirmed, changes.asked = self._offset, self._confirmed, self._asked[0]
+        changes.polling, changes.webhook = self._polling, self.tally.webhook
 
     # Upstream ----------------------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
         try:
             await self._term.begun.wait()
-            begun = await self._load()
+            begun = await self._writer.begin()
             self._offset, self._allowed = begun.offset, self._allowed or begun.allowed
             self._recent |= set(begun.done)
             self._low = begun.offset > 1 and begun.asked == begun.offset
@@ -424,7 +299,7 @@ class Poller:
             self._say("the Bot API answers again")
         self._trouble, self._back_off = "", 1.0
         self._heard_at = clock.now()
-        self._dirty.polled = True
+        self._writer.changes.polled = True
         self._confirmed = confirmed
         self._low = not self._low
         if len(self._recent) > 10 * BACKLOG:
@@ -441,13 +316,13 @@ class Poller:
             new = [replace(u, tries=int(n < soon)) for n, u in enumerate(new)]
             self._offset = updates[-1].update_id + 1
             self._low = False
-            self._dirty.received += new
-            await self._save()
+            self._writer.changes.received += new
+            await self._writer.save()
             self._marked |= {u.update_id for u in new if u.tries}
             self.desk.receive([replace(u, tries=0) for u in new])
             self._news.ring()
-        elif clock.now() - self._saved_at > 10.0:
-            await self._save()  # for those who look at "deaf"
+        elif clock.now() - self._writer.saved_at > 10.0:
+            await self._writer.save()  # for those who look at "deaf"
 
     async def _conflict(self, description: str) -> None:
         if "webhook" in description:
@@ -458,7 +333,7 @@ class Poller:
             self._strikes = 0
         self._struck_at = now
         self._strikes += 1
-        self._dirty.conflicts += 1
+        self._writer.changes.conflicts += 1
         self.tally.conflicts += 1
         pause = CONFLICT_PAUSES[min(self._strikes, len(CONFLICT_PAUSES)) - 1]
         if self._strikes > 1:
@@ -466,7 +341,7 @@ class Poller:
                 f"somebody else polls with the token of bot {self.api}, outside of this database: we hold the lease, "
                 f"and get 409. Not fighting: looking again in {pause:g} s. Stop it there, or make a second bot"
             )
-        await self._save()
+        await self._writer.save()
         await self._pause(pause)
 
     async def _mind_the_webhook(self) -> None:
@@ -495,11 +370,11 @@ class Poller:
                     "If nothing needs it, start with --delete-webhook"
                 )
             self.tally.webhook = host
-            await self._save()
+            await self._writer.save()
             await self._pause(RECHECK)
 
     def _set_aside(self, ids: list[int], why: str) -> None:
-        self._dirty.set_aside += len(ids)
+        self._writer.changes.set_aside += len(ids)
         self.tally.set_aside += len(ids)
         self._say(f"{len(ids)} updates are set aside: {why}")
         self._finish(ids)
@@ -548,9 +423,8 @@ class Poller:
                 await asyncio.wait({news, changed}, return_when=asyncio.FIRST_COMPLETED)
 
     async def flush(self) -> None:
-        with contextlib.suppress(Fenced):
-            while self._dirty.done and self._loaded:
-                await self._save()
+        if self._loaded:
+            await self._writer.flush()
 
     async def finish(self, clean: bool) -> None:
         """Let the last poll return, and write down that it has."""
@@ -561,11 +435,10 @@ class Poller:
             await self._task
         if self._loaded:
             self._polling = False
-            self._dirty.returned = [i for i in self.desk.waiting if i in self._marked]
+            self._writer.changes.returned = [i for i in self.desk.waiting if i in self._marked]
             with contextlib.suppress(Fenced):
-                await self._save()
+                await self._writer.save()
 
     def cancel(self) -> None:
         self._task.cancel()
-        if self._flush is not None:
-            self._flush.cancel()
+        self._writer.cancel()

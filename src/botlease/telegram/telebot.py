@@ -37,11 +37,14 @@ class _Acknowledging(BaseMiddleware):
     def post_process(self, message: Any, data: Any, exception: Exception | None) -> None:
         update_id = getattr(message, MARK, None)
         if update_id is not None:
-            try:
-                url = f"{self.url}/ack/bot{self.bot.token}/botleaseDone"
-                self.session.post(url, json={"update_ids": [update_id]}, timeout=5)
-            except OSError:
-                pass  # not done then: it is handed out again after a restart
+            self.done(update_id)
+
+    def done(self, update_id: int) -> None:
+        try:
+            url = f"{self.url}/ack/bot{self.bot.token}/botleaseDone"
+            self.session.post(url, json={"update_ids": [update_id]}, timeout=5)
+        except OSError:
+            pass  # not done then: it is handed out again after a restart
 
 
 def through_gateway(bot: TeleBot) -> None:
@@ -57,10 +60,13 @@ def through_gateway(bot: TeleBot) -> None:
 
     def marked(updates: list[Any]) -> None:
         for update in updates:
-            for part in vars(update).values():
-                if hasattr(part, "__dict__"):
-                    setattr(part, MARK, update.update_id)
+            parts = [part for part in vars(update).values() if hasattr(part, "__dict__")]
+            for part in parts:
+                setattr(part, MARK, update.update_id)
+            if not parts:  # of a kind that this telebot does not know: no handler will see it
+                hook.done(update.update_id)
         process(updates)
 
+    hook = _Acknowledging(bot, url)
     bot.process_new_updates = marked  # type: ignore[method-assign]
-    bot.setup_middleware(_Acknowledging(bot, url))
+    bot.setup_middleware(hook)
