@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aiogram import Bot, Dispatcher
 from aiogram.client.session.aiohttp import AiohttpSession
@@ -28,10 +28,6 @@ class _Done(TelegramMethod[bool]):
     __returning__ = bool
     __api_method__ = "botleaseDone"
     update_ids: list[int]
-
-    if TYPE_CHECKING:
-
-        def __init__(self, *, update_ids: list[int]) -> None: ...
 
 
 def session(**options: Any) -> AiohttpSession:
