@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from botlease.stores.inbox import Update
 from botlease.telegram.desk import Desk, Poll
 
@@ -12,8 +14,16 @@ def desk(*ids: int) -> Desk:
     return d
 
 
-def asked(d: Desk, offset: int = 0, limit: int = 100, since: float = 0.0, acknowledges: bool = False) -> Poll:
-    poll = Poll(offset, limit, since, acknowledges)
+class Connection:
+    def __init__(self, closed: bool = False) -> None:
+        self.is_closed = closed
+
+
+ONE, TWO = Connection(), Connection()
+
+
+def asked(d: Desk, offset: int = 0, limit: int = 100, acknowledges: bool = False, connection: Connection = ONE) -> Poll:
+    poll = Poll(offset, limit, acknowledges, connection, lambda: connection.is_closed)
     poll.finished = d.enter(poll)  # type: ignore[attr-defined]
     return poll
 
@@ -22,9 +32,9 @@ def got(d: Desk, poll: Poll) -> list[int]:
     return [u.update_id for u in d.take(poll)]
 
 
-def answered(d: Desk, poll: Poll, now: float = 0.0) -> list[int]:
+def answered(d: Desk, poll: Poll) -> list[int]:
     ids = got(d, poll)
-    d.leave(poll, now, arrived=True)
+    d.leave(poll, arrived=True)
     return ids
 
 
@@ -56,50 +66,51 @@ def test_an_answer_that_did_not_arrive_is_given_again() -> None:
     d = desk(5, 6)
     poll = asked(d)
     assert got(d, poll) == [5, 6]
-    d.leave(poll, 0.0, arrived=False)
+    d.leave(poll, arrived=False)
     assert answered(d, asked(d)) == [5, 6]
 
 
-def test_a_lone_poller_that_asks_for_the_same_again_has_not_got_it() -> None:
+@pytest.mark.parametrize("acknowledges", [False, True])
+def test_a_poller_that_asks_for_the_same_again_has_not_got_it(acknowledges: bool) -> None:
+    d, gone = desk(5, 6), Connection()
+    answered(d, asked(d, acknowledges=acknowledges))
+    assert answered(d, asked(d, acknowledges=acknowledges)) == [5, 6]
+    assert answered(d, asked(d, acknowledges=acknowledges, connection=gone)) == []  # another poller's
+    ONE.is_closed = True
+    try:
+        assert answered(d, asked(d, acknowledges=acknowledges, connection=gone)) == [5, 6]
+    finally:
+        ONE.is_closed = False
+
+
+def test_two_pollers_are_never_given_the_same_even_with_a_backlog() -> None:
+    d = desk(5, 6, 7, 8)
+    assert answered(d, asked(d, limit=1)) == [5]
+    assert answered(d, asked(d, limit=1, connection=TWO)) == [6]
+    # each asks for what comes after its own: of what the other one has in hand it says nothing
+    later = asked(d, offset=7, limit=1, connection=TWO)
+    assert later.finished == [6] and answered(d, later) == [7]  # type: ignore[attr-defined]
+    assert list(d.given) == [5, 7]
+    later = asked(d, offset=6, limit=1)
+    assert later.finished == [5] and answered(d, later) == [8]  # type: ignore[attr-defined]
+
+
+def test_a_program_with_its_hands_full_is_given_no_more() -> None:
+    d = desk(*range(1, 501))
+    assert len(answered(d, asked(d, acknowledges=True))) == 100
+    assert len(answered(d, asked(d, offset=101, acknowledges=True))) == 100
+    poll = asked(d, offset=201, acknowledges=True)
+    assert not d.offers(poll)
+    d.acknowledge([1, 2, 3])
+    assert answered(d, poll) == [201, 202, 203]
+    assert len(d.let_go()) == 200 and d.idle
+
+
+def test_an_offset_that_points_nowhere_finishes_nothing() -> None:
     d = desk(5, 6)
-    answered(d, asked(d, acknowledges=True))
-    assert answered(d, asked(d, offset=0, acknowledges=True)) == [5, 6]
-
-
-def test_two_pollers_are_never_given_the_same() -> None:
-    d = desk()
-    one, two = asked(d, since=0.0), asked(d, since=1.0)
-    d.receive([Update(5, "{}"), Update(6, "{}")])
-    assert got(d, one) == [5, 6] and got(d, two) == []
-    d.leave(one, 3.0, arrived=True)
-    assert d.several
-    d.receive([Update(7, "{}")])
-    assert answered(d, two, 4.0) == [7]
-    # the second one asks for what comes after its own; what the first one has is none of its business
-    again = asked(d, offset=8, since=5.0)
-    assert again.finished == [7]  # type: ignore[attr-defined]
-    assert asked(d, offset=0, since=5.5).finished == [] and not d.waiting  # type: ignore[attr-defined]
-    assert asked(d, offset=7, since=6.0).finished == [5, 6]  # type: ignore[attr-defined]
-
-
-def test_a_poller_that_hangs_up_and_asks_anew_is_one_poller() -> None:
-    d = desk()
-    one, again = asked(d, since=1.0), asked(d, since=1.02)
-    d.leave(one, 1.03, arrived=False)
-    d.receive([Update(5, "{}")])
-    assert answered(d, again, 9.0) == [5] and not d.several
-
-
-def test_a_program_that_remembers_its_offset_is_not_given_what_it_had() -> None:
-    d = desk(5, 6, 7)
-    first = asked(d, offset=7)
-    assert first.finished == [5, 6] and answered(d, first) == [7]  # type: ignore[attr-defined]
-
-
-def test_an_offset_far_beyond_the_queue_means_none() -> None:
-    d = desk(5, 6)
-    far = asked(d, offset=90_000)  # ids begin anew after a week
-    assert far.finished == [] and answered(d, far) == [5, 6]  # type: ignore[attr-defined]
+    answered(d, asked(d))
+    far = asked(d, offset=90_000)
+    assert far.finished == [] and list(d.given) == [5, 6]  # type: ignore[attr-defined]
 
 
 def test_a_desk_that_is_shut_hands_nothing_out() -> None:
@@ -123,5 +134,5 @@ def test_what_comes_while_the_open_poll_is_being_answered_is_not_wanted_yet() ->
     assert d.wanted == 1
     d.receive([Update(5, "{}")])
     assert got(d, poll) == [5] and d.wanted == 0
-    d.leave(poll, 0.0, arrived=True)
+    d.leave(poll, arrived=True)
     assert d.wanted == 0

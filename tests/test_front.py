@@ -275,3 +275,37 @@ def test_what_cannot_work_is_refused_with_the_cure(sqlite_world: World) -> None:
     ):
         run = sqlite_world.run("--name", "b", *options, bot=("true",))
         assert run.wait() == 78 and text in run.text() and "secret" not in run.text()
+
+
+def test_the_danger_signal_of_the_command_line_reaches_the_bot(sqlite_world: World, telegram: Telegram) -> None:
+    code = "import os, signal, time; signal.signal(signal.SIGALRM, lambda *_: print('bot: ALRM', flush=True))\n"
+    code += "print('bot: ready', flush=True)\nwhile True: time.sleep(1)"
+    run = start(sqlite_world, telegram, bot=(sys.executable, "-c", code))
+    run.says("bot: ready")
+    os.kill(front(run), signal.SIGALRM)  # as the reaper sends it to its group
+    run.says("bot: ALRM")
+
+
+def test_next_step_handlers_of_telebot_are_acknowledged(sqlite_world: World, telegram: Telegram) -> None:
+    code = """
+import os
+from telebot import TeleBot
+from botlease.telegram import telebot as hook
+bot = TeleBot(os.environ["TELEGRAM_BOT_TOKEN"])
+hook.through_gateway(bot)
+@bot.message_handler(commands=["name"])
+def ask(message):
+    bot.register_next_step_handler(bot.reply_to(message, "your name?"), told)
+def told(message):
+    bot.reply_to(message, "hello " + message.text)
+bot.infinity_polling()
+"""
+    run = start(sqlite_world, telegram, bot=(sys.executable, "-c", code))
+    telegram.answered("/name", 30)
+    assert telegram.answered("Alice").replies[0][1] == "hello Alice"
+    telegram.say("nobody handles this")
+    until(lambda: status(sqlite_world)["gateway"][0]["waiting"] == 0)  # type: ignore[index]
+    began = time.monotonic()
+    run.signal(signal.SIGTERM)
+    run.wait()
+    assert time.monotonic() - began < 4.0

@@ -18,11 +18,12 @@ from typing import Any
 
 import aiohttp
 import pytest
+import yarl
 
 from botlease import clock, http
 from botlease.stores import open_store
 from botlease.stores.inbox import Holding, open_inbox
-from botlease.telegram import poller
+from botlease.telegram import desk, poller
 from botlease.telegram.botapi import ApiError, Profile
 from botlease.telegram.gateway import Gateway
 from botlease.telegram.simulator import Chat, Simulator
@@ -265,7 +266,7 @@ async def test_what_was_in_hand_when_the_process_was_killed_is_handed_out_again_
     again = await house.gateway(term=2)
     assert await again.poll() == ["1", "2"]
     assert again.gateway.report()[str(BOT)].repeated == 1
-    assert house.says("1 updates were in hand when the one before ended: handed out again")()
+    assert house.says("in hand when the one before ended, handed out again: 1")()
     await again.poll(timeout=0)
     assert await again.poll(timeout=0) == [] and again.gateway.report()[str(BOT)].in_hand == 0
 
@@ -436,13 +437,15 @@ async def test_an_update_that_was_in_hand_at_many_deaths_is_set_aside(house: Hou
     bot = await house.gateway(term=6)
     chat.say("good")
     assert await bot.poll() == ["good"]
-    assert bot.gateway.report()[str(BOT)].set_aside == 1 and house.says("set aside")()
+    assert bot.gateway.report()[str(BOT)].set_aside == 1 and house.says("set aside: 1")()
 
 
 async def test_hooks_that_never_acknowledge_do_not_make_the_bot_deaf(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(poller, "BACKLOG", 20)
+    for module in (poller, desk):
+        monkeypatch.setattr(module, "IN_HAND", 20)
+    monkeypatch.setattr(poller, "STUCK", 0.5)
     bot, chat = await house.gateway(), house.user()
     got = 0
     for n in range(60):
@@ -677,3 +680,194 @@ async def test_an_answer_of_unknown_length_passes(house: House) -> None:
     async with bot.session.get(f"{bot.base}/bot{TOKEN}/getSomething") as r:
         assert (await r.read()) == "".join(map(str, range(100))).encode()
     server.close()
+
+
+# Found in review ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_slow_bot_with_a_hook_is_not_given_its_whole_backlog(house: House) -> None:
+    chat = house.user()
+    for n in range(700):
+        chat.say(str(n))
+    bot = await house.gateway()
+    got: list[str] = []
+    while more := await bot.poll(prefix="/ack", timeout=1):
+        got += more
+    assert len(got) == desk.IN_HAND  # the rest waits where a kill does not reach it
+    done = [int(i) for i in range(bot.offset - len(got), bot.offset)]
+    await bot.call("botleaseDone", update_ids=done[:150])
+    assert len(await bot.poll(prefix="/ack")) > 0
+    await bot.gateway.flush()
+    await bot.gateway.close()
+    again = await house.gateway(term=2)
+    rest: list[str] = []
+    while more := await again.poll(timeout=5):
+        rest += more
+    assert sorted({int(t) for t in rest} | set(range(150))) == list(range(700))
+
+
+async def test_an_answer_that_is_cut_off_does_not_make_the_bot_deaf(house: House) -> None:
+    polls = 0
+
+    async def cutting(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal polls
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                size = next((int(h[15:]) for h in head.lower().split(b"\r\n") if h.startswith(b"content-length:")), 0)
+                await reader.readexactly(size)
+                if b"getUpdates" not in head:
+                    writer.write(b'HTTP/1.1 200 OK\r\ncontent-length: 23\r\n\r\n{"ok":true,"result":{}}')
+                    continue
+                polls += 1
+                if polls < 3:
+                    writer.write(b'HTTP/1.1 200 OK\r\ncontent-length: 500\r\n\r\n{"ok":true,')
+                    await writer.drain()
+                    break
+                body = b'{"ok":true,"result":[{"update_id":7,"message":{"text":"hello"}}]}'
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
+        writer.close()
+
+    server = await asyncio.start_server(cutting, "127.0.0.1", 0)
+    bot = await house.gateway(upstream=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    assert await bot.poll(timeout=15) == ["hello"] and polls >= 3
+    server.close()
+
+
+async def test_clients_that_hang_up_leave_nothing_behind(house: House) -> None:
+    release = asyncio.Event()
+
+    async def slow(request: http.Request) -> http.Response:
+        await release.wait()
+
+        async def pieces() -> AsyncIterator[bytes]:
+            yield b"x" * 1000
+
+        return http.Response(200, pieces())
+
+    server = await http.serve(slow, 0)
+    bot = await house.gateway(upstream=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    for _ in range(10):
+        with contextlib.suppress(asyncio.TimeoutError, aiohttp.ClientError):
+            await bot.session.get(f"{bot.base}/bot{TOKEN}/getFile", timeout=aiohttp.ClientTimeout(0.05))
+    release.set()
+    await until(lambda: not bot.gateway._upstream._busy)
+    server.close()
+
+
+async def test_what_a_warm_bot_gave_up_is_not_sent_when_its_term_begins(house: House) -> None:
+    bot, chat = await house.gateway(seconds=0), house.user()
+    for _ in range(5):
+        with contextlib.suppress(asyncio.TimeoutError):
+            call = f"{bot.base}/bot{TOKEN}/sendMessage"
+            timeout = aiohttp.ClientTimeout(0.1)
+            await bot.session.post(call, json={"chat_id": chat.chat_id, "text": "I am up"}, timeout=timeout)
+    last = asyncio.ensure_future(bot.call("sendMessage", chat_id=chat.chat_id, text="I am up"))
+    await asyncio.sleep(0.2)
+    bot.gateway.begin(Holding(str(BOT), "i1", 1, "n1"), clock.now() + 60)
+    assert (await last)["ok"] and house.called("sendMessage") == 1
+
+
+@pytest.mark.parametrize("path", ["test/getUpdates", "getUpdates/", "get%55pdates", "deleteWebhook/", "/getUpdates"])
+async def test_nothing_slips_past_by_an_odd_path(house: House, path: str) -> None:
+    bot = await house.gateway()
+    house.user().say("x")
+    async with bot.session.get(yarl.URL(f"{bot.base}/bot{TOKEN}/{path}", encoded=True), params={"timeout": 1}) as r:
+        assert r.status == 404 or (await r.json())["result"] == []
+    await until(lambda: path != "test/getUpdates" or "123456-test" in bot.gateway.report())
+    assert house.called("getUpdates") == house.called("deleteWebhook") == 0
+
+
+async def test_two_pollers_share_a_backlog_without_a_double(house: House) -> None:
+    chat = house.user()
+    for n in range(40):
+        chat.say(str(n))
+    one = await house.gateway()
+    bots = one, Bot(house, one.gateway, one.base)
+    texts: list[str] = []
+
+    async def go(bot: Bot) -> None:
+        while got := await bot.poll(timeout=2, prefix=""):
+            await asyncio.sleep(0.01)
+            texts.extend(got)
+
+    await asyncio.gather(*(go(bot) for bot in bots))
+    assert sorted(texts, key=int) == [str(n) for n in range(40)]
+    await until(lambda: one.gateway.report()[str(BOT)].in_hand == 0)
+
+
+async def test_a_webhook_that_cannot_be_deleted_is_not_asked_for_without_pause(house: House) -> None:
+    house.simulator.bot(BOT).webhook_url = "https://hooks.example.org/x"
+    house.simulator.faults += [("deletewebhook", ApiError(429, "Too Many Requests", {"retry_after": 9}))] * 50
+    bot = await house.gateway(delete_webhook=True)
+    assert (await bot.call("getUpdates", timeout=1))["result"] == []
+    assert house.called("deleteWebhook") == 1
+
+
+async def test_a_set_webhook_in_pieces_passes(house: House) -> None:
+    bot = await house.gateway()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b'{"url": "https://example.org/hook",'
+        yield b' "max_connections": 1}'
+
+    headers = {"content-type": "application/json"}
+    async with bot.session.post(f"{bot.base}/bot{TOKEN}/setWebhook", data=pieces(), headers=headers) as r:
+        assert (await r.json())["description"] == "Webhook was set"
+
+
+async def test_a_header_that_is_not_ascii_passes(house: House) -> None:
+    async def named(request: http.Request) -> http.Response:
+        name = 'attachment; filename="Größe.pdf"'.encode()
+        return http.Response(200, b"x", headers=((b"content-disposition", name),))
+
+    server = await http.serve(named, 0)
+    bot = await house.gateway(upstream=f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    async with bot.session.get(f"{bot.base}/file/bot{TOKEN}/documents/a.pdf") as r:
+        assert r.status == 200 and "Größe" in r.headers["content-disposition"]
+    server.close()
+
+
+async def test_a_bot_that_always_asks_for_a_negative_offset_is_served_after_the_first(house: House) -> None:
+    bot = await house.gateway()
+    house.user().say("x")
+    assert (await bot.call("getUpdates", offset=-1, timeout=5))["result"] == []
+    assert len((await bot.call("getUpdates", offset=-1, timeout=5))["result"]) == 1
+
+
+async def test_what_is_done_is_durable_after_a_flush_that_meets_a_write_under_way(house: House) -> None:
+    bot, chat = await house.gateway(), house.user()
+    chat.say("x")
+    assert await bot.poll(prefix="/ack") == ["x"]
+    inbox: Any = bot.gateway._inbox
+    save = inbox.save
+
+    async def slowly(*args: Any) -> bool:
+        await asyncio.sleep(0.2)
+        return bool(await save(*args))
+
+    inbox.save = slowly
+    await bot.call("botleaseDone", update_ids=[bot.offset - 1])
+    await asyncio.sleep(0.05)
+    await bot.gateway.flush()
+    await bot.gateway.close()
+    again = await house.gateway(term=2)
+    assert await again.poll(timeout=1) == [] and again.gateway.report()[str(BOT)].repeated == 0
+
+
+async def test_what_is_confirmed_after_a_stop_signal_counts_only_if_the_bot_ends_by_itself(house: House) -> None:
+    for clean, left in ((False, ["x"]), (True, [])):
+        chat = house.user()
+        bot = await house.gateway(term=len(house.gateways) + 1)
+        if not left:
+            assert await bot.poll(timeout=5) == ["x"]
+        else:
+            chat.say("x")
+            assert await bot.poll(timeout=5) == ["x"]
+        bot.gateway.signalled()
+        await bot.call("getUpdates", "/batch", offset=bot.offset, limit=1)  # grammY's last call
+        await bot.gateway.finish(clean=clean)
+        await bot.gateway.close()
+        after = await house.gateway(term=len(house.gateways) + 1)
+        assert await after.poll(timeout=1) == left
+        await after.gateway.close()

@@ -176,3 +176,18 @@ async def run(url: str, sql: str) -> None:
         connection = await asyncpg.connect(url)
         await connection.execute(sql)
         await connection.close()
+
+
+async def test_a_lease_file_that_was_lost_and_made_anew_does_not_shut_its_terms_out(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/lease.db"
+    for n, terms in ((1, (7,)), (2, (1, 2))):
+        store = open_store(url)
+        await store.open(DEADLINE)
+        await store.aclose()
+        inbox = open_inbox(url)
+        for term in terms:
+            begun = await inbox.begin(Holding("bot", "a", term, f"n{n}{term}"), API, DEADLINE)
+            assert begun is not None
+        assert await inbox.begin(Holding("bot", "a", terms[-1] - 1, "late"), API, DEADLINE) is None
+        await inbox.aclose()
+        (tmp_path / "lease.db").unlink()

@@ -96,7 +96,7 @@ def main() -> None:
 )
 @click.option("--healthy-within", type=float, metavar="S", help="For how long one such proof counts. Default 30.")
 @click.option("--warm", is_flag=True, help="Start the bot up to botlease.gate() while another one works.")
-@click.option("--gateway", is_flag=True, help="Serve the Bot API on loopback: no 409, no update lost. See below.")
+@click.option("--gateway", is_flag=True, help="Serve the Bot API on loopback: no 409, no update lost. See above.")
 @click.option("--bot-api", metavar="URL", help="Your own Bot API server. Default https://api.telegram.org.")
 @click.option(
     "--delete-webhook", is_flag=True, help="With --gateway: delete a webhook that keeps the bot from polling."

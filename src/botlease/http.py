@@ -34,6 +34,10 @@ class Request:
     """Set when the client closed its connection before it was answered."""
     pieces: AsyncIterator[bytes] | None = None
     """The body, where the server was started with ``streaming``."""
+    connection: object = None
+    """The same for every request of one connection."""
+    closed: Callable[[], bool] = lambda: False
+    """Whether that connection is closed by now."""
 
     async def read(self, limit: int = MAX_BODY) -> bytes:
         """The whole body. Raises ValueError if it is longer than ``limit`` bytes."""
@@ -53,7 +57,13 @@ class Response:
     status: int
     body: bytes | AsyncIterator[bytes]
     content_type: str = "application/json"
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: tuple[tuple[str | bytes, str | bytes], ...] = ()
+
+    async def discard(self) -> None:
+        """Let go what stands behind a body that nobody will take."""
+        close = getattr(self.body, "aclose", None)
+        if close is not None:
+            await close()
 
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -104,8 +114,13 @@ class _Conversation:
                 return
             request.peer = (peer[0], peer[1])
             response = await self._answer(request)
-            if response is None or not await self._send(request, response):
+            if response is None:
                 return
+            try:
+                if not await self._send(request, response):
+                    return
+            finally:
+                await response.discard()
 
     async def _next(self) -> object:
         while True:
@@ -126,6 +141,7 @@ class _Conversation:
         names = {k.decode("ascii").lower(): v.decode("latin-1") for k, v in event.headers}
         request = Request(event.method.decode("ascii"), event.target.decode("ascii", "replace"), names)
         request.pieces = self._pieces()
+        request.connection, request.closed = self, self.writer.is_closing
         if not self.streaming:
             try:
                 await request.read()
@@ -161,7 +177,7 @@ class _Conversation:
                 data = b"" if watch.exception() else watch.result()
                 if not data:
                     request.gone.set()
-                    await asyncio.shield(task)
+                    await (await asyncio.shield(task)).discard()
                     return None
                 self.connection.receive_data(data)  # the client sends its next request early
                 watch = asyncio.ensure_future(self.reader.read(PIECE))
@@ -179,23 +195,21 @@ class _Conversation:
         """False: the connection ends with this answer."""
         connection, writer, body = self.connection, self.writer, response.body
         close = connection.their_state is not h11.DONE
-        headers = [("connection", "close" if close else "keep-alive"), *response.headers]
+        headers = [(_raw("connection"), _raw("close" if close else "keep-alive"))]
+        headers += [(_raw(k), _raw(v)) for k, v in response.headers]
         if response.content_type:
-            headers.append(("content-type", response.content_type))
+            headers.append((b"content-type", _raw(response.content_type)))
         if isinstance(body, bytes):
-            headers.append(("content-length", str(len(body))))
+            headers.append((b"content-length", _raw(str(len(body)))))
         out = connection.send(h11.Response(status_code=response.status, headers=headers)) or b""
         if isinstance(body, bytes):
             if request.method != "HEAD":
                 out += connection.send(h11.Data(data=body)) or b""
         else:
-            try:
-                async for piece in body:
-                    writer.write(out + (connection.send(h11.Data(data=piece)) or b""))
-                    await writer.drain()
-                    out = b""
-            finally:
-                await body.aclose()  # type: ignore[attr-defined]
+            async for piece in body:
+                writer.write(out + (connection.send(h11.Data(data=piece)) or b""))
+                await writer.drain()
+                out = b""
         out += connection.send(h11.EndOfMessage()) or b""
         writer.write(out)
         await writer.drain()
@@ -203,6 +217,10 @@ class _Conversation:
             return False
         connection.start_next_cycle()
         return True
+
+
+def _raw(text: str | bytes) -> bytes:
+    return text.encode("ascii") if isinstance(text, str) else text
 
 
 async def status_of(url: str, deadline: float) -> int:

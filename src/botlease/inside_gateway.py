@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 from typing import TYPE_CHECKING
 
@@ -36,9 +35,11 @@ class gateway:
     """
 
     def __init__(self, term: Term, *, bot_api: str | None = None, delete_webhook: bool = False) -> None:
+        if getattr(term, "work", None) is None:
+            raise TypeError("botlease.gateway needs the term that botlease.active or botlease.exclusive gave")
         upstream = settings.bot_api(bot_api or os.environ.get("BOTLEASE_BOT_API") or settings.BOT_API)
         self._term = term
-        self._gateway = Gateway(upstream, open_inbox(term.database), log.info, delete_webhook=delete_webhook)
+        self._gateway = Gateway(upstream, open_inbox(term.database), log.warning, delete_webhook=delete_webhook)
 
     async def __aenter__(self) -> str:
         term, work = self._term, self._term.work
@@ -61,8 +62,12 @@ class gateway:
             os.environ.pop("BOTLEASE_API_URL", None)
         else:
             os.environ["BOTLEASE_API_URL"] = self._before
-        with contextlib.suppress(Exception):
+        try:
             # at the end of trust there is no time left, and the kernel's timer would end the whole program
             async with asyncio.timeout(max(0.0, work.until - clock.now() - 0.1)):
-                await self._gateway.finish()
-        await self._gateway.close()
+                await self._gateway.finish(clean=error[0] is None)
+        except TimeoutError:
+            pass
+        finally:  # whatever happens: nothing leaves after this
+            self._gateway.end()
+            await self._gateway.close()

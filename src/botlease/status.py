@@ -105,7 +105,7 @@ def align(rows: Sequence[tuple[str, ...]]) -> list[str]:
 def _gateway(bot: dict[str, Any], g: dict[str, Any]) -> str:
     who = "" if g["api"] == bot["bot"] else f" of bot {clean(g['api'])}"
     line = f"gateway{who}: last getUpdates {str(g['polled_at'] or 'never')[:19]}, {g['waiting']} updates are not done"
-    line += f", {g['repeated']} were handed out again after a kill, {g['set_aside']} set aside"
+    line += f", {g['repeated']} were in hand when a process ended and handed out again, {g['set_aside']} set aside"
     if g["conflicts"]:
         line += f"; SOMEBODY ELSE POLLED {g['conflicts']} times, last {str(g['conflict_at'])[:19]}"
     if g["webhook"]:

@@ -8,7 +8,7 @@ from telebot import TeleBot, apihelper
 from botlease.telegram import telebot as hook
 
 TOKEN, WORK = os.environ["TELEGRAM_BOT_TOKEN"], float(os.environ["WORK"])
-bot = TeleBot(TOKEN, use_class_middlewares=True)
+bot = TeleBot(TOKEN)
 if "BOTLEASE_API_URL" not in os.environ:
     apihelper.API_URL = os.environ["TELEGRAM_API_URL"] + "/bot{0}/{1}"
 hook.through_gateway(bot)

@@ -12,6 +12,7 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
+from urllib.parse import quote
 
 from botlease import clock
 from botlease.stores import StoreError, StoreRefused, within
@@ -24,7 +25,7 @@ VERSION: Final = 1
 
 CREATE: Final = """
 CREATE TABLE IF NOT EXISTS bot_polls (
-  bot TEXT NOT NULL, api TEXT NOT NULL, term INTEGER NOT NULL, nonce TEXT NOT NULL,
+  bot TEXT NOT NULL, api TEXT NOT NULL, term INTEGER NOT NULL, nonce TEXT NOT NULL, lease TEXT NOT NULL,
   next_offset INTEGER NOT NULL DEFAULT 0, asked INTEGER NOT NULL DEFAULT -1, allowed TEXT,
   polling BOOLEAN NOT NULL DEFAULT FALSE, polled_at TIMESTAMP,
   conflicts INTEGER NOT NULL DEFAULT 0, conflict_at TIMESTAMP, webhook TEXT NOT NULL DEFAULT '',
@@ -36,10 +37,11 @@ CREATE TABLE IF NOT EXISTS bot_updates (
   PRIMARY KEY (bot, api, update_id)
 );
 """
-OLD: Final = "SELECT term, next_offset, asked, allowed, polling FROM bot_polls WHERE bot = :bot AND api = :api"
+OLD: Final = "SELECT term, lease, next_offset, asked, allowed, polling FROM bot_polls WHERE bot = :bot AND api = :api"
 MINE: Final = """
-INSERT INTO bot_polls (bot, api, term, nonce, polling) VALUES (:bot, :api, :term, :nonce, TRUE)
-ON CONFLICT (bot, api) DO UPDATE SET term = excluded.term, nonce = excluded.nonce, polling = TRUE,
+INSERT INTO bot_polls (bot, api, term, nonce, lease, polling) VALUES (:bot, :api, :term, :nonce, :lease, TRUE)
+ON CONFLICT (bot, api) DO UPDATE SET
+  term = excluded.term, nonce = excluded.nonce, lease = excluded.lease, polling = TRUE,
   set_aside = set_aside + (SELECT count(*) FROM bot_updates
                            WHERE bot = :bot AND api = :api AND NOT done AND received_at < :old)
 """
@@ -91,7 +93,8 @@ def polls(path: str) -> list[dict[str, Any]]:
 
 class SqliteInbox:
     def __init__(self, path: str, wall: Callable[[], float] = clock.wall) -> None:
-        self.path = beside(str(Path(path).absolute()))
+        self._beside = str(Path(path).absolute())
+        self.path = beside(self._beside)
         self.wall = wall
         self._db: sqlite3.Connection | None = None
         self._inode = 0
@@ -152,6 +155,14 @@ class SqliteInbox:
         self._db, self._inode = db, Path(self.path).stat().st_ino
         return db
 
+    def _lease(self) -> str:
+        """Which lease file it is that our terms are numbered in."""
+        try:
+            with contextlib.closing(sqlite3.connect(f"file:{quote(self._beside)}?mode=ro", uri=True)) as lease:
+                return str(lease.execute("SELECT store_id FROM botlease_schema").fetchone()[0])
+        except sqlite3.OperationalError:
+            return ""  # it is not there
+
     def _shut(self) -> None:
         if self._db is not None:
             self._db.close()
@@ -162,7 +173,9 @@ class SqliteInbox:
             values = {"bot": me.bot, "api": api, "term": me.term, "nonce": me.nonce}
             values["old"] = clock.iso(self.wall() - KEEP_SECONDS)
             old = db.execute(OLD, values).fetchone()
-            if old is not None and old["term"] > me.term:
+            values["lease"] = self._lease()
+            # Terms of another lease file (this one was lost, and made anew) say nothing about ours.
+            if old is not None and old["term"] > me.term and old["lease"] == values["lease"]:
                 return None
             db.execute(MINE, values)
             db.execute(FORGET_OLD, values)

@@ -25,22 +25,26 @@ import contextlib
 import json
 import re
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Final
+from urllib.parse import unquote
 
 from botlease import clock, http
 from botlease.stores.inbox import Holding, Inbox
 from botlease.telegram.arguments import arguments
 from botlease.telegram.poller import Poller, Tally
 from botlease.telegram.term import Term
-from botlease.telegram.upstream import Fenced, Headers, Unreachable, Upstream
+from botlease.telegram.upstream import Answer, Fenced, Headers, Unreachable, Upstream
 
 PATH: Final = re.compile(
-    r"(?P<way>/ack|/batch)?(?P<rest>/(?P<file>file/)?bot(?P<token>[^/]+)/(?P<method>[^?]*)(\?(?P<query>.*))?)"
+    r"(?P<way>/ack|/batch)?(?P<rest>/bot(?P<token>[^/?]+)(?P<test>/test)?/(?P<method>[A-Za-z]+)(\?(?P<query>.*))?)"
 )
-TOKEN: Final = re.compile(r"\d{3,20}:[A-Za-z0-9_-]{1,80}(/test)?")
+FILE: Final = re.compile(r"(/ack|/batch)?(?P<rest>/file/bot(?P<token>[^/?]+)(/test)?/[^?].*)")
+TOKEN: Final = re.compile(r"\d{3,20}:[A-Za-z0-9_-]{1,80}")
 LIMIT: Final = 8 * 1024 * 1024
 """Bytes of a call that is answered here; the Bot API itself takes no more in a call without a file."""
+GONE: Final = 30.0
+"""Seconds for which an answer is waited for when the client has hung up."""
 DROP: Final = "drop_pending_updates"
 
 
@@ -97,12 +101,16 @@ class Gateway:
         """Write down what is done."""
         await asyncio.gather(*(p.flush() for p in self.pollers.values()))
 
-    async def close(self) -> None:
-        """End every connection. Nothing leaves after this."""
+    def end(self) -> None:
+        """Nothing leaves after this, and what is on its way is broken off."""
         self.term.end()
+        self._upstream.abort()
+
+    async def close(self) -> None:
+        """End everything."""
+        self.end()
         for poller in self.pollers.values():
             poller.cancel()
-        self._upstream.abort()
         if self._server is not None:
             self._server.close()
         await self._inbox.aclose()
@@ -113,29 +121,35 @@ class Gateway:
     # One call ----------------------------------------------------------------------------------------------------
 
     async def _handle(self, request: http.Request) -> http.Response:
-        found = PATH.fullmatch(request.target)
-        if found is None or not TOKEN.fullmatch(found["token"]):
+        call, file = PATH.fullmatch(request.target), FILE.fullmatch(request.target)
+        found = call or file
+        if found is None or not TOKEN.fullmatch(unquote(found["token"])) or request.method not in ("GET", "POST"):
             await _skip(request)
             return _error(404, "Not Found")
-        method = found["method"].lower()
+        method = call["method"].lower() if call else "getfile"
         try:
-            if found["file"] is None and method in LOCAL:
-                return await self._local(request, found, method)
-            if not await self._turn(request, method if found["file"] is None else "get"):
+            if call and method in LOCAL:
+                return await self._local(request, call, method)
+            if not await self._turn(request, method):
                 await _skip(request)
-                return _error(503, "the term is over")
-            return await self._relay(request, found["rest"])
+                return _error(503, "the term is over" if self.term.over else "the term has not begun")
+            return await self._relay(request, found["rest"], method)
         except Fenced:
             return _error(503, "the term is over")
         except Unreachable as e:
             return _error(502, f"Bad Gateway: {e}")
+        except (ConnectionError, TimeoutError):
+            return _error(400, "Bad Request: it broke off")
         except Exception as e:  # a bug of ours; its text might hold the token
-            self._once(f"the gateway failed at {found['method'][:40]}: {type(e).__name__}")
+            self._once(f"the gateway failed at {method[:40]}: {type(e).__name__}")
             return _error(500, "Internal Server Error")
 
     async def _turn(self, request: http.Request, method: str) -> bool:
-        """Before the term begins only what reads may pass."""
+        """Before the term begins only what reads may pass. The rest waits for it, as long as its client does."""
         if self.term.holding is None and not method.startswith("get"):
+            if not _short(request):
+                return False
+            await request.read()  # only then a client that hangs up is noticed
             begun = asyncio.ensure_future(self.term.begun.wait())
             gone = asyncio.ensure_future(request.gone.wait())
             try:
@@ -145,28 +159,29 @@ class Gateway:
                 gone.cancel()
         return self.term.may() and not request.gone.is_set()
 
-    async def _relay(self, request: http.Request, target: str, body: bytes | None = None) -> http.Response:
+    async def _relay(
+        self, request: http.Request, target: str, method: str, instead: bytes | None = None
+    ) -> http.Response:
+        """Pass a call on. ``instead``: a JSON body in the place of its own."""
         headers: Headers = [(k.encode("ascii"), v.encode("latin-1")) for k, v in request.headers.items()]
         pieces: bytes | AsyncIterator[bytes]
-        if body is not None:
+        if instead is not None:
             headers = [(k, v) for k, v in headers if k not in (b"content-length", b"content-type")]
             headers.append((b"content-type", b"application/json"))
-            pieces = body
-        elif _short(request):
+            pieces = instead
+        elif request.pieces is None or _short(request):
             pieces = await request.read()
         else:
-            assert request.pieces is not None
             pieces = request.pieces
         # by its name: a GET may send as well
-        reads = target.startswith("/file/") or target.rpartition("/")[2].lower().startswith("get")
-        answer = await self._upstream.call(request.method, target, headers, pieces, repeatable=reads)
-        kept = tuple((k.decode("ascii"), v.decode("latin-1")) for k, v in answer.headers if k != b"content-length")
+        asked = self._upstream.call(request.method, target, headers, pieces, repeatable=method.startswith("get"))
+        answer = await _patiently(asked, request.gone)
+        kept = tuple((k, v) for k, v in answer.headers if k != b"content-length")
         size = next((int(v) for k, v in answer.headers if k == b"content-length" and v.isdigit()), None)
         if size is not None and size <= http.PIECE:
-            # one write instead of three
-            return http.Response(answer.status, await _all(answer.pieces), "", kept)
+            return http.Response(answer.status, await answer.read(), "", kept)  # one write instead of three
         if size is not None:
-            kept = (*kept, ("content-length", str(size)))
+            kept = (*kept, (b"content-length", str(size).encode()))
         return http.Response(answer.status, answer.pieces, "", kept)
 
     async def _local(self, request: http.Request, found: re.Match[str], method: str) -> http.Response:
@@ -175,19 +190,18 @@ class Gateway:
             args = arguments(found["query"] or "", request.headers.get("content-type", ""), body)
         except ValueError:
             return _error(400, "Bad Request: can't parse the arguments")
+        token = unquote(found["token"]) + (found["test"] or "")
         match method:
             case "getupdates":
-                poller = self._poller(found["token"])
-                if found["way"] is None:
-                    args["limit"] = 1
-                status, reply = await poller.get_updates(args, request.gone, found["way"] == "/ack")
+                one = 1 if found["way"] is None else 100
+                status, reply = await self._poller(token).get_updates(args, request, found["way"] == "/ack", one)
                 return http.Response(status, reply)
             case "botleasedone":
                 ids = args.get("update_ids")
                 with contextlib.suppress(ValueError):
                     ids = json.loads(ids) if isinstance(ids, str) else ids
                 known = [i for i in ids if isinstance(i, int)] if isinstance(ids, list) else []
-                self._poller(found["token"]).acknowledge(known)
+                self._poller(token).acknowledge(known)
                 return http.Response(200, b'{"ok":true,"result":true}')
             case "setwebhook" if args.get("url"):
                 return await self._set_webhook(request, found, args, body)
@@ -205,12 +219,11 @@ class Gateway:
             return _error(503, "the term is over")
         dropped = args.pop(DROP, None)
         if dropped is None:
-            request.pieces, request.body = None, body
-            return await self._relay(request, found["rest"])
+            return await self._relay(request, found["rest"], "setwebhook")
         if request.headers.get("content-type", "").startswith("multipart/") and b"filename=" in body:
             return _error(400, f"Bad Request: {DROP} is not passed on; leave it out")
         self._once("the bot asks to drop pending updates: they were kept")
-        return await self._relay(request, found["rest"].partition("?")[0], json.dumps(args).encode())
+        return await self._relay(request, found["rest"].partition("?")[0], "setwebhook", json.dumps(args).encode())
 
     def _poller(self, token: str) -> Poller:
         if token not in self.pollers:
@@ -242,11 +255,20 @@ def _short(request: http.Request) -> bool:
     return (size.isdigit() and int(size) <= http.PIECE) or (not size and "transfer-encoding" not in request.headers)
 
 
-async def _all(pieces: AsyncIterator[bytes]) -> bytes:
+async def _patiently(asked: Coroutine[Any, Any, Answer], gone: asyncio.Event) -> Answer:
+    """Whoever hung up may have wanted it all the same: it is not broken off, but not waited for, for ever."""
+    call, left = asyncio.ensure_future(asked), asyncio.ensure_future(gone.wait())
+    both: set[asyncio.Future[Any]] = {call, left}
     try:
-        return b"".join([piece async for piece in pieces])
-    except (OSError, TimeoutError) as e:
-        raise Unreachable(str(e) or type(e).__name__) from None
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not call.done():
+            await asyncio.wait({call}, timeout=GONE)
+        if not call.done():
+            raise ConnectionError("the client is gone")
+        return call.result()
+    finally:
+        left.cancel()
+        call.cancel()
 
 
 async def _skip(request: http.Request) -> None:

@@ -22,13 +22,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from botlease import clock
+from botlease import clock, http
 from botlease.stores import redact
 from botlease.stores.inbox import Changes, Inbox, Update
 from botlease.telegram.arguments import integer
-from botlease.telegram.desk import TRIES, Desk, Poll
+from botlease.telegram.desk import IN_HAND, TRIES, Desk, Poll
 from botlease.telegram.term import Bell, Term
-from botlease.telegram.upstream import Fenced, Unreachable, Upstream
+from botlease.telegram.upstream import CONNECT, Fenced, Unreachable, Upstream
 from botlease.telegram.writer import Writer
 
 POLL: Final = 2.0
@@ -38,6 +38,10 @@ MARGIN: Final = 0.3
 kill_budget and lock_delay more."""
 PROMOTED: Final = 3.1
 """Seconds for which a poll may be held that has the offset of the one before it, begun within 3 s."""
+SLOW: Final = 5.0
+"""Seconds for the way of a poll and its answer, beyond the time for which it is held."""
+STUCK: Final = 300.0
+"""Seconds without an acknowledgement after which a program with its hands full is not waited for."""
 EMPTY: Final = b'{"ok":true,"result":[]}'
 BACKLOG: Final = 1000
 BACKLOG_BYTES: Final = 16 * 1024 * 1024
@@ -74,7 +78,7 @@ class Poller:
         *,
         delete_webhook: bool = False,
     ) -> None:
-        self.api = token.split(":")[0]
+        self.api = token.split(":")[0] + ("-test" if token.endswith("/test") else "")
         self.desk = Desk()
         self.tally = Tally()
         self.signalled = False  # the program has been told to stop
@@ -97,6 +101,10 @@ class Poller:
         self._strikes, self._struck_at = 0, -1e9  # 409s
         self._trouble, self._back_off = "", 1.0
         self._polls = 0  # of the program
+        self._said: set[str] = set()
+        self._failures = 0
+        self._negative = False
+        self._acknowledged_at = clock.now()
         self._heard_at = self._polled_at = clock.now()
         self._stopping = False
         self._loaded = False
@@ -105,42 +113,55 @@ class Poller:
 
     # Downstream --------------------------------------------------------------------------------------------------
 
-    async def get_updates(self, args: dict[str, Any], gone: asyncio.Event, acknowledges: bool) -> tuple[int, bytes]:
+    async def get_updates(
+        self, args: dict[str, Any], request: http.Request, acknowledges: bool, limit: int = 100
+    ) -> tuple[int, bytes]:
         """Answer a poll of the program: status and body. Waits as long as it asks for."""
         offset, timeout = integer(args.get("offset"), 0), min(max(integer(args.get("timeout"), 0), 0), 50)
+        limit = min(max(integer(args.get("limit"), 100), 1), limit)
         self._state_allowed(args.get("allowed_updates"))
-        if offset < 0:
-            # It would forget everything but the last ones: what came while nobody polled, at every deployment.
-            self._say(f"the bot asks for offset {offset}, to drop what is pending: nothing was dropped")
-            return 200, EMPTY
-        now = clock.now()
-        poll = Poll(offset, min(max(integer(args.get("limit"), 100), 1), 100), now, acknowledges)
-        left = asyncio.ensure_future(gone.wait())
+        end = clock.now() + timeout
+        poll = Poll(offset, limit, acknowledges, request.connection, request.closed)
+        left = asyncio.ensure_future(request.gone.wait())
         arrived = False
         try:
-            if not await self._until(lambda: self._loaded, now + timeout, left):
+            if offset < 0:
+                # It would forget everything but the last ones: what came while nobody polled, at every deployment.
+                self._once(f"the bot asks for offset {offset}, to drop what is pending: nothing was dropped")
+                poll.offset, first, self._negative = 0, not self._negative, True
+                if first:  # a bot that goes on asking like that is served
+                    return 200, EMPTY
+            if not await self._until(lambda: self._loaded, end, left):
                 return 200, EMPTY
             self._polls += 1
-            done = self.desk.enter(poll)
-            if self.signalled:
-                self._doubtful += done
-            else:
-                self._finish(done)
+            self._passed(self.desk.enter(poll))
             self._news.ring()
-            await self._until(lambda: self._refused is not None or self._has(poll), now + timeout, left)
-            if self._refused is not None:
-                refused, self._refused = self._refused, None
-                return refused
-            updates = [] if gone.is_set() else self.desk.take(poll)
-            if updates:
-                await self._hand_out(updates)
-            arrived = not gone.is_set()
+            try:
+                await self._until(lambda: self._refused is not None or self._has(poll), end, left)
+                if self._refused is not None:
+                    return self._refused
+                updates = [] if request.gone.is_set() else self.desk.take(poll)
+                if updates:
+                    await self._hand_out(updates)
+                arrived = not request.gone.is_set()
+            finally:
+                self.desk.leave(poll, arrived=arrived)
+                self._polled_at = clock.now()
+                self._news.ring()
             return 200, b'{"ok":true,"result":[' + ",".join(u.payload for u in updates).encode() + b"]}"
         finally:
             left.cancel()
-            self._polled_at = clock.now()
-            self.desk.leave(poll, self._polled_at, arrived=arrived)
-            self._news.ring()
+
+    def _passed(self, done: list[int]) -> None:
+        if self.signalled:
+            self._doubtful += done
+        else:
+            self._finish(done)
+
+    def _once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self._say(text)
 
     def _has(self, poll: Poll) -> bool:
         """The oldest poll is served first."""
@@ -167,7 +188,7 @@ class Poller:
         if again:
             self._writer.changes.repeated += len(again)
             self.tally.repeated += len(again)
-            self._say(f"{len(again)} updates were in hand when the one before ended: handed out again")
+            self._say(f"updates that were in hand when the one before ended, handed out again: {len(again)}")
         if self._writer.changes.given:
             await self._writer.save()
 
@@ -178,6 +199,7 @@ class Poller:
                 self._allowed = self._writer.changes.allowed = text
 
     def acknowledge(self, ids: list[int]) -> None:
+        self._acknowledged_at = clock.now()
         self._finish(self.desk.acknowledge(ids))
 
     def _finish(self, ids: list[int]) -> None:
@@ -201,27 +223,28 @@ class Poller:
             self._offset, self._allowed = begun.offset, self._allowed or begun.allowed
             self._recent |= set(begun.done)
             self._low = begun.offset > 1 and begun.asked == begun.offset
-            self.desk.newest = begun.offset - 1
             self.desk.receive([u for u in begun.updates if u.tries < TRIES])
             hopeless = [u.update_id for u in begun.updates if u.tries >= TRIES]
             if hopeless:
                 self._set_aside(hopeless, f"each was in hand when {TRIES} processes ended")
             self._loaded = True
             self._news.ring()
-            # The poll of the one before may still be held, and by some accounts of the server would make ours fail.
-            # (And with its offset ours would be held for longer than it asks for.)
-            wait = POLL + MARGIN if self._term.remaining > PROMOTED + 2 * MARGIN else PROMOTED
-            free_at = clock.now() + wait if begun.unfinished else 0.0
+            # The poll of the one before may still be held, and by some accounts of the server would make ours fail;
+            # begun within 3 s of it with its offset, ours would be held for longer than it asks for.
+            free_at = clock.now() + PROMOTED if begun.unfinished else 0.0
             await self._while_unwanted()
             await self._mind_the_webhook()
             await self._pause(free_at - clock.now())
             while not self._stopping:
-                await self._turn()
+                try:
+                    await self._turn()
+                except Fenced:
+                    raise
+                except Exception as e:  # a bug of ours must not make a bot deaf
+                    await self._failed(f"the gateway failed: {type(e).__name__}: {redact(str(e))}", 3.0)
         except Fenced:
-            pass
-        except Exception as e:  # a bug of ours must not make a bot deaf in silence
-            self._say(f"the gateway failed: {type(e).__name__}: {redact(str(e))}")
-            raise
+            if not self._term.over:
+                self._say("the term is over: nothing is fetched any more")
 
     async def _while_unwanted(self) -> None:
         """A program that does not poll (or uses a webhook) is not polled for."""
@@ -233,10 +256,9 @@ class Poller:
 
     async def _turn(self) -> None:
         await self._while_unwanted()
-        if len(self.desk.given) > BACKLOG // 2:
-            # A hook that never acknowledges must not make the bot deaf.
-            aside = self.desk.let_go(len(self.desk.given) - BACKLOG // 2)
-            self._set_aside(aside, f"{BACKLOG // 2} others are in hand, and none is acknowledged")
+        if len(self.desk.given) >= IN_HAND and clock.now() > self._acknowledged_at + STUCK:
+            self._acknowledged_at = clock.now()
+            self._set_aside(self.desk.let_go(), f"they are in hand, and for {STUCK:g} s none was acknowledged")
         news, changed = self._news.heard(), self._term.changed.heard()
         remaining = self._term.remaining
         full = self.desk.size >= BACKLOG or sum(len(u.payload) for u in self.desk.waiting.values()) >= BACKLOG_BYTES
@@ -246,32 +268,45 @@ class Poller:
         low = self._low
         offset = self._offset - low if self._offset > 1 else int(low)
         last, began = self._asked
-        if offset == last and remaining < PROMOTED + MARGIN and clock.now() < began + PROMOTED:
+        if offset == last and clock.now() < began + PROMOTED:
             await self._pause(began + PROMOTED - clock.now())
             return
-        seconds = int(min(POLL, remaining - MARGIN))
-        asked: dict[str, Any] = {"offset": offset, "timeout": seconds}
-        if self._allowed is not None:
-            asked["allowed_updates"] = json.loads(self._allowed)
-        self._asked = (offset, clock.now())
+        seconds = 0
+
+        def question() -> bytes:
+            """Made when the connection is there: connecting may have taken a good part of the time."""
+            nonlocal seconds
+            seconds = int(min(POLL, self._term.remaining - MARGIN))
+            if self._term.remaining <= MARGIN:
+                raise Unreachable("connecting took too long")
+            asked: dict[str, Any] = {"offset": offset, "timeout": seconds}
+            if self._allowed is not None:
+                asked["allowed_updates"] = json.loads(self._allowed)
+            self._asked = (offset, clock.now())
+            return json.dumps(asked).encode()
+
         try:
-            status, body = await self._ask("getUpdates", asked)
+            status, body = await self._ask("getUpdates", question)
         except Unreachable as e:
-            await self._failed(f"the Bot API cannot be reached: {e}")
+            if self._failures:  # the first may be a connection that the server had closed
+                await self._failed(f"the Bot API cannot be reached: {e}")
+            else:
+                self._failures = 1
+                await self._pause(0.2)
             return
         await self._answered(status, body, offset)
         if not seconds:
             await self._pause(0.3)  # a lease too short for a poll that is held
 
-    async def _ask(self, method: str, args: dict[str, Any]) -> tuple[int, bytes]:
-        body = json.dumps(args).encode()
+    async def _ask(self, method: str, body: bytes | Callable[[], bytes] = b"{}") -> tuple[int, bytes]:
+        """Never repeated by itself: a poll that is asked twice is held for longer."""
         headers = [(b"content-type", b"application/json"), (b"accept", b"application/json")]
-        # getUpdates may be asked again: the offset makes it the same
-        answer = await self._upstream.call("POST", f"/bot{self._token}/{method}", headers, body, repeatable=True)
         try:
-            return answer.status, await answer.read()
-        except (OSError, TimeoutError) as e:
-            raise Unreachable(str(e) or type(e).__name__) from None
+            async with asyncio.timeout(CONNECT + POLL + SLOW):
+                answer = await self._upstream.call("POST", f"/bot{self._token}/{method}", headers, body)
+                return answer.status, await answer.read()
+        except TimeoutError:
+            raise Unreachable("it did not answer in time") from None
 
     async def _answered(self, status: int, body: bytes, confirmed: int) -> None:
         try:
@@ -297,7 +332,7 @@ class Poller:
     async def _received(self, result: list[Any], confirmed: int) -> None:
         if self._trouble:
             self._say("the Bot API answers again")
-        self._trouble, self._back_off = "", 1.0
+        self._trouble, self._back_off, self._failures, self._refused = "", 1.0, 0, None
         self._heard_at = clock.now()
         self._writer.changes.polled = True
         self._confirmed = confirmed
@@ -310,12 +345,13 @@ class Poller:
             if isinstance(u, dict) and isinstance(u.get("update_id"), int)
         ]
         new = [u for u in updates if not self.desk.knows(u.update_id) and u.update_id not in self._recent]
+        if updates:
+            self._offset = updates[-1].update_id + 1
+            self._low = False
         if new:
             # Those that somebody waits for are stored as handed out: they are, as soon as they are stored.
             soon = self.desk.wanted
             new = [replace(u, tries=int(n < soon)) for n, u in enumerate(new)]
-            self._offset = updates[-1].update_id + 1
-            self._low = False
             self._writer.changes.received += new
             await self._writer.save()
             self._marked |= {u.update_id for u in new if u.tries}
@@ -325,7 +361,7 @@ class Poller:
             await self._writer.save()  # for those who look at "deaf"
 
     async def _conflict(self, description: str) -> None:
-        if "webhook" in description:
+        if "webhook" in description.lower():
             await self._mind_the_webhook()
             return
         now = clock.now()
@@ -348,7 +384,7 @@ class Poller:
         """Where a webhook is set polling is refused. It may be another system's: it is named, and left alone."""
         while not self._stopping:
             try:
-                status, body = await self._ask("getWebhookInfo", {})
+                status, body = await self._ask("getWebhookInfo")
                 info = json.loads(body).get("result", {}) if status == 200 else {}
                 url = str(info.get("url") or "") if isinstance(info, dict) else ""
             except (Unreachable, ValueError):
@@ -362,7 +398,10 @@ class Poller:
             if self._delete_webhook:
                 self._say(f"deleting the webhook of bot {self.api} at {host}")
                 with contextlib.suppress(Unreachable):
-                    await self._ask("deleteWebhook", {})
+                    status, _ = await self._ask("deleteWebhook")
+                    if status == 200:
+                        continue
+                await self._pause(RECHECK)
                 continue
             if not self.tally.webhook:
                 self._say(
@@ -376,15 +415,16 @@ class Poller:
     def _set_aside(self, ids: list[int], why: str) -> None:
         self._writer.changes.set_aside += len(ids)
         self.tally.set_aside += len(ids)
-        self._say(f"{len(ids)} updates are set aside: {why}")
+        self._say(f"updates set aside: {len(ids)}; {why}")
         self._finish(ids)
 
     # Waiting -----------------------------------------------------------------------------------------------------
 
     async def _failed(self, what: str, wait: float = 0.0) -> None:
+        self._failures += 1
         if what != self._trouble:
+            self._trouble = what
             self._say(what)
-        self._trouble = what
         await self._pause(max(wait, self._back_off))
         self._back_off = min(self._back_off * 2, 15.0)
 

@@ -7,7 +7,7 @@
     application = ptb.through_gateway(Application.builder().token(TOKEN)).build()
 
 Started without ``botlease run --gateway`` it changes nothing. Handlers with ``block=False`` count as done when they
-begin.
+begin. To handle several at once pass ``concurrent_updates`` here: set on the builder afterwards it replaces the hook.
 """
 
 from __future__ import annotations

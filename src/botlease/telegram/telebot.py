@@ -1,50 +1,27 @@
-"""pyTelegramBotAPI behind the gateway: an update is done when its handler is.
+"""pyTelegramBotAPI behind the gateway: an update is done when everything that it started has ended.
 
 .. code-block:: python
 
     from botlease.telegram import telebot as botlease_telebot
 
-    bot = TeleBot(TOKEN, use_class_middlewares=True)
+    bot = TeleBot(TOKEN)
     botlease_telebot.through_gateway(bot)
 
-Started without ``botlease run --gateway`` it changes nothing. For the threaded ``TeleBot``. An update that another
-middleware cancels is not acknowledged.
+Started without ``botlease run --gateway`` it changes nothing. For the threaded ``TeleBot``, which is the default.
 """
 
 from __future__ import annotations
 
 import os
+import threading
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import requests
 from telebot import TeleBot, apihelper
-from telebot.handler_backends import BaseMiddleware
-from telebot.util import update_types
 
 MARK = "botlease_update_id"
-
-
-class _Acknowledging(BaseMiddleware):
-    def __init__(self, bot: TeleBot, url: str) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.update_types = update_types
-        self.bot, self.url = bot, url
-        self.session = requests.Session()
-
-    def pre_process(self, message: Any, data: Any) -> None:
-        pass
-
-    def post_process(self, message: Any, data: Any, exception: Exception | None) -> None:
-        update_id = getattr(message, MARK, None)
-        if update_id is not None:
-            self.done(update_id)
-
-    def done(self, update_id: int) -> None:
-        try:
-            url = f"{self.url}/ack/bot{self.bot.token}/botleaseDone"
-            self.session.post(url, json={"update_ids": [update_id]}, timeout=5)
-        except OSError:
-            pass  # not done then: it is handed out again after a restart
 
 
 def through_gateway(bot: TeleBot) -> None:
@@ -52,21 +29,50 @@ def through_gateway(bot: TeleBot) -> None:
     url = os.environ.get("BOTLEASE_API_URL")
     if not url:
         return
-    if not bot.use_class_middlewares:
-        raise ValueError("the gateway's hook is a class middleware: TeleBot(token, use_class_middlewares=True)")
+    if not bot.threaded:
+        raise ValueError("the gateway's hook is for the threaded TeleBot: leave out threaded=False")
     api: Any = apihelper
     api.API_URL, api.FILE_URL = f"{url}/ack/bot{{0}}/{{1}}", f"{url}/file/bot{{0}}/{{1}}"
-    process = bot.process_new_updates
+    session, lock, pending = requests.Session(), threading.Lock(), Counter[int]()
+    pool: Any = bot.worker_pool
+    process, put = bot.process_new_updates, pool.put
 
-    def marked(updates: list[Any]) -> None:
+    def ended(update_id: int) -> None:
+        with lock:
+            pending[update_id] -= 1
+            if pending[update_id] > 0:
+                return
+            del pending[update_id]
+        try:
+            session.post(f"{url}/ack/bot{bot.token}/botleaseDone", json={"update_ids": [update_id]}, timeout=5)
+        except OSError:
+            pass  # not done then: it is handed out again after a restart
+
+    def process_marked(updates: list[Any]) -> None:
         for update in updates:
-            parts = [part for part in vars(update).values() if hasattr(part, "__dict__")]
-            for part in parts:
-                setattr(part, MARK, update.update_id)
-            if not parts:  # of a kind that this telebot does not know: no handler will see it
-                hook.done(update.update_id)
-        process(updates)
+            pending[update.update_id] += 1  # until all that it starts has been put into the pool
+            for part in vars(update).values():
+                if hasattr(part, "__dict__"):
+                    setattr(part, MARK, update.update_id)
+        try:
+            process(updates)
+        finally:
+            for update in updates:
+                ended(update.update_id)
 
-    hook = _Acknowledging(bot, url)
-    bot.process_new_updates = marked  # type: ignore[method-assign]
-    bot.setup_middleware(hook)
+    def put_marked(task: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        parts = [part for arg in args for part in (arg if isinstance(arg, list) else [arg])]
+        ids = {part.__dict__[MARK] for part in parts if MARK in getattr(part, "__dict__", ())}
+
+        def run() -> None:
+            try:
+                task(*args, **kwargs)
+            finally:
+                for update_id in ids:
+                    ended(update_id)
+
+        with lock:
+            pending.update(ids)
+        put(run)
+
+    pool.put, bot.process_new_updates = put_marked, process_marked  # type: ignore[method-assign]

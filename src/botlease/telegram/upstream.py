@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import ssl
 
 Headers = list[tuple[bytes, bytes]]
+Body = bytes | AsyncIterator[bytes] | Callable[[], bytes]
+"""Or a function that makes it when the connection is there."""
 
 HOP_BY_HOP: Final = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding "
@@ -45,8 +47,11 @@ class Fenced(Exception):
     """The term is over: this must not leave any more."""
 
 
-class Unreachable(Exception):
+class Unreachable(ConnectionError):
     """The Bot API cannot be reached, or broke off. The text holds no address of a request: that has the token in it."""
+
+
+BROKEN: Final = (OSError, TimeoutError, h11.ProtocolError)
 
 
 @dataclass(eq=False)
@@ -66,16 +71,51 @@ class Answer:
 
     status: int
     headers: Headers
-    pieces: AsyncIterator[bytes]
+    pieces: Pieces
 
     async def read(self, limit: int = 64 * 1024 * 1024) -> bytes:
         out = bytearray()
-        async for piece in self.pieces:
-            out += piece
-            if len(out) > limit:
-                await self.pieces.aclose()  # type: ignore[attr-defined]
-                raise Unreachable("its answer is too long")
+        try:
+            async for piece in self.pieces:
+                out += piece
+                if len(out) > limit:
+                    raise Unreachable("its answer is too long")
+        finally:
+            await self.pieces.aclose()
         return bytes(out)
+
+
+class Pieces:
+    """The body of an answer. It gives its connection back at the end, or ends it when closed before."""
+
+    def __init__(self, upstream: Upstream, connection: _Connection, pump: asyncio.Task[None] | None) -> None:
+        self._upstream, self._connection, self._pump = upstream, connection, pump
+        self._over = False
+
+    def __aiter__(self) -> Pieces:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._over:
+            raise StopAsyncIteration
+        try:
+            event = await _next(self._connection)
+        except BROKEN as e:
+            await self.aclose()
+            raise Unreachable(_why(e)) from None
+        if isinstance(event, h11.Data):
+            return bytes(event.data)
+        if not isinstance(event, h11.EndOfMessage):
+            await self.aclose()
+            raise Unreachable("it closed the connection in the middle of an answer")
+        self._over = True
+        self._upstream.give_back(self._connection, self._pump, whole=True)
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        if not self._over:
+            self._over = True
+            self._upstream.give_back(self._connection, self._pump, whole=False)
 
 
 class Upstream:
@@ -93,31 +133,35 @@ class Upstream:
         self._idle: list[_Connection] = []
         self._busy: set[_Connection] = set()
 
-    async def call(
-        self,
-        method: str,
-        target: str,
-        headers: Headers,
-        body: bytes | AsyncIterator[bytes],
-        *,
-        repeatable: bool = False,
-    ) -> Answer:
-        """Send, and wait for the head of the answer. ``repeatable``: it may be sent twice. Raises :class:`Fenced`,
-        :class:`Unreachable`."""
+    async def call(self, method: str, target: str, headers: Headers, body: Body, *, repeatable: bool = False) -> Answer:
+        """Send, and wait for the head of the answer. ``repeatable``: it may be sent twice, if a connection that was
+        kept turns out to be closed. Raises :class:`Fenced`, :class:`Unreachable`."""
         first = await self._take()
         reused = first.used > 0
         try:
             return await self._exchange(first, method, target, headers, body)
-        except (OSError, h11.ProtocolError, TimeoutError) as e:
-            first.abort()
+        except BROKEN as e:
             if not (reused and repeatable and isinstance(body, bytes)):
                 raise Unreachable(_why(e)) from None
         connection = await self._connect()
         try:
             return await self._exchange(connection, method, target, headers, body)
-        except (OSError, h11.ProtocolError, TimeoutError) as e:
-            connection.abort()
+        except BROKEN as e:
             raise Unreachable(_why(e)) from None
+
+    def give_back(self, connection: _Connection, pump: asyncio.Task[None] | None, *, whole: bool) -> None:
+        """After an answer: keep the connection for the next one, if both sides have said all they had to say."""
+        self._busy.discard(connection)
+        sent = pump is None or (pump.done() and not pump.cancelled() and pump.exception() is None)
+        if pump is not None and not pump.done():
+            pump.cancel()
+        state = connection.state
+        if whole and sent and state.our_state is h11.DONE and state.their_state is h11.DONE:
+            state.start_next_cycle()
+            connection.used = clock.now()
+            self._idle.append(connection)
+        else:
+            connection.abort()
 
     def abort(self) -> None:
         """End every connection, with RST."""
@@ -129,16 +173,13 @@ class Upstream:
     # One exchange ------------------------------------------------------------------------------------------------
 
     async def _exchange(
-        self,
-        connection: _Connection,
-        method: str,
-        target: str,
-        headers: Headers,
-        body: bytes | AsyncIterator[bytes],
+        self, connection: _Connection, method: str, target: str, headers: Headers, body: Body
     ) -> Answer:
         self._busy.add(connection)
         pump: asyncio.Task[None] | None = None
         try:
+            if callable(body):
+                body = body()
             head = h11.Request(
                 method=method,
                 target=self._prefix + target.encode("ascii"),
@@ -153,12 +194,9 @@ class Upstream:
                 pump = asyncio.ensure_future(self._pump(connection, out, body))
             response = await self._head(connection, pump)
         except BaseException:
-            self._busy.discard(connection)
-            if pump is not None:
-                pump.cancel()
-            connection.abort()
+            self.give_back(connection, pump, whole=False)
             raise
-        return Answer(response.status_code, _passed_on(list(response.headers)), self._pieces(connection, pump))
+        return Answer(response.status_code, _passed_on(list(response.headers)), Pieces(self, connection, pump))
 
     def _write(self, connection: _Connection, data: bytes) -> None:
         if not self._may():
@@ -193,30 +231,6 @@ class Upstream:
                 return event
             if not isinstance(event, h11.InformationalResponse):
                 raise ConnectionResetError("it closed the connection before it answered")
-
-    async def _pieces(self, connection: _Connection, pump: asyncio.Task[None] | None) -> AsyncIterator[bytes]:
-        keep = False
-        try:
-            while True:
-                event = await _next(connection)
-                if isinstance(event, h11.Data):
-                    yield bytes(event.data)
-                else:
-                    break
-            keep = isinstance(event, h11.EndOfMessage) and (pump is None or pump.done())
-            if not isinstance(event, h11.EndOfMessage):
-                raise ConnectionResetError("it closed the connection in the middle of an answer")
-        finally:
-            self._busy.discard(connection)
-            if pump is not None:
-                pump.cancel()
-            state = connection.state
-            if keep and state.our_state is h11.DONE and state.their_state is h11.DONE:
-                state.start_next_cycle()
-                connection.used = clock.now()
-                self._idle.append(connection)
-            else:
-                connection.abort()
 
     # Connections -------------------------------------------------------------------------------------------------
 
@@ -271,7 +285,8 @@ async def _next(connection: _Connection) -> h11.Event | type[h11.PAUSED]:
 
 
 def _passed_on(headers: Headers) -> Headers:
-    return [(k, v) for k, v in headers if k.lower() not in HOP_BY_HOP]
+    named = {word.strip().lower() for k, v in headers if k.lower() == b"connection" for word in v.split(b",")}
+    return [(k, v) for k, v in headers if k.lower() not in HOP_BY_HOP | named]
 
 
 def _length(headers: Headers, body: bytes | AsyncIterator[bytes]) -> Headers:

@@ -51,6 +51,7 @@ class Writer:
                 continue
             self._failed = False
             if begun is None:
+                self._say("a later term of this bot has begun with the inbox: nothing passes here any more")
                 self._term.end()
                 raise Fenced
             return begun
@@ -82,8 +83,10 @@ class Writer:
             self._complain(f"the inbox cannot be written: {e}; nothing is confirmed to the Bot API until it is")
             return False
         if not ours:
-            self._term.end()
-            raise Fenced
+            # A later term has begun. Or the inbox was deleted under us: then it can be begun anew.
+            self._merge(changes)
+            await self.begin()
+            return False
         self._failed = False
         self._written, self.saved_at = upto, clock.now()
         return True
@@ -114,9 +117,12 @@ class Writer:
             self._soon = asyncio.ensure_future(self.flush())
 
     async def flush(self) -> None:
+        """Until what is done is durable, or never will be."""
         with contextlib.suppress(Fenced):
             while self.changes.done:
                 await self.save()
+            async with self._lock:
+                pass  # one that is under way
 
     def cancel(self) -> None:
         if self._soon is not None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from botlease.telegram.gateway import Gateway
 
-FORWARDED = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
+FORWARDED = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH, signal.SIGALRM)
 SHARE = 0.6
 """Of the time for a drain, what the bot may take to finish what it has in hand before it is signalled."""
 UNANNOUNCED = 3.0
@@ -47,6 +47,8 @@ def become(
         os.closerange(low, fd)
         low = fd + 1
     os.closerange(low, 4096)
+    # Until there are handlers for them; a signal of the first moments must not end us.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (*FORWARDED, signal.SIGTERM, signal.SIGINT))
     pid = _start(argv, env, problem, gate)
     os.close(problem)
     if gate >= 0:
@@ -67,6 +69,7 @@ def _start(argv: list[str], env: dict[str, str], problem: int, gate: int) -> int
             os._exit(70)
         if gate >= 0:
             os.set_inheritable(gate, True)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
         os.setsid()  # a group of its own: signals reach it through us
         os.execvpe(argv[0], argv, env)  # noqa: S606 - the user's command, as given
     except OSError as e:
@@ -120,6 +123,7 @@ class _Front:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.signalled, number)
         loop.add_signal_handler(signal.SIGCHLD, self.look)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
         self.control.setblocking(False)
         loop.add_reader(self.control, self.hear)
         self.look()
@@ -131,7 +135,9 @@ class _Front:
         with contextlib.suppress(TimeoutError):
             if self.asked:
                 async with asyncio.timeout(max(0.5, self.until - clock.now())):
-                    await self.gateway.finish(clean=self.status >= 0)
+                    # 128 + n: it caught the signal, and ended because of it
+                    clean = self.status in (0, 128 + signal.SIGTERM, 128 + signal.SIGINT)
+                    await self.gateway.finish(clean=clean)
             else:  # the bot is about to be started again: it need not wait for the last poll
                 async with asyncio.timeout(2.0):
                     await self.gateway.flush()
@@ -171,10 +177,7 @@ class _Front:
     async def drain(self, number: int) -> None:
         import asyncio
 
-        began = clock.now()
-        patience = (
-            began + max(UNANNOUNCED, (self.until - began) * SHARE) if self.until - began > UNANNOUNCED else self.until
-        )
+        patience = clock.now() + (self.until - clock.now()) * SHARE
         await self.gateway.drain(patience)
         if not self.hurry:
             await asyncio.sleep(max(0.0, patience - clock.now()))
