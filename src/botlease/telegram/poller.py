@@ -232,11 +232,14 @@ class Poller:
             # The poll of the one before may still be held, and by some accounts of the server would make ours fail;
             # begun within 3 s of it with its offset, ours would be held for longer than it asks for.
             free_at = clock.now() + PROMOTED if begun.unfinished else 0.0
-            await self._while_unwanted()
-            await self._mind_the_webhook()
-            await self._pause(free_at - clock.now())
+            looked = False
             while not self._stopping:
                 try:
+                    await self._while_unwanted()
+                    if not looked:
+                        await self._mind_the_webhook()
+                        await self._pause(free_at - clock.now())
+                        looked = True
                     await self._turn()
                 except Fenced:
                     raise
@@ -255,7 +258,6 @@ class Poller:
             await asyncio.wait({news}, timeout=1.0)
 
     async def _turn(self) -> None:
-        await self._while_unwanted()
         if len(self.desk.given) >= IN_HAND and clock.now() > self._acknowledged_at + STUCK:
             self._acknowledged_at = clock.now()
             self._set_aside(self.desk.let_go(), f"they are in hand, and for {STUCK:g} s none was acknowledged")

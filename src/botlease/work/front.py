@@ -55,7 +55,12 @@ def become(
         os.close(gate)
     import asyncio
 
-    return asyncio.run(_Front(pid, config).run())
+    async def main() -> None:
+        # Not by the end of the loop: that would wait for a name that is still being looked up.
+        end_as(await _Front(pid, config).run())
+
+    asyncio.run(main())
+    return 70
 
 
 def _start(argv: list[str], env: dict[str, str], problem: int, gate: int) -> int:
