@@ -47,6 +47,23 @@ class Worker(threading.Thread):
             with contextlib.suppress(RuntimeError):  # the loop was closed while SQLite was busy
                 future.get_loop().call_soon_threadsafe(_settle, future, result, error)
 
+    async def call(self, deadline: float, job: Callable[[float], T]) -> T:
+        """Run ``job`` here; it is told how many seconds are left. Given up before it began, it never begins."""
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        give_up = clock.now() + deadline
+        state = {"dropped": False}
+
+        def guarded() -> T:
+            if state["dropped"]:
+                raise StoreError("given up before it began")
+            return job(max(0.0, give_up - clock.now()))
+
+        async def wait() -> T:
+            return await future
+
+        self.jobs.put((guarded, future))
+        return await within(deadline, wait(), lambda: state.update(dropped=True))
+
 
 def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
     if future.done():
@@ -74,18 +91,12 @@ class SqliteStore:
     async def _call(self, deadline: float, call: Callable[[SqliteFile], T]) -> T:
         if self._worker is None:
             self._worker = Worker()
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        give_up = clock.now() + deadline
-        state = {"dropped": False}
 
-        def job() -> T:
-            if state["dropped"]:
-                raise StoreError("given up before it began")
+        def job(left: float) -> T:
             file = self._file
             if file is None:
                 file = self._file = SqliteFile(self.path, upgrade=self._upgrade)
             # The busy time-out is part of the deadline, so that a late write is refused, not late.
-            left = max(0.0, give_up - clock.now())
             file.db.execute(f"PRAGMA busy_timeout = {int(left * 800)}")
             try:
                 return call(file)
@@ -98,12 +109,7 @@ class SqliteStore:
                 self._reopen()
                 raise
 
-        self._worker.jobs.put((job, future))
-
-        async def wait() -> T:
-            return await future
-
-        return await within(deadline, wait(), lambda: state.update(dropped=True))
+        return await self._worker.call(deadline, job)
 
     def _reopen(self) -> None:
         if self._file is not None:

@@ -6,7 +6,6 @@ go on happily on a file that was deleted: that is what the inode is compared for
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import sqlite3
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
 from botlease import clock
-from botlease.stores import StoreError, StoreRefused, within
+from botlease.stores import StoreError, StoreRefused
 from botlease.stores.inbox import KEEP_SECONDS, POLL_COLUMNS, Begun, Changes, Holding, Update
 from botlease.stores.sqlite import Worker
 from botlease.stores.sqlitefile import explain, prepare
@@ -103,15 +102,10 @@ class SqliteInbox:
     async def _call(self, deadline: float, call: Callable[[sqlite3.Connection], T]) -> T:
         if self._worker is None:
             self._worker = Worker()
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        give_up = clock.now() + deadline
-        state = {"dropped": False}
 
-        def job() -> T:
-            if state["dropped"]:
-                raise StoreError("given up before it began")
+        def job(left: float) -> T:
             db = self._opened()
-            db.execute(f"PRAGMA busy_timeout = {int(max(0.0, give_up - clock.now()) * 800)}")
+            db.execute(f"PRAGMA busy_timeout = {int(left * 800)}")
             try:
                 db.execute("BEGIN IMMEDIATE")
                 result = call(db)
@@ -123,12 +117,7 @@ class SqliteInbox:
                 self._shut()
                 raise (explain(e, self.path) if isinstance(e, sqlite3.Error) else e) from None
 
-        self._worker.jobs.put((job, future))
-
-        async def wait() -> T:
-            return await future
-
-        return await within(deadline, wait(), lambda: state.update(dropped=True))
+        return await self._worker.call(deadline, job)
 
     def _opened(self) -> sqlite3.Connection:
         if self._db is not None:
@@ -216,12 +205,6 @@ class SqliteInbox:
     async def aclose(self) -> None:
         worker, self._worker = self._worker, None
         if worker is not None:
-            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            worker.jobs.put((self._shut, done))
-            worker.jobs.put(None)
             with contextlib.suppress(StoreError):
-                await within(1.0, _wait(done), lambda: None)
-
-
-async def _wait(future: asyncio.Future[None]) -> None:
-    await future
+                await worker.call(1.0, lambda left: self._shut())
+            worker.jobs.put(None)
