@@ -706,6 +706,43 @@ async def test_a_slow_bot_with_a_hook_is_not_given_its_whole_backlog(house: Hous
     assert sorted({int(t) for t in rest} | set(range(150))) == list(range(700))
 
 
+async def test_a_burst_after_a_quiet_time_is_not_taken_for_a_hook_that_is_stuck(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(poller, "STUCK", 0.5)
+    bot, chat = await house.gateway(), house.user()
+    waiting = asyncio.ensure_future(bot.poll(prefix="/ack", timeout=20))
+    await asyncio.sleep(1.0)
+    for n in range(300):
+        chat.say(str(n))
+    got = await waiting
+    while len(got) < desk.IN_HAND:
+        got += await bot.poll(prefix="/ack", timeout=2)
+    await asyncio.sleep(0.2)
+    assert bot.gateway.report()[str(BOT)].set_aside == 0 and bot.gateway.report()[str(BOT)].in_hand == desk.IN_HAND
+    await until(lambda: bot.gateway.report()[str(BOT)].set_aside == desk.IN_HAND)  # but in the end it is
+
+
+async def test_what_could_not_be_stored_is_not_confirmed(house: House) -> None:
+    bot, chat = await house.gateway(), house.user()
+    chat.say("one")
+    assert await bot.poll() == ["one"]
+    inbox: Any = bot.gateway._inbox
+    save, broken = inbox.save, [True, True]
+
+    async def breaks(*args: Any) -> bool:
+        if args[2].received and broken:
+            broken.pop()
+            raise RuntimeError("a bug")
+        return bool(await save(*args))
+
+    inbox.save = breaks
+    message = chat.say("two")
+    assert await bot.poll(timeout=20) == ["two"] and not broken
+    await bot.poll(timeout=0)
+    await until(lambda: message.confirmed_at)
+
+
 async def test_an_answer_that_is_cut_off_does_not_make_the_bot_deaf(house: House) -> None:
     polls = 0
 

@@ -191,3 +191,23 @@ async def test_a_lease_file_that_was_lost_and_made_anew_does_not_shut_its_terms_
         assert await inbox.begin(Holding("bot", "a", terms[-1] - 1, "late"), API, DEADLINE) is None
         await inbox.aclose()
         (tmp_path / "lease.db").unlink()
+
+
+async def test_a_holder_of_a_lease_file_that_was_replaced_is_shut_out(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/lease.db"
+    inboxes = []
+    for term in (7, 1):
+        store = open_store(url)
+        await store.open(DEADLINE)
+        await store.aclose()
+        inboxes.append(open_inbox(url))
+        assert await inboxes[-1].begin(Holding("bot", "a", term, f"n{term}"), API, DEADLINE) is not None
+        if term == 7:
+            (tmp_path / "lease.db").rename(tmp_path / "away")
+    old, new = inboxes
+    stale = Holding("bot", "a", 7, "n7")
+    assert not await save(old, stale, received=updates(1), offset=2)
+    assert await old.begin(stale, API, DEADLINE) is None
+    assert await save(new, Holding("bot", "a", 1, "n1"), received=updates(1), offset=2)
+    for inbox in inboxes:
+        await inbox.aclose()

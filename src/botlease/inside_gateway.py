@@ -68,6 +68,8 @@ class gateway:
                 await self._gateway.finish(clean=error[0] is None)
         except TimeoutError:
             pass
+        except Exception as e:
+            log.warning("the gateway could not be finished: %s", type(e).__name__)
         finally:  # whatever happens: nothing leaves after this
             self._gateway.end()
             await self._gateway.close()

@@ -97,6 +97,7 @@ class SqliteInbox:
         self.wall = wall
         self._db: sqlite3.Connection | None = None
         self._inode = 0
+        self._lease = ""  # the file that our terms are numbered in
         self._worker: Worker | None = None
 
     async def _call(self, deadline: float, call: Callable[[sqlite3.Connection], T]) -> T:
@@ -144,13 +145,16 @@ class SqliteInbox:
         self._db, self._inode = db, Path(self.path).stat().st_ino
         return db
 
-    def _lease(self) -> str:
-        """Which lease file it is that our terms are numbered in."""
+    def _present_lease(self) -> str:
+        """Which lease file is there now. A copy that was put back is another one."""
         try:
-            with contextlib.closing(sqlite3.connect(f"file:{quote(self._beside)}?mode=ro", uri=True)) as lease:
-                return str(lease.execute("SELECT store_id FROM botlease_schema").fetchone()[0])
-        except sqlite3.OperationalError:
-            return ""  # it is not there
+            inode = Path(self._beside).stat().st_ino
+        except FileNotFoundError:
+            return "none"
+        url = f"file:{quote(self._beside)}?mode=ro"
+        with contextlib.closing(sqlite3.connect(url, uri=True, timeout=1.0)) as lease:
+            store_id = lease.execute("SELECT store_id FROM botlease_schema").fetchone()[0]
+        return f"{store_id}/{inode}"
 
     def _shut(self) -> None:
         if self._db is not None:
@@ -162,9 +166,11 @@ class SqliteInbox:
             values = {"bot": me.bot, "api": api, "term": me.term, "nonce": me.nonce}
             values["old"] = clock.iso(self.wall() - KEEP_SECONDS)
             old = db.execute(OLD, values).fetchone()
-            values["lease"] = self._lease()
-            # Terms of another lease file (this one was lost, and made anew) say nothing about ours.
-            if old is not None and old["term"] > me.term and old["lease"] == values["lease"]:
+            values["lease"] = self._lease = self._lease or self._present_lease()
+            if self._lease != self._present_lease():
+                return None  # the file that our terms are numbered in is no more
+            # Terms of another lease file (which was lost, and made anew) say nothing about ours.
+            if old is not None and old["term"] > me.term and old["lease"] == self._lease:
                 return None
             db.execute(MINE, values)
             db.execute(FORGET_OLD, values)

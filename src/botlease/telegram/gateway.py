@@ -26,7 +26,7 @@ import json
 import re
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from urllib.parse import unquote
 
 from botlease import clock, http
@@ -41,6 +41,7 @@ PATH: Final = re.compile(
 )
 FILE: Final = re.compile(r"(/ack|/batch)?(?P<rest>/file/bot(?P<token>[^/?]+)(/test)?/[^?].*)")
 TOKEN: Final = re.compile(r"\d{3,20}:[A-Za-z0-9_-]{1,80}")
+T = TypeVar("T")
 LIMIT: Final = 8 * 1024 * 1024
 """Bytes of a call that is answered here; the Bot API itself takes no more in a call without a file."""
 GONE: Final = 30.0
@@ -173,16 +174,19 @@ class Gateway:
             pieces = await request.read()
         else:
             pieces = request.pieces
+        asked = self._fetch(request.method, target, headers, pieces, method)
+        answer, body = await _patiently(asked, request.gone)
+        kept = tuple((k, v) for k, v in answer.headers if body is None or k != b"content-length")
+        return http.Response(answer.status, answer.pieces if body is None else body, "", kept)
+
+    async def _fetch(
+        self, verb: str, target: str, headers: Headers, body: bytes | AsyncIterator[bytes], method: str
+    ) -> tuple[Answer, bytes | None]:
+        """An answer, with its body if that is small: one write instead of three."""
         # by its name: a GET may send as well
-        asked = self._upstream.call(request.method, target, headers, pieces, repeatable=method.startswith("get"))
-        answer = await _patiently(asked, request.gone)
-        kept = tuple((k, v) for k, v in answer.headers if k != b"content-length")
+        answer = await self._upstream.call(verb, target, headers, body, repeatable=method.startswith("get"))
         size = next((int(v) for k, v in answer.headers if k == b"content-length" and v.isdigit()), None)
-        if size is not None and size <= http.PIECE:
-            return http.Response(answer.status, await answer.read(), "", kept)  # one write instead of three
-        if size is not None:
-            kept = (*kept, (b"content-length", str(size).encode()))
-        return http.Response(answer.status, answer.pieces, "", kept)
+        return answer, None if size is None or size > http.PIECE else await answer.read()
 
     async def _local(self, request: http.Request, found: re.Match[str], method: str) -> http.Response:
         try:
@@ -255,7 +259,7 @@ def _short(request: http.Request) -> bool:
     return (size.isdigit() and int(size) <= http.PIECE) or (not size and "transfer-encoding" not in request.headers)
 
 
-async def _patiently(asked: Coroutine[Any, Any, Answer], gone: asyncio.Event) -> Answer:
+async def _patiently(asked: Coroutine[Any, Any, T], gone: asyncio.Event) -> T:
     """Whoever hung up may have wanted it all the same: it is not broken off, but not waited for, for ever."""
     call, left = asyncio.ensure_future(asked), asyncio.ensure_future(gone.wait())
     both: set[asyncio.Future[Any]] = {call, left}

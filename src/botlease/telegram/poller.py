@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from botlease import clock, http
 from botlease.stores import redact
-from botlease.stores.inbox import Changes, Inbox, Update
+from botlease.stores.inbox import Begun, Changes, Inbox, Update
 from botlease.telegram.arguments import integer
 from botlease.telegram.desk import IN_HAND, TRIES, Desk, Poll
 from botlease.telegram.term import Bell, Term
@@ -104,7 +104,7 @@ class Poller:
         self._said: set[str] = set()
         self._failures = 0
         self._negative = False
-        self._acknowledged_at = clock.now()
+        self._full_since = self._acknowledged_at = clock.now()
         self._heard_at = self._polled_at = clock.now()
         self._stopping = False
         self._loaded = False
@@ -219,7 +219,7 @@ class Poller:
     async def _run(self) -> None:
         try:
             await self._term.begun.wait()
-            begun = await self._writer.begin()
+            begun = await self._begin()
             self._offset, self._allowed = begun.offset, self._allowed or begun.allowed
             self._recent |= set(begun.done)
             self._low = begun.offset > 1 and begun.asked == begun.offset
@@ -249,6 +249,15 @@ class Poller:
             if not self._term.over:
                 self._say("the term is over: nothing is fetched any more")
 
+    async def _begin(self) -> Begun:
+        while True:
+            try:
+                return await self._writer.begin()
+            except Fenced:
+                raise
+            except Exception as e:
+                await self._failed(f"the gateway failed: {type(e).__name__}: {redact(str(e))}", 3.0)
+
     async def _while_unwanted(self) -> None:
         """A program that does not poll (or uses a webhook) is not polled for."""
         while not self._stopping:
@@ -258,9 +267,12 @@ class Poller:
             await asyncio.wait({news}, timeout=1.0)
 
     async def _turn(self) -> None:
-        if len(self.desk.given) >= IN_HAND and clock.now() > self._acknowledged_at + STUCK:
-            self._acknowledged_at = clock.now()
-            self._set_aside(self.desk.let_go(), f"they are in hand, and for {STUCK:g} s none was acknowledged")
+        if len(self.desk.given) < IN_HAND:
+            self._full_since = clock.now()
+        elif clock.now() > max(self._full_since, self._acknowledged_at) + STUCK:
+            self._set_aside(
+                self.desk.let_go(), f"the bot has its hands full, and for {STUCK:g} s none was acknowledged"
+            )
         news, changed = self._news.heard(), self._term.changed.heard()
         remaining = self._term.remaining
         full = self.desk.size >= BACKLOG or sum(len(u.payload) for u in self.desk.waiting.values()) >= BACKLOG_BYTES
@@ -347,6 +359,7 @@ class Poller:
             if isinstance(u, dict) and isinstance(u.get("update_id"), int)
         ]
         new = [u for u in updates if not self.desk.knows(u.update_id) and u.update_id not in self._recent]
+        before = self._offset
         if updates:
             self._offset = updates[-1].update_id + 1
             self._low = False
@@ -355,7 +368,11 @@ class Poller:
             soon = self.desk.wanted
             new = [replace(u, tries=int(n < soon)) for n, u in enumerate(new)]
             self._writer.changes.received += new
-            await self._writer.save()
+            try:
+                await self._writer.save()
+            except BaseException:
+                self._offset = before  # what is not stored must not be confirmed
+                raise
             self._marked |= {u.update_id for u in new if u.tries}
             self.desk.receive([replace(u, tries=0) for u in new])
             self._news.ring()
@@ -473,8 +490,9 @@ class Poller:
         self.stop()
         if clean:
             self._finish(self._doubtful)
-        with contextlib.suppress(Exception):
-            await self._task
+        if not self._term.begun.is_set():
+            self._task.cancel()
+        await asyncio.wait({self._task})
         if self._loaded:
             self._polling = False
             self._writer.changes.returned = [i for i in self.desk.waiting if i in self._marked]

@@ -42,6 +42,8 @@ class Writer:
         holding = self._term.holding
         assert holding is not None
         while True:
+            if self._term.over:
+                raise Fenced
             try:
                 begun = await self._inbox.begin(holding, self._api, ATTEMPT)
             except StoreError as e:
@@ -82,6 +84,9 @@ class Writer:
             self._merge(changes)
             self._complain(f"the inbox cannot be written: {e}; nothing is confirmed to the Bot API until it is")
             return False
+        except BaseException:
+            self._merge(changes)
+            raise
         if not ours:
             # A later term has begun. Or the inbox was deleted under us: then it can be begun anew.
             self._merge(changes)
@@ -119,10 +124,12 @@ class Writer:
     async def flush(self) -> None:
         """Until what is done is durable, or never will be."""
         with contextlib.suppress(Fenced):
-            while self.changes.done:
+            while True:
+                async with self._lock:
+                    pass  # one that is under way
+                if not self.changes.done:
+                    return
                 await self.save()
-            async with self._lock:
-                pass  # one that is under way
 
     def cancel(self) -> None:
         if self._soon is not None:

@@ -140,9 +140,8 @@ class _Front:
         with contextlib.suppress(TimeoutError):
             if self.asked:
                 async with asyncio.timeout(max(0.5, self.until - clock.now())):
-                    # 128 + n: it caught the signal, and ended because of it
-                    clean = self.status in (0, 128 + signal.SIGTERM, 128 + signal.SIGINT)
-                    await self.gateway.finish(clean=clean)
+                    # not 128 + n: so end wrappers whose program was killed
+                    await self.gateway.finish(clean=self.status == 0)
             else:  # the bot is about to be started again: it need not wait for the last poll
                 async with asyncio.timeout(2.0):
                     await self.gateway.flush()
