@@ -186,7 +186,7 @@ class World:
         """(pid, term, first, last) of each bot process at work."""
         seen: dict[tuple[int, int], tuple[float, float]] = {}
         if self.witness.exists():
-            for line in self.witness.read_text().splitlines():
+            for line in self.witness.read_text().rpartition("\n")[0].splitlines():
                 pid, term, at = line.split()
                 key, when = (int(pid), int(term)), float(at)
                 first, _ = seen.get(key, (when, when))

@@ -93,7 +93,8 @@ class World:
         """(pid, term) -> first and last moment at work."""
         spans: dict[tuple[int, int], tuple[float, float]] = {}
         if self.witness.exists():
-            for line in self.witness.read_text().splitlines():
+            # whole lines only: a write across the border of a page can be seen half done
+            for line in self.witness.read_text().rpartition("\n")[0].splitlines():
                 pid, term, at = line.split()
                 key, when = (int(pid), int(term)), float(at)
                 spans[key] = (min(spans.get(key, (when, 0))[0], when), max(spans.get(key, (0, when))[1], when))
