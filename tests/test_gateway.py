@@ -322,9 +322,12 @@ async def test_whoever_follows_a_killed_one_waits_until_its_poll_must_be_over(ho
     await old.gateway.close()  # its poll goes on living at the server
     with contextlib.suppress(aiohttp.ClientError, KeyError):
         await waiting
+    polls = house.called("getUpdates")
     new = await house.gateway(term=2)
+    first = asyncio.ensure_future(new.poll(timeout=20))
+    await until(lambda: house.called("getUpdates") > polls)
     house.user().say("hello")
-    assert await new.poll() == ["hello"]
+    assert await first == ["hello"]
     assert house.simulator.report(BOT).conflicts == 0
 
 
@@ -384,7 +387,9 @@ async def test_no_poll_is_promoted_to_three_seconds(house: House) -> None:
     waiting = asyncio.ensure_future(bot.poll(timeout=30))
     await until(lambda: len(house.simulator.polls[BOT]) >= 5, 15)
     waiting.cancel()
-    assert max((s.end or clock.now()) - s.begin for s in house.simulator.polls[BOT]) < poller.POLL + 0.4
+    spans = house.simulator.polls[BOT]
+    assert max((s.end or clock.now()) - s.begin for s in spans) < poller.POLL + 0.4
+    assert max(b.begin - (a.end or 0) for a, b in itertools.pairwise(spans)) < 0.5  # nor is there a gap between two
 
 
 async def test_allowed_updates_pass_to_the_successor(house: House) -> None:
