@@ -309,3 +309,29 @@ bot.infinity_polling()
     run.signal(signal.SIGTERM)
     run.wait()
     assert time.monotonic() - began < 4.0
+
+
+def test_a_warm_bot_gets_nothing_through_before_the_fence_of_its_term_is_armed(
+    sqlite_world: World, telegram: Telegram
+) -> None:
+    one = start(sqlite_world, telegram, "--deployment", "v1", "--when-superseded", "stay")
+    telegram.answered()
+    code = """
+import botlease, json, os, threading, urllib.request
+url = f"{os.environ['BOTLEASE_API_URL']}/bot{os.environ['TELEGRAM_BOT_TOKEN']}/sendMessage"
+body = json.dumps({"chat_id": 1000, "text": "I am up"}).encode()
+request = urllib.request.Request(url, body, {"content-type": "application/json"})
+threading.Thread(target=lambda: urllib.request.urlopen(request).read()).start()  # it waits for the term
+botlease.wait_at_gate()
+"""
+    two = start(sqlite_world, telegram, "--deployment", "v1", "--warm", "--standby", bot=(sys.executable, "-c", code))
+    two.says("waits at its gate")
+    reaper = next(p for p in descendants(two.pid) if comm(p) == "botlease-reaper")
+    os.kill(reaper, signal.SIGSTOP)
+    sent = [m for _, _, m in telegram.simulator.calls].count("sendMessage")
+    one.signal(signal.SIGTERM)
+    until(lambda: status(sqlite_world)["lease"]["term"] == 2)  # type: ignore[index]
+    time.sleep(0.5)  # nothing may happen: there is nothing to wait for
+    assert [m for _, _, m in telegram.simulator.calls].count("sendMessage") == sent
+    os.kill(reaper, signal.SIGCONT)
+    until(lambda: [m for _, _, m in telegram.simulator.calls].count("sendMessage") == sent + 1)

@@ -48,7 +48,7 @@ class House:
         self.gateways.append(gateway)
         base = await gateway.listen()
         if seconds:
-            gateway.begin(Holding(str(BOT), f"i{term}", term, f"n{term}"), clock.now() + seconds)
+            gateway.begin(Holding(str(BOT), term, f"n{term}"), clock.now() + seconds)
         return Bot(self, gateway, base)
 
     def user(self) -> Chat:
@@ -424,6 +424,19 @@ async def test_the_inbox_of_a_busy_bot_stays_bounded(house: House, monkeypatch: 
     await until(lambda: _rows(house) <= 1, 20)
 
 
+async def test_the_inbox_is_bounded_in_bytes_too(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(poller, "BACKLOG_BYTES", 10_000)
+    bot, chat = await house.gateway(), house.user()
+    await bot.call("getUpdates", timeout=0)  # it polls, and then is busy for long
+    for _ in range(200):
+        chat.say("x" * 5_000)
+        await asyncio.sleep(0.005)
+    assert 2 <= bot.gateway.report()[str(BOT)].waiting <= 5
+    got = 0
+    while got < 200:
+        got += len(await bot.poll(timeout=5))
+
+
 def _rows(house: House) -> int:
     db = sqlite3.connect(house.url.removeprefix("sqlite:///") + "-updates")
     try:
@@ -514,7 +527,7 @@ async def test_before_the_term_only_what_reads_passes_and_the_rest_waits(house: 
     polling = asyncio.ensure_future(bot.poll(timeout=20))
     await asyncio.sleep(0.2)
     assert house.called("sendMessage") == house.called("getUpdates") == 0
-    bot.gateway.begin(Holding(str(BOT), "i1", 1, "n1"), clock.now() + 60)
+    bot.gateway.begin(Holding(str(BOT), 1, "n1"), clock.now() + 60)
     assert (await sending)["ok"]
     chat.say("now")
     assert await polling == ["now"]
@@ -806,7 +819,7 @@ async def test_what_a_warm_bot_gave_up_is_not_sent_when_its_term_begins(house: H
             await bot.session.post(call, json={"chat_id": chat.chat_id, "text": "I am up"}, timeout=timeout)
     last = asyncio.ensure_future(bot.call("sendMessage", chat_id=chat.chat_id, text="I am up"))
     await asyncio.sleep(0.2)
-    bot.gateway.begin(Holding(str(BOT), "i1", 1, "n1"), clock.now() + 60)
+    bot.gateway.begin(Holding(str(BOT), 1, "n1"), clock.now() + 60)
     assert (await last)["ok"] and house.called("sendMessage") == 1
 
 

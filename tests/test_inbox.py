@@ -14,7 +14,7 @@ from botlease.stores.inbox import Changes, Holding, Inbox, Update, open_inbox
 from botlease.testing import DEADLINE
 
 API = "123456"
-FIRST, SECOND = Holding("bot", "a", 1, "n1"), Holding("bot", "b", 2, "n2")
+FIRST, SECOND = Holding("bot", 1, "n1"), Holding("bot", 2, "n2")
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ async def test_nothing_of_a_stale_term_gets_in(inboxes: tuple[Inbox, Inbox]) -> 
     await b.begin(SECOND, API, DEADLINE)
     assert not await save(a, FIRST, received=updates(2, 3), done=[1], offset=4)
     assert await a.begin(FIRST, API, DEADLINE) is None
-    assert not await save(b, Holding("bot", "b", 2, "another nonce"), received=updates(4), offset=5)
+    assert not await save(b, Holding("bot", 2, "another nonce"), received=updates(4), offset=5)
 
     found = await b.begin(SECOND, API, DEADLINE)
     assert found is not None and [u.update_id for u in found.updates] == [1] and found.offset == 2
@@ -95,7 +95,7 @@ async def test_what_is_done_is_kept_until_the_bot_api_has_heard_of_it(inboxes: t
     found = await b.begin(SECOND, API, DEADLINE)
     assert found is not None and found.updates == [] and found.done == [3]
     await save(b, SECOND, offset=4, confirmed=4)
-    later = await a.begin(Holding("bot", "a", 3, "n3"), API, DEADLINE)
+    later = await a.begin(Holding("bot", 3, "n3"), API, DEADLINE)
     assert later is not None and later.done == []
 
 
@@ -186,9 +186,9 @@ async def test_a_lease_file_that_was_lost_and_made_anew_does_not_shut_its_terms_
         await store.aclose()
         inbox = open_inbox(url)
         for term in terms:
-            begun = await inbox.begin(Holding("bot", "a", term, f"n{n}{term}"), API, DEADLINE)
+            begun = await inbox.begin(Holding("bot", term, f"n{n}{term}"), API, DEADLINE)
             assert begun is not None
-        assert await inbox.begin(Holding("bot", "a", terms[-1] - 1, "late"), API, DEADLINE) is None
+        assert await inbox.begin(Holding("bot", terms[-1] - 1, "late"), API, DEADLINE) is None
         await inbox.aclose()
         (tmp_path / "lease.db").unlink()
 
@@ -201,13 +201,13 @@ async def test_a_holder_of_a_lease_file_that_was_replaced_is_shut_out(tmp_path: 
         await store.open(DEADLINE)
         await store.aclose()
         inboxes.append(open_inbox(url))
-        assert await inboxes[-1].begin(Holding("bot", "a", term, f"n{term}"), API, DEADLINE) is not None
+        assert await inboxes[-1].begin(Holding("bot", term, f"n{term}"), API, DEADLINE) is not None
         if term == 7:
             (tmp_path / "lease.db").rename(tmp_path / "away")
     old, new = inboxes
-    stale = Holding("bot", "a", 7, "n7")
+    stale = Holding("bot", 7, "n7")
     assert not await save(old, stale, received=updates(1), offset=2)
     assert await old.begin(stale, API, DEADLINE) is None
-    assert await save(new, Holding("bot", "a", 1, "n1"), received=updates(1), offset=2)
+    assert await save(new, Holding("bot", 1, "n1"), received=updates(1), offset=2)
     for inbox in inboxes:
         await inbox.aclose()

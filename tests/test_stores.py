@@ -664,7 +664,7 @@ async def test_the_documented_privileges_are_enough_to_run(postgres_url: str) ->
         "bot", "a", grant.term, "nonce-a", reason=Reason.STOPPED, pass_on=True, leave=True, deadline=DEADLINE
     )
     assert (await store.overview(DEADLINE))["leases"]
-    inbox, holding = PostgresInbox(store), Holding("bot", "a", grant.term, "nonce-a")
+    inbox, holding = PostgresInbox(store), Holding("bot", grant.term, "nonce-a")
     assert await inbox.begin(holding, "1", DEADLINE) is not None
     changes = Changes(received=[Update(1, "{}"), Update(2, "{}")], offset=3)
     assert await inbox.save(holding, "1", changes, DEADLINE)

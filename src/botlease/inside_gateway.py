@@ -14,9 +14,6 @@ from botlease.telegram.gateway import Gateway
 if TYPE_CHECKING:
     from botlease.inside import Term
 
-SHARE = 0.6
-"""Of the time for a drain, what the program may take to finish what it has in hand before it is cancelled."""
-
 
 class gateway:
     """Serve the Bot API on loopback for the body of an ``async with``, within a term.
@@ -46,14 +43,9 @@ class gateway:
         url = await self._gateway.listen()
         self._before = os.environ.get("BOTLEASE_API_URL")
         os.environ["BOTLEASE_API_URL"] = url
-        self._gateway.begin(Holding(term.bot, term.instance_id, term.number, work.nonce), work.until)
-        work.on_arm, work.settle = self._gateway.arm, self._settle
+        self._gateway.begin(Holding(term.bot, term.number, work.nonce), work.until)
+        work.on_arm, work.settle = self._gateway.arm, self._gateway.drain
         return url
-
-    async def _settle(self, until: float) -> None:
-        now = clock.now()
-        await self._gateway.drain(now + (until - now) * SHARE)
-        self._gateway.signalled()
 
     async def __aexit__(self, *error: object) -> None:
         work = self._term.work

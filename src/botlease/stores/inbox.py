@@ -23,10 +23,9 @@ KEEP_SECONDS: Final = 86_400
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """Who writes, in which term."""
+    """For which bot, in which term."""
 
     bot: str
-    instance_id: str
     term: int
     nonce: str
 

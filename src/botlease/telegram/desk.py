@@ -44,7 +44,6 @@ class Poll:
 class _Given:
     update: Update
     poll: Poll
-    batch: tuple[int, ...]
     arrived: bool = False  # a later offset has been asked for: the program has it
 
 
@@ -85,7 +84,7 @@ class Desk:
         done = []
         back = []
         for i, given in list(self.given.items()):
-            if i < poll.offset and given.batch[0] < poll.offset <= given.batch[-1] + 1:
+            if i < poll.offset and given.poll.batch[0] < poll.offset <= given.poll.batch[-1] + 1:
                 given.arrived = True
                 if not given.poll.acknowledges:
                     done.append(i)
@@ -116,7 +115,7 @@ class Desk:
         updates = [self.waiting.pop(i) for i in ids]
         poll.batch = tuple(ids)
         for u in updates:
-            self.given[u.update_id] = _Given(u, poll, poll.batch)
+            self.given[u.update_id] = _Given(u, poll)
         return updates
 
     def leave(self, poll: Poll, *, arrived: bool) -> None:

@@ -46,6 +46,8 @@ LIMIT: Final = 8 * 1024 * 1024
 """Bytes of a call that is answered here; the Bot API itself takes no more in a call without a file."""
 GONE: Final = 30.0
 """Seconds for which an answer is waited for when the client has hung up."""
+SHARE: Final = 0.6
+"""Of the time for a drain, what the bot may take to finish what it has in hand before it is told to stop."""
 DROP: Final = "drop_pending_updates"
 
 
@@ -77,18 +79,22 @@ class Gateway:
     def arm(self, until: float) -> None:
         self.term.arm(until)
 
-    async def drain(self, until: float) -> None:
-        """Hand nothing out any more, and wait until the bot has finished what it has, at most until then. The last poll
-        returns meanwhile, and what comes with it waits in the inbox for the successor."""
+    async def drain(self, until: float, *, hurry: bool = True) -> None:
+        """Hand nothing out any more, and wait until the bot has finished what it has, for at most :data:`SHARE` of the
+        time until then (not in a ``hurry``: for all of that). Then it is to be told to stop. The last poll returns
+        meanwhile, and what comes with it waits in the inbox for the successor."""
         self._draining = True
         for poller in self.pollers.values():
             poller.stop()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, until - clock.now())):
+            async with asyncio.timeout(max(0.0, (until - clock.now()) * SHARE)):
                 await asyncio.gather(*(p.settled() for p in self.pollers.values()))
+                if not hurry:
+                    await asyncio.Event().wait()
+        self.signalled()
 
     def signalled(self) -> None:
-        """The bot has been told to stop. What it confirms from now on may not be finished: grammY's last call confirms
+        """The bot is told to stop. What it confirms from now on may not be finished: grammY's last call confirms
         what it is just working on. It counts if the bot ends by itself."""
         for poller in self.pollers.values():
             poller.signalled = True

@@ -101,7 +101,6 @@ class Poller:
         self._strikes, self._struck_at = 0, -1e9  # 409s
         self._trouble, self._back_off = "", 1.0
         self._polls = 0  # of the program
-        self._said: set[str] = set()
         self._failures = 0
         self._negative = False
         self._full_since = self._acknowledged_at = clock.now()
@@ -127,9 +126,9 @@ class Poller:
         try:
             if offset < 0:
                 # It would forget everything but the last ones: what came while nobody polled, at every deployment.
-                self._once(f"the bot asks for offset {offset}, to drop what is pending: nothing was dropped")
                 poll.offset, first, self._negative = 0, not self._negative, True
                 if first:  # a bot that goes on asking like that is served
+                    self._say(f"the bot asks for offset {offset}, to drop what is pending: nothing was dropped")
                     return 200, EMPTY
             if not await self._until(lambda: self._loaded, end, left):
                 return 200, EMPTY
@@ -157,11 +156,6 @@ class Poller:
             self._doubtful += done
         else:
             self._finish(done)
-
-    def _once(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            self._say(text)
 
     def _has(self, poll: Poll) -> bool:
         """The oldest poll is served first."""

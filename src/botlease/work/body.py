@@ -79,8 +79,7 @@ class BodyWork:
 
     def kill(self, reason: Reason) -> None:
         if self._running:
-            self.until = min(self.until, clock.now() + LAST_WORDS)
-            self.fence.arm(self.until)
+            self.arm(min(self.until, clock.now() + LAST_WORDS))
             self.cancel(reason)
 
     def restart(self) -> None:

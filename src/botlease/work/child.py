@@ -137,7 +137,6 @@ class ChildWork:
             self._retry = None
         if self._warm:
             self._warm, self._began = False, clock.now()
-            self._tell_front(do="term", term=term, nonce=nonce, until=until)
             self._send(fds, do="open", term=term, until=until)
         else:
             self._spawn(fds)
@@ -178,7 +177,7 @@ class ChildWork:
         if c.front is None:
             return {}
         settings = {"upstream": c.front.upstream, "database": c.front.database, "bot": c.bot}
-        return {**settings, "instance": c.instance_id, "delete_webhook": c.front.delete_webhook}
+        return {**settings, "delete_webhook": c.front.delete_webhook}
 
     def _put_in_front(self, fds: dict[str, int], env: dict[str, str]) -> socket.socket | None:
         """A new line to the process in front of the bot. Returns its end."""
@@ -309,6 +308,8 @@ class ChildWork:
                     self._arrived()
                 case "opened":
                     self._gated = False
+                    # Not before: until now no fence was armed, and its requests could have outlived a pause.
+                    self._tell_front(do="term", term=self.term, nonce=self._nonce, until=self._until)
                     if self.gate is not None:
                         self.gate.open(self.term)
                     self._at_work(f"opened the gate to {self.command.argv[0]} (pid {self.pid})")

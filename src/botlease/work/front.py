@@ -29,10 +29,8 @@ if TYPE_CHECKING:
     from botlease.telegram.gateway import Gateway
 
 FORWARDED = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH, signal.SIGALRM)
-SHARE = 0.6
-"""Of the time for a drain, what the bot may take to finish what it has in hand before it is signalled."""
-UNANNOUNCED = 3.0
-"""Seconds for that, where a signal came to this process from elsewhere."""
+UNANNOUNCED = 6.0
+"""Seconds for a drain, where a signal came to this process from elsewhere."""
 
 
 def become(
@@ -169,7 +167,7 @@ class _Front:
         """A stop signal from elsewhere: from a platform that signals everything in the container, the bot included. It
         is not signalled a second time (many take that for "at once") before it has had its time."""
         self.gateway.signalled()
-        self.begin_to_stop(number, clock.now() + 2 * UNANNOUNCED, hurry=False)
+        self.begin_to_stop(number, clock.now() + UNANNOUNCED, hurry=False)
 
     def begin_to_stop(self, number: int, until: float, *, hurry: bool) -> None:
         self.until = max(self.until, until)
@@ -179,13 +177,7 @@ class _Front:
             self.draining = self.loop.create_task(self.drain(number))
 
     async def drain(self, number: int) -> None:
-        import asyncio
-
-        patience = clock.now() + (self.until - clock.now()) * SHARE
-        await self.gateway.drain(patience)
-        if not self.hurry:
-            await asyncio.sleep(max(0.0, patience - clock.now()))
-        self.gateway.signalled()
+        await self.gateway.drain(self.until, hurry=self.hurry)
         self.forward(number)
 
     # The supervisor ------------------------------------------------------------------------------------------------
@@ -200,7 +192,7 @@ class _Front:
         for message in messages:
             match message["do"]:
                 case "term":
-                    holding = Holding(self.config["bot"], self.config["instance"], message["term"], message["nonce"])
+                    holding = Holding(self.config["bot"], message["term"], message["nonce"])
                     self.gateway.begin(holding, message["until"])
                 case "arm":
                     self.gateway.arm(message["until"])
