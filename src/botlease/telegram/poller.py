@@ -130,9 +130,10 @@ class Poller:
                 if first:  # a bot that goes on asking like that is served
                     self._say(f"the bot asks for offset {offset}, to drop what is pending: nothing was dropped")
                     return 200, EMPTY
+            self._polls += 1
+            self._polled_at = clock.now()
             if not await self._until(lambda: self._loaded, end, left):
                 return 200, EMPTY
-            self._polls += 1
             self._passed(self.desk.enter(poll))
             self._news.ring()
             try:
