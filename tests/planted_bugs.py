@@ -81,7 +81,26 @@ def release_before_reap() -> Iterator[None]:
 
 @bug
 def renew_by_name() -> Iterator[None]:
-    with sql("RENEW", "WHERE bot = :bot AND term = :term AND nonce = :nonce AND holder = :me", "WHERE bot = :bot"):
+    by_name = sqlitefile.RENEW.partition("WHERE")[2].partition("RETURNING")[0]
+    with sql("RENEW", by_name, " bot = :bot "):
+        yield
+
+
+@bug
+def copies_of_one_holder_renew_for_one_another() -> Iterator[None]:
+    with sql("RENEW", "AND instr(:beats, ',' || beat || ',') > 0", ""):
+        yield
+
+
+@bug
+def a_copy_gives_back_what_the_other_one_works_under() -> Iterator[None]:
+    with patch.object(core, "_copied", lambda s, view, lease: False):
+        yield
+
+
+@bug
+def the_clock_stands_still_while_the_machine_sleeps() -> Iterator[None]:
+    with patch("simulation.Node.clock_counts_sleep", False):
         yield
 
 

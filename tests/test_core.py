@@ -69,6 +69,11 @@ class Driver:
         return actions
 
     @property
+    def mine(self) -> Lease:
+        """The row as our last confirmed renewal left it."""
+        return Lease(4, self.state.term.beats[0] if self.state.term else 0, "n", "me", 10.0, "db")
+
+    @property
     def question(self) -> core.Question:
         assert self.state.asking is not None, self.state
         return self.state.asking
@@ -139,8 +144,8 @@ def test_a_grant_that_arrives_after_the_end_of_trust_is_given_back_and_never_wor
     actions = d.answer(Granted, 4, "n", "db", after=TIMING.trust)
     assert not [a for a in actions if isinstance(a, Start)]
     assert d.question.verb is Verb.READ
-    d.answer(Seen, View(replace(HELD, holder="me", nonce="n"), "db", ME, 5))
-    assert d.question.verb is Verb.RELEASE and d.question.held == (4, "n")
+    d.answer(Seen, View(replace(HELD, holder="me", nonce="n", beat=0), "db", ME, 5))
+    assert d.question.verb is Verb.RELEASE and d.question.held is not None and d.question.held[:2] == (4, "n")
 
 
 def test_a_renewal_that_arrives_after_the_end_of_trust_counts_for_nothing() -> None:
@@ -150,6 +155,60 @@ def test_a_renewal_that_arrives_after_the_end_of_trust_counts_for_nothing() -> N
     actions = d.feed(Renewed(serial, True, False, "db"), after=TIMING.trust)
 
     assert [type(a) for a in actions] == [Kill]
+
+
+def test_every_renewal_writes_a_beat_of_its_own_and_names_those_it_may_find() -> None:
+    d = Driver().working()
+    d.feed(Tick(), after=2.0)
+    first = d.question
+    assert first.held is not None and first.held.beats == (0,) and first.beat > 0
+    d.answer(Failed)
+    d.feed(Tick(), after=0.2)
+    second = d.question
+    assert second.held is not None and second.held.beats == (0, first.beat) and second.beat > first.beat
+    d.answer(Renewed, True, False, "db")
+    d.feed(Tick(), after=2.0)
+    assert d.question.held is not None and d.question.held.beats == (second.beat,)
+
+
+def test_a_copy_that_renews_under_our_name_ends_us_and_its_hold_is_not_touched() -> None:
+    d = Driver().working()
+    d.feed(Tick(), after=2.0)
+    assert d.answer(Denied) == [Kill(Reason.LOST)]
+    d.feed(WorkEnded(4), after=0.1)
+    assert d.question.verb is Verb.RELEASE
+    d.answer(Denied)
+    actions = d.answer(Seen, View(replace(d.mine, beat=12345), "db", ME, 5))
+    assert actions == [End(Reason.COPIED)] and d.state.phase is Phase.ENDED
+
+
+def test_a_term_that_a_copy_acquired_under_our_name_is_not_given_back() -> None:
+    d = Driver().joined(View(FREE, "db", ME, 5))
+    d.feed(Failed(d.question.serial, "asked"))
+    d.feed(Tick(), after=0.2)
+    actions = d.answer(Seen, View(replace(HELD, holder="me", nonce="not ours", beat=0), "db", ME, 5))
+    assert End(Reason.COPIED) in actions and not verbs(actions)
+
+
+def test_an_acquire_of_our_own_with_an_unknown_outcome_is_given_back() -> None:
+    d = Driver().joined(View(FREE, "db", ME, 5))
+    d.feed(Failed(d.question.serial, "asked"))
+    d.feed(Tick(), after=0.2)
+    d.answer(Seen, View(replace(HELD, holder="me", nonce="asked", beat=0), "db", ME, 5))
+    assert d.question.verb is Verb.RELEASE and d.question.held == (4, "asked", (0,))
+
+
+def test_a_hold_from_before_a_fail_over_is_given_back_and_not_taken_for_a_copys() -> None:
+    d = Driver().joined(View(FREE, "db", OTHER, 5))
+    d.feed(Woken())
+    d.answer(Seen, View(replace(HELD, holder="me", nonce="old"), "db+", ME, 5))
+    assert d.question.verb is Verb.RELEASE
+
+
+def test_an_instance_whose_row_was_ended_by_somebody_else_ends() -> None:
+    d = Driver().joined(View(FREE, "db", OTHER, 5))
+    d.feed(Woken())
+    assert d.answer(Seen, View(FREE, "db", OTHER, 5, ended=True)) == [End(Reason.COPIED)]
 
 
 def test_an_answer_to_another_question_is_dropped() -> None:
@@ -364,9 +423,6 @@ def test_a_stop_ends_even_when_the_database_never_answers() -> None:
 # Probation -----------------------------------------------------------------------------------------------------------
 
 
-MINE = Lease(4, 1, "n", "me", 10.0, "db")
-
-
 def test_a_term_filled_from_a_vacancy_is_not_on_probation() -> None:
     for view in (View(FREE, "db", None, 5), View(FREE, "db", replace(OTHER, ended=True), 5)):
         d = Driver().joined(view)
@@ -383,7 +439,7 @@ def test_probation_is_passed_when_the_work_has_lived_through_it() -> None:
     assert d.state.asking is None
     d.feed(Tick(), after=0.1)
     d.answer(Renewed, True, False, "db")
-    assert d.question.verb is Verb.PASS and d.question.held == (4, "n")
+    assert d.question.verb is Verb.PASS and d.question.held is not None and d.question.held[:2] == (4, "n")
     d.answer(Done)
     assert d.state.probation is Probation.PASSED
 
@@ -395,7 +451,7 @@ def test_a_probation_that_cannot_be_recorded_is_not_asked_for_for_ever() -> None
     assert d.question.verb is Verb.PASS
     d.answer(Denied)
     assert d.question.verb is Verb.READ
-    d.answer(Seen, View(MINE, "db", ME, 5, others=1))
+    d.answer(Seen, View(d.mine, "db", ME, 5, others=1))
     assert d.state.asking is None and d.state.phase is Phase.WORKING
 
 
@@ -412,7 +468,7 @@ def test_a_crash_on_probation_gives_the_term_back_if_somebody_can_take_it() -> N
     d = Driver().took_over()
     d.feed(Crashed(4))
     assert d.question.verb is Verb.READ
-    assert d.answer(Seen, View(MINE, "db", ME, 5, others=1)) == [Drain(d.now + 10, Reason.FAILED)]
+    assert d.answer(Seen, View(d.mine, "db", ME, 5, others=1)) == [Drain(d.now + 10, Reason.FAILED)]
     d.feed(WorkEnded(4))
     assert d.question.verb is Verb.RELEASE and d.question.pass_on and d.question.leave
     assert d.question.reason is Reason.FAILED
@@ -421,7 +477,7 @@ def test_a_crash_on_probation_gives_the_term_back_if_somebody_can_take_it() -> N
 def test_a_crash_on_probation_with_nobody_else_is_restarted_in_its_term() -> None:
     d = Driver().took_over()
     d.feed(Crashed(4))
-    assert d.answer(Seen, View(MINE, "db", ME, 5, others=0)) == []
+    assert d.answer(Seen, View(d.mine, "db", ME, 5, others=0)) == []
     assert d.state.phase is Phase.WORKING and d.state.probation is Probation.ON
 
 
@@ -430,7 +486,7 @@ def test_a_crash_begins_the_probation_anew() -> None:
     for _ in range(10):
         d.renewed()
     d.feed(Crashed(4))
-    d.answer(Seen, View(MINE, "db", ME, 5))
+    d.answer(Seen, View(d.mine, "db", ME, 5))
     for _ in range(14):
         d.renewed()
     assert d.state.probation is Probation.ON and d.state.asking is None
@@ -451,10 +507,10 @@ def test_work_that_ends_on_probation_has_failed_whatever_its_exit_code() -> None
 def test_hung_work_gives_the_term_up_to_somebody_else_or_is_restarted() -> None:
     d = Driver().working()
     d.feed(Unhealthy(4))
-    assert d.answer(Seen, View(MINE, "db", ME, 5, others=1)) == [Drain(d.now + 10, Reason.UNHEALTHY)]
+    assert d.answer(Seen, View(d.mine, "db", ME, 5, others=1)) == [Drain(d.now + 10, Reason.UNHEALTHY)]
     d = Driver().working()
     d.feed(Unhealthy(4))
-    assert d.answer(Seen, View(MINE, "db", ME, 5, others=0)) == [Restart()]
+    assert d.answer(Seen, View(d.mine, "db", ME, 5, others=0)) == [Restart()]
     assert d.state.phase is Phase.WORKING
 
 
@@ -476,7 +532,7 @@ def test_an_interruption_ends_neither_a_probation_nor_what_it_proved(passed: boo
 def test_a_turn_that_is_over_ends_the_probation() -> None:
     d = Driver().took_over()
     d.feed(Woken())
-    d.answer(Seen, View(MINE, "db", OTHER, 5))
+    d.answer(Seen, View(d.mine, "db", OTHER, 5))
     d.feed(WorkEnded(4))
     d.answer(Done)
     assert d.state.probation is Probation.NONE
@@ -488,7 +544,7 @@ def test_a_crash_that_crosses_the_end_of_the_probation_is_restarted_as_any_other
         d.renewed()
     d.feed(Crashed(4))
     d.answer(Done)  # it had passed
-    d.answer(Seen, View(MINE, "db", ME, 5, others=1))
+    d.answer(Seen, View(d.mine, "db", ME, 5, others=1))
     assert d.state.phase is Phase.WORKING and not d.state.stopping
 
 
@@ -503,7 +559,7 @@ def test_hung_work_that_comes_round_before_the_database_answers_goes_on() -> Non
     d = Driver().working()
     d.feed(Unhealthy(4))
     d.feed(Healthy(4))
-    assert d.answer(Seen, View(MINE, "db", ME, 5, others=1)) == []
+    assert d.answer(Seen, View(d.mine, "db", ME, 5, others=1)) == []
     assert d.state.phase is Phase.WORKING and not d.state.stopping
 
 
@@ -535,7 +591,7 @@ def test_the_superseded_one_leaves_when_the_newcomer_has_passed(probation: Proba
         d = Driver(leaves=not stays).working()
         d.renewed()
         d.feed(Woken())
-        d.answer(Seen, View(MINE, "db", newer, 5))
+        d.answer(Seen, View(d.mine, "db", newer, 5))
         d.feed(WorkEnded(4))
         d.answer(Done)
         d.answer(Seen, View(HELD, "db", newer, 5, probation=probation))
@@ -548,7 +604,7 @@ def test_the_superseded_one_leaves_when_the_newcomer_has_passed(probation: Proba
 def test_moved_by_hand_to_an_older_one_the_newer_one_stays() -> None:
     d = Driver(leaves=True).working()
     d.feed(Woken())
-    d.answer(Seen, View(MINE, "db", OTHER, 5))
+    d.answer(Seen, View(d.mine, "db", OTHER, 5))
     d.feed(WorkEnded(4))
     d.answer(Done)
     d.answer(Seen, View(HELD, "db", OTHER, 5, probation=Probation.PASSED))

@@ -20,6 +20,7 @@ import pytest
 from harness import BOTLEASE, World, clean_env, until
 from servers import free_port
 
+from botlease.model import Held
 from botlease.telegram.simulator import Chat, Simulator
 
 ROOT = Path(__file__).parent.parent
@@ -304,7 +305,7 @@ async def test_the_database_refuses_an_order_of_a_stale_term_and_a_second_one_fo
     assert await ledger.holdings(1) == (5_000.0, {"BTC": 0.1})
 
     await store.release(
-        "bot", "a", grant.term, "nonce-a", reason=Reason.STOPPED, pass_on=False, leave=False, deadline=DEADLINE
+        "bot", "a", Held(grant.term, "nonce-a"), reason=Reason.STOPPED, pass_on=False, leave=False, deadline=DEADLINE
     )
     with pytest.raises(Stale):
         await ledger.place(Order(1, 10, "BTC", 0.01, 50_000.0))

@@ -12,14 +12,10 @@ SEEDS = 1200
 CHUNK = 100
 HUNT = 2500
 BEGIN = {
-    # Few worlds show these (the first three: one in some ten thousand). The hunt begins near a seed that does. Whoever
-    # changes what the world draws may have to look for another one: World(seed).run() over many, with the bug planted.
-    "an_acquire_does_not_name_its_database": 30461,
-    "a_lost_lease_comes_back_with_the_ttl_of_whoever_puts_it_back": 33037,
-    "no_lock_delay_after_a_death_that_followed_an_expiry": 61639,
-    "answers_do_not_name_their_question": 290,
-    "quarantine_is_forgotten": 440,
-    "the_own_ttl_counts_and_not_the_longer_one": 550,
+    # Few worlds show these: the hunt begins near one that does. Whoever changes what the world draws may have to find
+    # another: World(seed).run() over many, with the bug planted.
+    "a_lost_lease_comes_back_with_the_ttl_of_whoever_puts_it_back": 3900,
+    "no_lock_delay_after_a_death_that_followed_an_expiry": 2900,
 }
 
 

@@ -19,7 +19,7 @@ import asyncpg
 import pytest
 from servers import PgBouncer, has_pgbouncer
 
-from botlease.model import How, Probation, Reason
+from botlease.model import Held, How, Probation, Reason
 from botlease.stores import Store, StoreEmpty, StoreError, StoreRefused, open_store, postgres, redact, sqlitefile
 from botlease.stores.inbox import Changes, Holding, Update
 from botlease.stores.postgres import PostgresStore
@@ -400,7 +400,7 @@ async def test_no_call_outlasts_its_deadline_behind_a_connection_that_swallows_e
             for call in (
                 lambda: store.read("bot", "a", 0.3),
                 lambda: store.touch("a", "x", 0.3),
-                lambda: store.renew("bot", "a", 1, "n", 0.3),
+                lambda: store.renew("bot", "a", Held(1, "n"), 7, 0.3),
             ):
                 began = time.monotonic()
                 with pytest.raises(StoreError, match="no answer within"):
@@ -487,8 +487,8 @@ async def test_heartbeats_notify_nobody_and_are_hot_updates(postgres_url: str) -
         count += 1
 
     b.on_change = noticed
-    for _ in range(50):
-        await a.renew("bot", "a", grant.term, "nonce-a", DEADLINE)
+    for beat in range(50):
+        assert await a.renew("bot", "a", Held(grant.term, "nonce-a", (beat,)), beat + 1, DEADLINE) is not None
         await a.touch("a", "active", DEADLINE)
     await b.read("bot", "b", DEADLINE)
 
@@ -542,7 +542,7 @@ async def test_a_file_that_was_deleted_or_replaced_is_noticed_at_the_next_beat(t
         if how == "recreate":
             file.touch()
     with pytest.raises(StoreError, match="gone|replaced"):
-        await store.renew("bot", "a", grant.term, "nonce-a", DEADLINE)
+        await store.renew("bot", "a", Held(grant.term, "nonce-a"), 7, DEADLINE)
     await store.aclose()
 
 
@@ -631,7 +631,7 @@ async def test_the_side_car_lock_lasts_as_long_as_somebody_keeps_its_descriptor(
     kept = store.guard_fd("bot")
     assert kept is not None and store.guard_fd("bot") is None
     await store.release(
-        "bot", "a", grant.term, "nonce-a", reason=Reason.STOPPED, pass_on=False, leave=False, deadline=DEADLINE
+        "bot", "a", Held(grant.term, "nonce-a"), reason=Reason.STOPPED, pass_on=False, leave=False, deadline=DEADLINE
     )
     path = next(tmp_path.glob("*.lock"))
     with open(path) as f:
@@ -658,10 +658,16 @@ async def test_the_documented_privileges_are_enough_to_run(postgres_url: str) ->
     store = PostgresStore(postgres_url.replace("postgres@", f"{role}@"))
     await store.open(DEADLINE)
     grant = await StoreContract().held(store)
-    assert await store.renew("bot", "a", grant.term, "nonce-a", DEADLINE) is not None
+    assert await store.renew("bot", "a", Held(grant.term, "nonce-a"), 7, DEADLINE) is not None
     await store.touch("a", "active", DEADLINE)
     assert await store.release(
-        "bot", "a", grant.term, "nonce-a", reason=Reason.STOPPED, pass_on=True, leave=True, deadline=DEADLINE
+        "bot",
+        "a",
+        Held(grant.term, "nonce-a", (7,)),
+        reason=Reason.STOPPED,
+        pass_on=True,
+        leave=True,
+        deadline=DEADLINE,
     )
     assert (await store.overview(DEADLINE))["leases"]
     inbox, holding = PostgresInbox(store), Holding("bot", grant.term, "nonce-a")

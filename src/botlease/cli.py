@@ -159,7 +159,7 @@ def run(
       2    a wrong command line
       69   the database cannot be reached
       70   the bot made no progress, or ended within its probation
-      75   refused: another one runs
+      75   refused: another one runs, or a copy of this one does (a machine restored from a snapshot)
       78   settings or a database that cannot work
       126  the command cannot be executed      127  the command cannot be found
     """

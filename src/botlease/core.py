@@ -25,6 +25,8 @@ A *lease* row holds ``(term, beat, nonce, holder)`` and is only ever changed by 
   answer is dropped at the top of :func:`step`.
 * A hold we do not believe in (a grant that came too late, an acquire with an unknown outcome, a
   release that was not confirmed) is *given back*, never adopted: no work runs under it.
+* Every renewal and release names the beats it may find. A row that names us with a beat or a nonce that we never
+  wrote is written by a copy of this process (a machine restored from a snapshot): we stop, and end without touching it.
 * A row that is missing, was written under another database timeline, or went backwards is "not
   mine, not free": it is in *doubt* and must stay unchanged for a full ttl (R6, R7).
 * After a stop signal nothing is acquired or claimed again (R8).
@@ -67,6 +69,7 @@ from botlease.model import (
     Failed,
     Granted,
     Healthy,
+    Held,
     HolderDied,
     How,
     Kill,
@@ -115,6 +118,11 @@ class Term:
     asked_at: float
     trusted_until: float
     start_at: float
+    beats: tuple[int, ...] = (0,)  # the last one that was confirmed, and those tried since
+
+    @property
+    def held(self) -> Held:
+        return Held(self.number, self.nonce, self.beats)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +139,9 @@ class Candidate:
     """Superseded for good it ends (its platform would not start it again) instead of staying passive."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class State:
+    # Without slots: copying a __dict__ is ten times as fast as dataclasses.replace, and the simulation copies millions.
     me: Candidate
     timing: Timing
     phase: Phase = Phase.JOINING
@@ -160,6 +169,7 @@ class State:
     ready: bool = True
     shown: str = "standby"  # what our row says we are
     give_back_at: float = 0.0
+    wrote: tuple[tuple[str, tuple[int, ...]], ...] = ()  # our last nonces, and which beats the row may show with each
     # what is held
     term: Term | None = None
     drain_until: float = 0.0
@@ -271,7 +281,7 @@ def _absorb(s: State, event: Event, now: float, out: list[Action]) -> State:
         return s  # the answer to a question we gave up on: late, repeated or reordered
     s = replace(s, asking=None)
     if isinstance(event, Failed):
-        return _failed(s, q, now)
+        return _failed(_may_have_written(s, event.nonce, (0,)) if event.nonce else s, q, now)
     if s.failures:
         s = replace(s, failures=0, contact_since=now)
     match event:
@@ -362,6 +372,19 @@ def _failed(s: State, q: Question, now: float) -> State:
     return s
 
 
+def _may_have_written(s: State, nonce: str, beats: tuple[int, ...]) -> State:
+    """Remember it for :func:`_copied`. Eight: more acquires than can be in doubt before one is read back."""
+    others = tuple(w for w in s.wrote if w[0] != nonce)
+    return replace(s, wrote=(*others, (nonce, beats))[-8:])
+
+
+def _copied(s: State, view: View, lease: Lease) -> bool:
+    """The row names us, but we did not write it. (After a fail-over it may be an older one of ours.)"""
+    if lease.origin != view.origin:
+        return False
+    return not any(nonce == lease.nonce and lease.beat in beats for nonce, beats in s.wrote)
+
+
 def _saw(s: State, view: View, now: float, out: list[Action]) -> State:
     """Take in one read. ``now`` is after the read completed: that is when the watching begins."""
     changed = bool(s.origin) and s.origin != view.origin
@@ -369,7 +392,8 @@ def _saw(s: State, view: View, now: float, out: list[Action]) -> State:
     if s.term is not None and s.phase in (Phase.WORKING, Phase.HOLDING, Phase.DRAINING):
         if changed or view.origin != s.term.origin:
             return _term_over(replace(s, origin=view.origin, key=None), Reason.CHANGED, now, out)
-        if lease is None or (lease.term, lease.nonce) != (s.term.number, s.term.nonce):
+        t = s.term
+        if lease is None or (lease.term, lease.nonce) != (t.number, t.nonce) or lease.beat not in t.beats:
             return _term_over(s, Reason.LOST, now, out)
         assigned = view.assigned is not None and view.assigned.instance_id == s.me.instance_id
         s = replace(s, look_at=now + 3600.0)
@@ -426,6 +450,7 @@ def _term_over(s: State, reason: Reason, now: float, out: list[Action]) -> State
 
 def _granted(s: State, q: Question, event: Granted, now: float, out: list[Action]) -> State:
     until = q.asked_at + s.timing.trust
+    s = _may_have_written(s, event.nonce, (0,))
     if now >= until or s.phase is not Phase.STANDBY:
         return _disbelieve(replace(s, give_back_at=q.asked_at + q.lock_delay), now)
     term = Term(event.term, event.nonce, event.origin, q.asked_at, until, now + q.lock_delay)
@@ -448,12 +473,12 @@ def _denied(s: State, q: Question, now: float, out: list[Action]) -> State:
 
 def _renewed(s: State, q: Question, event: Renewed, now: float, out: list[Action]) -> State:
     t = s.term
-    if t is None or q.held != (t.number, t.nonce) or now >= t.trusted_until:
+    if t is None or q.held is None or q.held[:2] != (t.number, t.nonce) or now >= t.trusted_until:
         return s  # it came after the end of trust: it counts for nothing
     if event.origin != t.origin:
         return _term_over(replace(s, origin=event.origin, key=None), Reason.CHANGED, now, out)
-    t = replace(t, asked_at=q.asked_at, trusted_until=q.asked_at + s.timing.trust)
-    s = replace(s, term=t)
+    t = replace(t, asked_at=q.asked_at, trusted_until=q.asked_at + s.timing.trust, beats=(q.beat,))
+    s = _may_have_written(replace(s, term=t), t.nonce, t.beats)
     if s.phase in (Phase.WORKING, Phase.DRAINING) and not s.killed:
         out.append(Arm(t.trusted_until))
     if s.danger and s.phase is Phase.WORKING:
@@ -519,7 +544,7 @@ def _plan(s: State, now: float, out: list[Action]) -> State:
                 now,
                 out,
                 Verb.RELEASE,
-                held=(t.number, t.nonce),
+                held=t.held,
                 reason=s.reason or Reason.STOPPED,
                 pass_on=last,
                 leave=last,
@@ -543,11 +568,15 @@ def _plan_hold(s: State, now: float, out: list[Action]) -> State:
     t = s.term
     assert t is not None
     if now >= t.asked_at + s.timing.renew_every and not s.killed:
-        return _ask(s, now, out, Verb.RENEW, held=(t.number, t.nonce))
+        # Two copies must not write the same beat, or each would take the other's for its own: the nanosecond differs.
+        beat = max(t.beats) + 1 + int(now * 1e9) % 2**20
+        s = _ask(s, now, out, Verb.RENEW, held=t.held, beat=beat)
+        t = replace(t, beats=(*t.beats, beat))
+        return _may_have_written(replace(s, term=t), t.nonce, t.beats)
     if now >= s.look_at and s.phase is not Phase.DRAINING:
         return _ask(s, now, out, Verb.READ)
     if s.phase is Phase.WORKING and now >= _passed_at(s):
-        return _ask(s, now, out, Verb.PASS, held=(t.number, t.nonce))
+        return _ask(s, now, out, Verb.PASS, held=t.held)
     if now >= s.touch_at and s.phase is Phase.WORKING:
         return _ask(s, now, out, Verb.TOUCH, label=s.label)
     return s
@@ -568,10 +597,15 @@ def _plan_standby(s: State, now: float, out: list[Action]) -> State:
     if lease is None or not view.generation:
         # The lease row or our own row vanished. Registering puts back what is missing, in doubt, never free.
         return _finish(s, now, out) if s.stopping else _ask(s, now, out, Verb.REGISTER)
-    if lease.holder == s.me.instance_id:
+    if not s.stopping and (view.ended or (lease.holder == s.me.instance_id and _copied(s, view, lease))):
+        # Without a word to the database: what stands there is another's. A new start has a name of its own.
+        out.append(End(Reason.COPIED))
+        return replace(s, phase=Phase.ENDED, reason=Reason.COPIED)
+    if lease.holder == s.me.instance_id and not _copied(s, view, lease):
         if now >= s.give_back_at:
             reason = Reason.GIVEN_BACK if s.reason is None else s.reason
-            return _ask(s, now, out, Verb.RELEASE, held=(lease.term, lease.nonce), reason=reason)
+            held = Held(lease.term, lease.nonce, (lease.beat,))
+            return _ask(s, now, out, Verb.RELEASE, held=held, reason=reason)
         return s
     if s.stopping:
         return _finish(s, now, out)
@@ -682,7 +716,8 @@ def _failover_at(s: State, view: View, lease: Lease, peer: Peer) -> float:
         # After an outage of the database the assigned one gets a moment to come back first.
         back = s.contact_since + 2 * s.timing.renew_every
         return max(s.key_since + s.timing.patience(lease.ttl), back) + wait
-    return max(s.peer_since, s.contact_since) + 2.5 * s.timing.ttl + wait
+    # It shows itself once in its own ttl, which the lease's row knows.
+    return max(s.peer_since, s.contact_since) + 2.5 * max(s.timing.ttl, lease.ttl) + wait
 
 
 # When to wake ----------------------------------------------------------------------------------------

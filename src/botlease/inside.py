@@ -203,7 +203,8 @@ def exclusive(
     """Run a coroutine whenever this instance holds the lease: standby, run, drain, standby, until it returns
     or a stop signal arrives. The function gets the :class:`Term`; the options are those of :class:`active`.
 
-    Returns the function's result, or None after a stop signal.
+    Returns the function's result, or None after a stop signal. Raises :class:`LeaseLost` if a copy of this process (a
+    machine restored from a snapshot) renews under its name.
     """
 
     def wrap(function: Callable[[Term], Awaitable[T]]) -> Callable[[], Awaitable[T | None]]:
@@ -258,6 +259,8 @@ def exclusive(
                 await session.store.aclose()
             if error:
                 raise error[0]
+            if running.result() is Reason.COPIED:
+                raise LeaseLost(f"a copy of this process holds the lease of {session.settings.bot}: start it again")
             return outcome[0] if outcome else None
 
         return run

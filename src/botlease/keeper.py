@@ -173,8 +173,9 @@ class Keeper:
     # Asking the store ------------------------------------------------------------------------------------------
 
     async def _ask(self, q: Question) -> None:
+        nonce = os.urandom(8).hex() if q.verb is Verb.ACQUIRE else ""  # a new one each time: no late one is mistaken
         try:
-            event = await self._answer(q)
+            event = await self._answer(q, nonce)
         except asyncio.CancelledError:
             raise
         except Exception as e:  # whatever a driver raises: the outcome is unknown
@@ -182,7 +183,7 @@ class Keeper:
             if not self.state.failures:
                 self.say(f"the database does not answer: {why}")
             log.debug("%s failed: %s", q.verb, why)
-            event = Failed(q.serial)
+            event = Failed(q.serial, nonce)
         else:
             if self.state.failures:
                 self.say("the database answers again")
@@ -197,7 +198,7 @@ class Keeper:
         if isinstance(event, Registered | Seen) and event.view.lease is not None and self.state.phase is Phase.STANDBY:
             self._standby(event.view.lease)
 
-    async def _answer(self, q: Question) -> Event:
+    async def _answer(self, q: Question, nonce: str) -> Event:
         store, me, limit = self.store, self.registration, self.timing.attempt
         match q.verb:
             case Verb.REGISTER:
@@ -209,7 +210,6 @@ class Keeper:
             case Verb.ACQUIRE:
                 assert q.key is not None
                 proved = self.work.proof
-                nonce = os.urandom(8).hex()  # drawn anew for each acquire, so that no late one can be mistaken
                 grant = await store.acquire(
                     me.bot,
                     me.instance_id,
@@ -224,11 +224,11 @@ class Keeper:
                     deadline=limit,
                 )
                 if grant is not None and proved != self.work.proof:
-                    return Failed(q.serial)  # the row names an owner that is gone: it is read back, and given back
+                    return Failed(q.serial, nonce)  # the row names an owner that is gone: it is given back
                 return Granted(q.serial, grant.term, nonce, grant.origin) if grant else Denied(q.serial)
             case Verb.RENEW:
                 assert q.held is not None
-                renewal = await store.renew(me.bot, me.instance_id, *q.held, limit)
+                renewal = await store.renew(me.bot, me.instance_id, q.held, q.beat, limit)
                 if renewal is None:
                     return Denied(q.serial)
                 return Renewed(q.serial, renewal.assigned, renewal.vacant, renewal.origin, renewal.paused)
@@ -237,7 +237,7 @@ class Keeper:
                 released = await store.release(
                     me.bot,
                     me.instance_id,
-                    *q.held,
+                    q.held,
                     reason=q.reason,
                     pass_on=q.pass_on,
                     leave=q.leave,
@@ -246,7 +246,7 @@ class Keeper:
                 return Done(q.serial) if released else Denied(q.serial)
             case Verb.PASS:
                 assert q.held is not None
-                if not await store.passed(me.bot, me.instance_id, *q.held, limit):
+                if not await store.passed(me.bot, me.instance_id, q.held, limit):
                     return Denied(q.serial)
                 self.say(f"term {q.held[0]} has passed its probation")
             case Verb.TOUCH:
@@ -297,6 +297,7 @@ def _because(reason: Reason | None) -> str:
             Reason.SILENT: "no renewal was confirmed in time",
             Reason.LOST: "the database says that the term is over",
             Reason.CHANGED: "another database answered",
+            Reason.COPIED: "somebody else writes under its name",
         }.get(reason, str(reason))
         if reason
         else "unknown"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 TERM_GAP: Final = 1000
 """Terms skipped when the database is not the one the row was written in: a fail-over can lose the last
@@ -116,6 +116,7 @@ class Reason(StrEnum):
     DIED = "died"  # written by the successor: the kernel proved the holder dead
     GIVEN_BACK = "given_back"  # granted, but never believed in: no work ran
     REFUSED = "refused"  # another instance is running and this one was told not to wait
+    COPIED = "copied"  # somebody else writes under its name: a copy of this process, after a machine was restored
 
 
 class Mode(StrEnum):
@@ -191,6 +192,7 @@ class View:
     probation: Probation = Probation.NONE  # the probation of the lease's term
     failures: int = 0  # probations that our deployment did not pass
     others: int = 0  # live instances of this bot beside us
+    ended: bool = False  # our own row says that we are no more
     rooted: How = How.EXPIRED  # the evidence of the lease's term, or of the one that a row of deaths goes back to
 
 
@@ -209,6 +211,17 @@ class Verb(StrEnum):
     LEAVE = "leave"
 
 
+class Held(NamedTuple):
+    """Exactly one hold of the lease, as the one who has it knows it."""
+
+    term: int
+    nonce: str
+    beats: tuple[int, ...] = (0,)
+    """What the row's beat can be: the last one that was confirmed to us, or one that we tried to write since. If it is
+    none of them, a copy of us writes too: of a virtual machine restored twice from one snapshot both have the same
+    term, nonce and name, and without this both would renew for ever."""
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """One store call. ``serial`` is what its answer names."""
@@ -222,7 +235,8 @@ class Question:
     how: How = How.RELEASED
     lock_delay: float = 0.0  # acquire: how long to wait before working, in seconds
     probation: Probation = Probation.NONE  # acquire: whether the term begins on probation
-    held: tuple[int, str] | None = None  # renew, release, pass: exactly this (term, nonce)
+    held: Held | None = None  # renew, release, pass: exactly this hold
+    beat: int = 0  # renew: the new beat
     source: tuple[str, int, int] | None = None  # claim: who has the assignment now, its generation and beat
     reason: Reason | None = None
     pass_on: bool = False  # release, leave: give the assignment to the best live standby
@@ -284,6 +298,7 @@ class Failed:
     """The outcome is unknown: an error, a lost connection, or the attempt's deadline."""
 
     serial: int
+    nonce: str = ""  # acquire: the one it may have written
 
 
 @dataclass(frozen=True, slots=True)

@@ -231,6 +231,9 @@ class Supervisor:
         if reason is Reason.REFUSED:
             say(await _first(store, s))
             return Exit.REFUSED
+        if reason is Reason.COPIED:
+            say("somebody else writes under its name (a copy, of a machine restored from a snapshot?): ending")
+            return Exit.REFUSED
         if reason is Reason.SUPERSEDED:
             say("the newer deployment has passed its probation: ending")
             return Exit.OK

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from botlease.model import How, Lease, Probation, Reason, View
+from botlease.model import Held, How, Lease, Probation, Reason, View
 from botlease.stores import Registration, Store
 
 DEADLINE = 5.0
@@ -150,7 +150,13 @@ class StoreContract:
         a, _ = stores
         grant = await self.held(a)
         await a.release(
-            "bot", "a", grant.term, "nonce-a", reason=Reason.STOPPED, pass_on=False, leave=False, deadline=DEADLINE
+            "bot",
+            "a",
+            Held(grant.term, "nonce-a"),
+            reason=Reason.STOPPED,
+            pass_on=False,
+            leave=False,
+            deadline=DEADLINE,
         )
         lease = lease_of(await a.read("bot", "a", DEADLINE))
         again = await acquire(a, "a", lease, floor=500)
@@ -161,20 +167,39 @@ class StoreContract:
         a, b = stores
         grant = await self.held(a)
 
-        assert await a.renew("bot", "a", grant.term, "nonce-a", DEADLINE) is not None
-        assert await b.renew("bot", "a", grant.term, "other", DEADLINE) is None
-        assert await b.renew("bot", "a", grant.term + 1, "nonce-a", DEADLINE) is None
-        assert await b.renew("bot", "b", grant.term, "nonce-a", DEADLINE) is None
-        assert lease_of(await b.read("bot", "a", DEADLINE)).beat == 1
+        assert await a.renew("bot", "a", Held(grant.term, "nonce-a"), 7, DEADLINE) is not None
+        assert await b.renew("bot", "a", Held(grant.term, "other", (0, 7)), 8, DEADLINE) is None
+        assert await b.renew("bot", "a", Held(grant.term + 1, "nonce-a", (0, 7)), 8, DEADLINE) is None
+        assert await b.renew("bot", "b", Held(grant.term, "nonce-a", (0, 7)), 8, DEADLINE) is None
+        assert lease_of(await b.read("bot", "a", DEADLINE)).beat == 7
+
+    async def test_of_two_copies_of_one_holder_only_one_goes_on(self, stores: Sequence[Store]) -> None:
+        a, copy = stores
+        grant = await self.held(a)
+        first, second = Held(grant.term, "nonce-a", (0,)), Held(grant.term, "nonce-a", (0, 8, 9))
+        assert await a.renew("bot", "a", first, 7, DEADLINE) is not None
+        kinds: Any = {"reason": Reason.STOPPED, "pass_on": False, "leave": False, "deadline": DEADLINE}
+        assert await copy.renew("bot", "a", second, 10, DEADLINE) is None
+        assert not await copy.release("bot", "a", second, **kinds)
+
+        tried = Held(grant.term, "nonce-a", (5, 7))  # of the last renewal no answer came
+        assert await a.renew("bot", "a", tried, 12, DEADLINE) is not None
+        assert await a.release("bot", "a", Held(grant.term, "nonce-a", (12,)), **kinds)
 
     async def test_a_released_term_cannot_be_renewed(self, stores: Sequence[Store]) -> None:
         a, b = stores
         grant = await self.held(a)
         assert await a.release(
-            "bot", "a", grant.term, "nonce-a", reason=Reason.STOPPED, pass_on=False, leave=False, deadline=DEADLINE
+            "bot",
+            "a",
+            Held(grant.term, "nonce-a"),
+            reason=Reason.STOPPED,
+            pass_on=False,
+            leave=False,
+            deadline=DEADLINE,
         )
 
-        assert await b.renew("bot", "a", grant.term, "nonce-a", DEADLINE) is None
+        assert await b.renew("bot", "a", Held(grant.term, "nonce-a"), 7, DEADLINE) is None
         assert lease_of(await b.read("bot", "a", DEADLINE)).holder is None
 
     async def test_release_is_scoped_to_one_term(self, stores: Sequence[Store]) -> None:
@@ -182,8 +207,8 @@ class StoreContract:
         grant = await self.held(a)
         kinds: Any = {"reason": Reason.STOPPED, "pass_on": False, "leave": False, "deadline": DEADLINE}
 
-        assert not await b.release("bot", "a", grant.term - 1, "nonce-a", **kinds)
-        assert not await b.release("bot", "a", grant.term, "other", **kinds)
+        assert not await b.release("bot", "a", Held(grant.term - 1, "nonce-a"), **kinds)
+        assert not await b.release("bot", "a", Held(grant.term, "other"), **kinds)
         assert lease_of(await b.read("bot", "a", DEADLINE)).holder == "a"
 
     async def test_a_claim_takes_the_assignment_from_exactly_one(self, stores: Sequence[Store]) -> None:
@@ -194,7 +219,7 @@ class StoreContract:
         assert not await claim(b, "b")
         assert not await claim(b, "b", "somebody")
         assert await claim(b, "b", "a")
-        renewal = await a.renew("bot", "a", 1, "nonce-a", DEADLINE)
+        renewal = await a.renew("bot", "a", Held(1, "nonce-a"), 7, DEADLINE)
         assert renewal is not None and not renewal.assigned and not renewal.vacant
 
     async def test_a_claim_that_comes_late_is_refused(self, stores: Sequence[Store]) -> None:
@@ -204,7 +229,7 @@ class StoreContract:
         peer = (await b.read("bot", "b", DEADLINE)).assigned
         assert peer is not None
         kinds: Any = {"reason": Reason.SILENT, "pass_on": False, "leave": False, "deadline": DEADLINE}
-        assert await a.release("bot", "a", grant.term, "nonce-a", **kinds)
+        assert await a.release("bot", "a", Held(grant.term, "nonce-a"), **kinds)
         assert await acquire(a, "a", lease_of(await a.read("bot", "a", DEADLINE)), nonce="again") is not None
         assert not await b.claim("bot", "b", peer.key, DEADLINE)  # decided when "a" seemed dead
 
@@ -225,7 +250,9 @@ class StoreContract:
             assert await claim(a, one, bot=bot)
             grant = await acquire(a, one, lease_of(view), bot=bot)
             kinds: Any = {"reason": Reason.STOPPED, "pass_on": True, "leave": n % 2 == 0, "deadline": DEADLINE}
-            await asyncio.gather(a.release(bot, one, grant.term, f"nonce-{one}", **kinds), claim(b, two, one, bot=bot))
+            await asyncio.gather(
+                a.release(bot, one, Held(grant.term, f"nonce-{one}"), **kinds), claim(b, two, one, bot=bot)
+            )
             view = await b.read(bot, two, DEADLINE)
             assert view.assigned is not None and view.assigned.instance_id == two
             assert lease_of(view).holder is None
@@ -245,7 +272,7 @@ class StoreContract:
             await b.register(registration(name, deployment), DEADLINE)
         await b.leave("bot", "gone", reason=Reason.STOPPED, pass_on=True, deadline=DEADLINE)
         assert await a.release(
-            "bot", "a", grant.term, "nonce-a", reason=Reason.STOPPED, pass_on=True, leave=True, deadline=DEADLINE
+            "bot", "a", Held(grant.term, "nonce-a"), reason=Reason.STOPPED, pass_on=True, leave=True, deadline=DEADLINE
         )
         view = await b.read("bot", "new", DEADLINE)
 
@@ -256,7 +283,7 @@ class StoreContract:
         a, _ = stores
         grant = await self.held(a)
         await a.release(
-            "bot", "a", grant.term, "nonce-a", reason=Reason.STOPPED, pass_on=True, leave=True, deadline=DEADLINE
+            "bot", "a", Held(grant.term, "nonce-a"), reason=Reason.STOPPED, pass_on=True, leave=True, deadline=DEADLINE
         )
         view = await a.read("bot", "a", DEADLINE)
 
@@ -269,7 +296,7 @@ class StoreContract:
         grant = await self.held(a)
         await execute("DELETE FROM bot_leases")
         assert (await a.read("bot", "a", DEADLINE)).lease is None
-        assert await a.renew("bot", "a", grant.term, "nonce-a", DEADLINE) is None
+        assert await a.renew("bot", "a", Held(grant.term, "nonce-a"), 7, DEADLINE) is None
         view = await a.register(registration("a"), DEADLINE)
 
         assert lease_of(view).holder is not None and lease_of(view).term >= grant.term
@@ -284,7 +311,7 @@ class StoreContract:
         rows = await execute("SELECT * FROM bot_instances WHERE is_active = TRUE")
         assert [r["instance_id"] for r in rows] == ["b"]
         await execute("UPDATE bot_instances SET is_active = FALSE")
-        renewal = await a.renew("bot", "a", 1, "nonce-a", DEADLINE)
+        renewal = await a.renew("bot", "a", Held(1, "nonce-a"), 7, DEADLINE)
 
         assert renewal is not None and renewal.vacant and not renewal.assigned
 
@@ -296,7 +323,7 @@ class StoreContract:
         assert await claim(b, "b", bot=odd)
         assert await acquire(b, "b", lease_of(view), bot=odd) is not None
 
-        assert await a.renew("bot", "a", 1, "nonce-a", DEADLINE) is not None
+        assert await a.renew("bot", "a", Held(1, "nonce-a"), 7, DEADLINE) is not None
 
     async def test_a_change_of_assignment_or_holder_is_noticed_by_the_others(self, stores: Sequence[Store]) -> None:
         a, b = stores
@@ -330,10 +357,10 @@ class StoreContract:
         await b.register(registration("b", "d2"), DEADLINE)
         assert await claim(b, "b", "a")
         release: Any = {"deadline": DEADLINE, "pass_on": False, "leave": False, "reason": Reason.SUPERSEDED}
-        assert await a.release("bot", "a", first.term, "nonce-a", **release)
+        assert await a.release("bot", "a", Held(first.term, "nonce-a"), **release)
         grant = await acquire(b, "b", lease_of(await b.read("bot", "b", DEADLINE)), probation=probation)
         assert await b.release(
-            "bot", "b", grant.term, "nonce-b", **{**release, "pass_on": True, "leave": True, "reason": reason}
+            "bot", "b", Held(grant.term, "nonce-b"), **{**release, "pass_on": True, "leave": True, "reason": reason}
         )
         return await a.read("bot", back, DEADLINE)
 
@@ -371,7 +398,7 @@ class StoreContract:
         assert (await b.register(registration("b2", "d2"), DEADLINE)).failures == 1
         assert await claim(b, "b2", "a")
         grant = await acquire(b, "b2", lease_of(await b.read("bot", "b2", DEADLINE)), probation=Probation.ON)
-        assert await b.passed("bot", "b2", grant.term, "nonce-b2", DEADLINE)
+        assert await b.passed("bot", "b2", Held(grant.term, "nonce-b2"), DEADLINE)
         assert (await b.read("bot", "b2", DEADLINE)).failures == 0
 
     async def test_a_failed_probation_gives_back_to_the_newest_that_is_not_in_quarantine(
@@ -384,7 +411,7 @@ class StoreContract:
         assert await claim(b, "c", "a")
         grant = await acquire(b, "c", lease_of(await b.read("bot", "c", DEADLINE)), probation=Probation.ON)
         release: Any = {"deadline": DEADLINE, "pass_on": True, "leave": True, "reason": Reason.FAILED}
-        assert await b.release("bot", "c", grant.term, "nonce-c", **release)
+        assert await b.release("bot", "c", Held(grant.term, "nonce-c"), **release)
         view = await a.read("bot", "a", DEADLINE)
         assert view.assigned is not None and view.assigned.instance_id == "b2"
 
@@ -394,9 +421,9 @@ class StoreContract:
         await claim(a, "a")
         grant = await acquire(a, "a", lease_of(view), probation=Probation.ON)
         assert (await b.read("bot", "a", DEADLINE)).probation is Probation.ON
-        assert not await a.passed("bot", "a", grant.term, "another nonce", DEADLINE)
-        assert await a.passed("bot", "a", grant.term, "nonce-a", DEADLINE)
-        assert await a.passed("bot", "a", grant.term, "nonce-a", DEADLINE)  # the answer may have been lost
+        assert not await a.passed("bot", "a", Held(grant.term, "another nonce"), DEADLINE)
+        assert await a.passed("bot", "a", Held(grant.term, "nonce-a"), DEADLINE)
+        assert await a.passed("bot", "a", Held(grant.term, "nonce-a"), DEADLINE)  # the answer may have been lost
         assert (await b.read("bot", "a", DEADLINE)).probation is Probation.PASSED
 
     async def test_an_older_deployment_chosen_by_hand_becomes_the_newest(
@@ -437,7 +464,7 @@ class StoreContract:
         old = await a.register(registration("a2", "d1"), DEADLINE)
         assert old.generation < view.generation
         release: Any = {"deadline": DEADLINE, "pass_on": True, "leave": True, "reason": Reason.STOPPED}
-        await b.release("bot", "b", lease_of(await b.read("bot", "b", DEADLINE)).term, "nonce-b", **release)
+        await b.release("bot", "b", Held(lease_of(await b.read("bot", "b", DEADLINE)).term, "nonce-b"), **release)
         again = await b.register(registration("b2", "d2"), DEADLINE)
 
         assert again.assigned is not None and again.assigned.instance_id == "a2"
@@ -453,7 +480,7 @@ class StoreContract:
         await acquire(b, "b", lease_of(view))
         await a.register(registration("a2", "d1"), DEADLINE)  # "a" never said goodbye
         release: Any = {"deadline": DEADLINE, "pass_on": True, "leave": True, "reason": Reason.STOPPED}
-        await b.release("bot", "b", lease_of(await b.read("bot", "b", DEADLINE)).term, "nonce-b", **release)
+        await b.release("bot", "b", Held(lease_of(await b.read("bot", "b", DEADLINE)).term, "nonce-b"), **release)
         again = await b.register(registration("b2", "d2"), DEADLINE)
 
         assert again.assigned is not None and again.assigned.instance_id in ("a", "a2")
@@ -475,10 +502,10 @@ class StoreContract:
         a, b = stores
         grant = await self.held(a)
         assert await b.pause("bot", True, DEADLINE) == 1 and await b.pause("bot", True, DEADLINE) == 0
-        renewal = await a.renew("bot", "a", grant.term, "nonce-a", DEADLINE)
+        renewal = await a.renew("bot", "a", Held(grant.term, "nonce-a"), 7, DEADLINE)
         assert renewal is not None and renewal.paused and renewal.assigned
         release: Any = {"deadline": DEADLINE, "pass_on": False, "leave": False, "reason": Reason.PAUSED}
-        assert await a.release("bot", "a", grant.term, "nonce-a", **release)
+        assert await a.release("bot", "a", Held(grant.term, "nonce-a", (7,)), **release)
         view = await a.read("bot", "a", DEADLINE)
         assert view.paused and await acquire(a, "a", lease_of(view), nonce="again") is None
         assert await b.pause(None, False, DEADLINE) == 1

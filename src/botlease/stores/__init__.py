@@ -4,7 +4,7 @@ A store is a class with the verbs below. What each must keep:
 
 * every verb is atomic, and a verb that changes something is guarded on exactly what the caller saw;
 * ``acquire`` gives a term above every term ever used for this bot; rows of leases are never deleted;
-* ``renew`` and ``release`` touch exactly one ``(term, nonce)``;
+* ``renew`` and ``release`` touch exactly one ``(term, nonce)``, at one of the beats that are named;
 * no verb outlasts ``deadline`` seconds, whatever the driver does: it raises :class:`StoreError` and
   the outcome is then unknown;
 * times of the database are written for people; no verb decides by them.
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from botlease.model import How, Lease, Peer, Probation, Reason, View
+from botlease.model import Held, How, Lease, Peer, Probation, Reason, View
 
 SCHEMA_VERSION: Final = 3
 SEED_COLUMNS: Final = ("instance_id", "started_at", "last_heartbeat", "is_active")
@@ -109,14 +109,14 @@ class Store(Protocol):
         the very acquire that would defeat ours), the row is still exactly ``key``, the bot is not paused, and we are
         assigned and not ended. ``probation``: whether it begins on probation."""
 
-    async def renew(self, bot: str, instance_id: str, term: int, nonce: str, deadline: float) -> Renewal | None: ...
+    async def renew(self, bot: str, instance_id: str, held: Held, beat: int, deadline: float) -> Renewal | None:
+        """Write the new beat, if the row is still exactly this hold and shows one of its beats."""
 
     async def release(
         self,
         bot: str,
         instance_id: str,
-        term: int,
-        nonce: str,
+        held: Held,
         *,
         reason: Reason,
         pass_on: bool,
@@ -125,7 +125,7 @@ class Store(Protocol):
     ) -> bool:
         """End the term, journal it, notify; with ``pass_on`` hand our assignment to the best live standby."""
 
-    async def passed(self, bot: str, instance_id: str, term: int, nonce: str, deadline: float) -> bool:
+    async def passed(self, bot: str, instance_id: str, held: Held, deadline: float) -> bool:
         """Journal that the term has passed its probation, and notify."""
 
     async def touch(self, instance_id: str, state: str, deadline: float) -> None:
@@ -199,6 +199,7 @@ def make_view(row: Any, origin: str, era: int) -> View:
         probation=Probation(row["probation"] or ""),
         failures=row["failures"],
         others=row["others"],
+        ended=bool(row["my_ended"]),
         rooted=How(row["rooted"] or How.EXPIRED),
     )
 

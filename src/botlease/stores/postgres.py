@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import asyncpg
 
 from botlease import clock
-from botlease.model import TRIES, How, Probation, Reason, View
+from botlease.model import TRIES, Held, How, Probation, Reason, View
 from botlease.stores import (
     KEEP_ENDED_DAYS,
     SCHEMA_VERSION,
@@ -224,7 +224,7 @@ SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, co
        extract(epoch FROM clock_timestamp() - l.renewed_at)::float8 AS renewed_ago,
        a.instance_id AS a_id, a.generation AS a_generation, a.ended_at IS NOT NULL AS a_ended, a.beat AS a_beat,
        extract(epoch FROM clock_timestamp() - a.last_heartbeat)::float8 AS a_age,
-       me.generation AS my_generation, {timeline} AS timeline,
+       me.generation AS my_generation, me.ended_at IS NOT NULL AS my_ended, {timeline} AS timeline,
        (SELECT count(*) FROM bot_instances o
           LEFT JOIN failed f ON f.deployment = o.deployment
         WHERE o.bot = $1 AND o.ended_at IS NULL AND NOT o.is_active AND o.instance_id <> $2
@@ -303,8 +303,8 @@ WITH old AS (
 """
 
 RENEW: Final = """
-UPDATE bot_leases SET beat = beat + 1, renewed_at = clock_timestamp()
-WHERE bot = $1 AND term = $3 AND nonce = $4 AND holder = $2
+UPDATE bot_leases SET beat = $6, renewed_at = clock_timestamp()
+WHERE bot = $1 AND term = $3 AND nonce = $4 AND holder = $2 AND beat = ANY($5::bigint[])
 RETURNING EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = $2 AND is_active) AS assigned,
           NOT EXISTS (SELECT 1 FROM bot_instances a WHERE a.bot = $1 AND a.is_active) AS vacant,
           paused, {timeline} AS timeline
@@ -351,7 +351,7 @@ RELEASE: Final = (
     """
 WITH gone AS (
   UPDATE bot_leases SET holder = NULL, proof = '', beat = beat + 1, renewed_at = clock_timestamp()
-  WHERE bot = $1 AND term = $3 AND nonce = $4 AND holder = $2 RETURNING 1
+  WHERE bot = $1 AND term = $3 AND nonce = $4 AND holder = $2 AND beat = ANY($8::bigint[]) RETURNING 1
 ), closed AS (
   UPDATE bot_terms SET released_at = clock_timestamp(), reason = $5
   WHERE bot = $1 AND term = $3 AND EXISTS (SELECT 1 FROM gone)
@@ -712,21 +712,20 @@ class PostgresStore:
         )
         return Grant(row["term"], row["origin"]) if row else None
 
-    async def renew(self, bot: str, instance_id: str, term: int, nonce: str, deadline: float) -> Renewal | None:
-        row = await self.call(deadline, lambda c: c.fetchrow(self._sql(RENEW), bot, instance_id, term, nonce))
+    async def renew(self, bot: str, instance_id: str, held: Held, beat: int, deadline: float) -> Renewal | None:
+        row = await self.call(deadline, lambda c: c.fetchrow(self._sql(RENEW), bot, instance_id, *held, beat))
         if row is None:
             return None
         return Renewal(row["assigned"], row["vacant"], self._system + row["timeline"], row["paused"])
 
-    async def passed(self, bot: str, instance_id: str, term: int, nonce: str, deadline: float) -> bool:
-        return bool(await self.call(deadline, lambda c: c.fetchval(PASSED, bot, instance_id, term, nonce)))
+    async def passed(self, bot: str, instance_id: str, held: Held, deadline: float) -> bool:
+        return bool(await self.call(deadline, lambda c: c.fetchval(PASSED, bot, instance_id, held.term, held.nonce)))
 
     async def release(
         self,
         bot: str,
         instance_id: str,
-        term: int,
-        nonce: str,
+        held: Held,
         *,
         reason: Reason,
         pass_on: bool,
@@ -736,7 +735,7 @@ class PostgresStore:
         return bool(
             await self.call(
                 deadline,
-                lambda c: c.fetchval(RELEASE, bot, instance_id, term, nonce, str(reason), pass_on, leave),
+                lambda c: c.fetchval(RELEASE, bot, instance_id, *held[:2], str(reason), pass_on, leave, held.beats),
             )
         )
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from botlease import clock
-from botlease.model import How, Probation, Reason, View
+from botlease.model import Held, How, Probation, Reason, View
 from botlease.stores import Grant, Registration, Renewal, StoreError, StoreRefused, within
 from botlease.stores.inotify import JournalWatch
 from botlease.stores.sqlitefile import Key, SqliteFile, explain
@@ -188,15 +188,14 @@ class SqliteStore:
 
         return await self._call(deadline, call)
 
-    async def renew(self, bot: str, instance_id: str, term: int, nonce: str, deadline: float) -> Renewal | None:
-        return await self._call(deadline, lambda f: f.renew(bot, instance_id, term, nonce))
+    async def renew(self, bot: str, instance_id: str, held: Held, beat: int, deadline: float) -> Renewal | None:
+        return await self._call(deadline, lambda f: f.renew(bot, instance_id, held, beat))
 
     async def release(
         self,
         bot: str,
         instance_id: str,
-        term: int,
-        nonce: str,
+        held: Held,
         *,
         reason: Reason,
         pass_on: bool,
@@ -206,12 +205,12 @@ class SqliteStore:
         def call(f: SqliteFile) -> bool:
             # The work is gone; the successor that our commit wakes must find the side-car lock free.
             self._drop_guard(bot)
-            return f.release(bot, instance_id, term, nonce, reason=reason, pass_on=pass_on, leave=leave)
+            return f.release(bot, instance_id, held, reason=reason, pass_on=pass_on, leave=leave)
 
         return await self._call(deadline, call)
 
-    async def passed(self, bot: str, instance_id: str, term: int, nonce: str, deadline: float) -> bool:
-        return await self._call(deadline, lambda f: f.passed(bot, instance_id, term, nonce))
+    async def passed(self, bot: str, instance_id: str, held: Held, deadline: float) -> bool:
+        return await self._call(deadline, lambda f: f.passed(bot, instance_id, held))
 
     async def touch(self, instance_id: str, state: str, deadline: float) -> None:
         await self._call(deadline, lambda f: f.touch(instance_id, state))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from botlease import clock
-from botlease.model import TRIES, How, Probation, Reason, View
+from botlease.model import TRIES, Held, How, Probation, Reason, View
 from botlease.stores import (
     KEEP_ENDED_DAYS,
     SCHEMA_VERSION,
@@ -120,7 +120,7 @@ SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, co
        (julianday(:now) - julianday(l.renewed_at)) * 86400.0 AS renewed_ago,
        a.instance_id AS a_id, a.generation AS a_generation, a.ended_at IS NOT NULL AS a_ended, a.beat AS a_beat,
        (julianday(:now) - julianday(a.last_heartbeat)) * 86400.0 AS a_age,
-       me.generation AS my_generation,
+       me.generation AS my_generation, me.ended_at IS NOT NULL AS my_ended,
        (SELECT count(*) FROM bot_instances o
           LEFT JOIN failed f ON f.deployment = o.deployment
         WHERE o.bot = :bot AND o.ended_at IS NULL AND NOT o.is_active AND o.instance_id <> :me
@@ -216,15 +216,15 @@ BURY: Final = (
 )
 
 RENEW: Final = """
-UPDATE bot_leases SET beat = beat + 1, renewed_at = :now
-WHERE bot = :bot AND term = :term AND nonce = :nonce AND holder = :me
+UPDATE bot_leases SET beat = :beat, renewed_at = :now
+WHERE bot = :bot AND term = :term AND nonce = :nonce AND holder = :me AND instr(:beats, ',' || beat || ',') > 0
 RETURNING EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = :me AND is_active) AS assigned,
           NOT EXISTS (SELECT 1 FROM bot_instances a WHERE a.bot = :bot AND a.is_active) AS vacant, paused
 """
 
 RELEASE: Final = """
 UPDATE bot_leases SET holder = NULL, proof = '', beat = beat + 1, renewed_at = :now
-WHERE bot = :bot AND term = :term AND nonce = :nonce AND holder = :me
+WHERE bot = :bot AND term = :term AND nonce = :nonce AND holder = :me AND instr(:beats, ',' || beat || ',') > 0
 """
 CLOSE_TERM: Final = "UPDATE bot_terms SET released_at = :now, reason = :reason WHERE bot = :bot AND term = :term"
 SHOW_STANDBY: Final = (
@@ -288,6 +288,10 @@ NETWORK_FILE_SYSTEMS: Final = {
     0x47504653: "GPFS",
     0x0BD00BD0: "Lustre",
 }
+
+
+def _plain(held: Held) -> dict[str, Any]:
+    return {"term": held.term, "nonce": held.nonce, "beats": f",{','.join(map(str, held.beats))},"}
 
 
 class SqliteFile:
@@ -526,8 +530,8 @@ class SqliteFile:
                 db.execute(BURY, values)
             return Grant(rows[0]["term"], self.origin)
 
-    def renew(self, bot: str, instance_id: str, term: int, nonce: str) -> Renewal | None:
-        values = {"bot": bot, "me": instance_id, "term": term, "nonce": nonce, "now": clock.iso(self.wall())}
+    def renew(self, bot: str, instance_id: str, held: Held, beat: int) -> Renewal | None:
+        values = {"bot": bot, "me": instance_id, "beat": beat, "now": clock.iso(self.wall()), **_plain(held)}
         with self._write() as db:
             rows = db.execute(RENEW, values).fetchall()
             if not rows:
@@ -535,22 +539,14 @@ class SqliteFile:
             row = rows[0]
             return Renewal(bool(row["assigned"]), bool(row["vacant"]), self.origin, bool(row["paused"]))
 
-    def passed(self, bot: str, instance_id: str, term: int, nonce: str) -> bool:
+    def passed(self, bot: str, instance_id: str, held: Held) -> bool:
         with self._write() as db:
-            values = {"bot": bot, "me": instance_id, "term": term, "nonce": nonce}
+            values = {"bot": bot, "me": instance_id, "term": held.term, "nonce": held.nonce}
             return db.execute(PASSED, values).rowcount == 1
 
-    def release(
-        self, bot: str, instance_id: str, term: int, nonce: str, *, reason: Reason, pass_on: bool, leave: bool
-    ) -> bool:
-        values = {
-            "bot": bot,
-            "me": instance_id,
-            "term": term,
-            "nonce": nonce,
-            "reason": str(reason),
-            "now": clock.iso(self.wall()),
-        }
+    def release(self, bot: str, instance_id: str, held: Held, *, reason: Reason, pass_on: bool, leave: bool) -> bool:
+        now = clock.iso(self.wall())
+        values = {"bot": bot, "me": instance_id, "reason": str(reason), "now": now, **_plain(held)}
         with self._write() as db:
             released = db.execute(RELEASE, values).rowcount == 1
             if released:
