@@ -743,7 +743,8 @@ class World:
         if not work.frozen or self.time < work.node.asleep_until:
             return
         work.frozen = False
-        if work.alive and not work.crashed and not work.doomed:
+        down = work.crashed and work.node.deployment in self.broken  # one that only crashed counts as running meanwhile
+        if work.alive and not down and not work.doomed:
             self.trace(f"{work.node.name} goes on in term {work.term}")
             self.look_for_two(work)
             self.running.add(work)
