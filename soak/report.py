@@ -1,4 +1,4 @@
-"""What a part of the soak found: printed as it goes, and kept as figures for docs/reliability.md."""
+"""What a part of the soak found: printed as it goes, and in one line of figures."""
 
 from __future__ import annotations
 

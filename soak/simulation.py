@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 
 from simulation import Violation, World
@@ -48,26 +49,31 @@ def run_seed(seed: int, total: Sum) -> None:
     total.faults.update(world.faults)
 
 
-def chunk(first: int) -> Sum:
+def chunk(seeds: range) -> Sum:
     total = Sum()
-    for seed in range(first, first + CHUNK):
+    for seed in seeds:
         run_seed(seed, total)
     return total
 
 
-def results(first: int, seeds: int, workers: int) -> Iterator[Sum]:
-    chunks = range(first, first + seeds, CHUNK)
+def results(seeds: range, workers: int) -> Iterator[Sum]:
+    """The sums of the chunks. A worker that dies (SQLite crashed once) is an error, and not waited for for ever."""
     # spawned, not forked: each worker is a process of its own, as one that replays a seed by hand
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        yield from pool.imap_unordered(chunk, chunks)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = {pool.submit(chunk, seeds[i : i + CHUNK]) for i in range(0, len(seeds), CHUNK)}
+        try:
+            for done in as_completed(waiting):
+                yield done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def run(first: int, seeds: int, workers: int) -> Report:
     report, total = Report("simulation"), Sum()
-    for part in results(first, seeds, workers):
+    for part in results(range(first, first + seeds), workers):
         total.add(part)
-        for _, text in part.failures:
-            report.fail(f"{text}; again: scripts/soak replay {text.split(':')[0].removeprefix('seed ')}")
+        for seed, text in part.failures:
+            report.fail(f"{text}; again: scripts/soak replay {seed}")
         report.progress(f"{total.seeds:,} of {seeds:,} seeds, {sum(total.faults.values()):,} faults")
         if len(report.failures) > 20:
             break
@@ -78,7 +84,7 @@ def run(first: int, seeds: int, workers: int) -> Report:
         "terms": f"{total.terms:,}",
         "virtual hours": f"{total.virtual / 3600:,.0f}",
         "steps": f"{total.steps:,}",
-        "overlaps": str(len(total.failures)),
+        "findings": str(len(total.failures)),
         "slowest recovery": f"{total.slowest:.0%} of its bound",
     }
     for kind, count in total.faults.most_common():
@@ -94,6 +100,8 @@ def replay(seed: int) -> int:
         world.run()
     except Violation as e:
         broken = str(e)
+    except Exception as e:
+        broken = f"seed {seed}: {type(e).__name__}: {e}"
     print(world.plan)
     for line in world.lines or []:
         print(line)

@@ -5,7 +5,7 @@ network, may be paused for far longer than the ttl, and may crash at any step. A
 repeated and reordered; requests may be applied long after their sender gave up. The database's clock
 steps, an operator edits rows by hand, the database fails over and loses its last commits. Machines sleep; some are
 restored from a snapshot that still runs elsewhere, or are stopped together with their clocks: then two can be at
-work until the older trust is over, which no lease can prevent, and not for longer (docs/reliability.md).
+work until the older trust is over, which no lease can prevent, and not for longer (docs/design.md, "The promise").
 
 Latencies are extreme on purpose (almost zero, or just around the attempt's deadline): gentle random
 ones catch almost nothing.
@@ -112,7 +112,7 @@ class Plan:
             operator=rng.random() < 0.5,
             vandal=rng.random() < 0.15,
             # What a database loses in a fail-over it cannot say: a takeover by one with a longer ttl among it is the
-            # assumption of docs/reliability.md, "One ttl".
+            # assumption 3 of docs/design.md.
             failover=rng.random() < 0.2 and len(timings) == 1,
             same_host=rng.random() < 0.3,
             deaf_work=rng.random() < 0.4,
@@ -444,7 +444,7 @@ class World:
         if node.alive or node.work is not None:
             return
         if any(n is not node and n.name == node.name and n.alive for n in self.nodes):
-            return  # "No copies beside a same-host standby": an assumption of docs/reliability.md
+            return  # assumption 4 of docs/design.md: no other instance on a machine that was copied
         self.dead_proofs.add(node.proof)
         for other in self.nodes:
             if other.alive and other.host == node.host and node.proof in other.watched:
@@ -522,8 +522,11 @@ class World:
                 self.at(self.time + 0.02, lambda: None if self.calm else self.crash(node))
         node.feed(event)
 
+    def awake_beside(self, node: Node) -> list[Node]:
+        return [n for n in self.nodes if n is not node and n.alive and self.time >= max(n.paused_until, n.cut_until)]
+
     def move_on(self, node: Node) -> None:
-        awake = [n for n in self.nodes if n is not node and n.alive and self.time >= max(n.paused_until, n.cut_until)]
+        awake = self.awake_beside(node)
         if awake and not self.calm:
             who = self.rng.choice(awake).name
             self.trace(f"operator: TRUE for {who}")
@@ -836,13 +839,11 @@ class World:
     def fail_over(self) -> None:
         """The database comes back as another one, without its last commits."""
         self.faults["database failed over"] += 1
+        fitting: list[bytes] = []
         if self.snapshots:
             age = self.rng.choice([0.0, 1.0, 5.0])
             fitting = [s for t, s in self.snapshots if t <= self.time - age]
-            if fitting:
-                self.db.db.deserialize(fitting[-1])
-        self.db.origin += "+"
-        self.trace("the database fails over")
+        self.come_back(fitting[-1] if fitting else None)
 
     def hide_the_ttl(self, node: Node) -> None:
         """Nobody but the row knows how long its trust lasts, and the row goes."""
@@ -853,7 +854,7 @@ class World:
 
     def lose_what_comes(self, node: Node) -> None:
         """What it asked for is slow, another one comes first, and the database forgets that."""
-        awake = [n for n in self.nodes if n is not node and n.alive and self.time >= max(n.paused_until, n.cut_until)]
+        awake = self.awake_beside(node)
         if self.calm or not awake or self.rng.random() > 0.1:
             return
         self.faults["database failed over"] += 1
@@ -864,12 +865,14 @@ class World:
         self.db.db.execute("UPDATE bot_instances SET is_active = TRUE WHERE instance_id = ?", (other.name,))
         self.at(self.time + 0.001, lambda: other.feed(core.Woken()))
 
-        def forget() -> None:
-            self.db.db.deserialize(before)
-            self.db.origin += "+"
-            self.trace("the database fails over")
+        self.at(self.time + 0.6 * node.timing.attempt, lambda: self.come_back(before))
 
-        self.at(self.time + 0.6 * node.timing.attempt, forget)
+    def come_back(self, image: bytes | None) -> None:
+        """The database, as another one."""
+        if image is not None:
+            self.db.db.deserialize(image)
+        self.db.origin += "+"
+        self.trace("the database fails over")
 
     def snapshot(self) -> None:
         self.snapshots.append((self.time, self.db.db.serialize()))

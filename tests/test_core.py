@@ -71,7 +71,7 @@ class Driver:
     @property
     def mine(self) -> Lease:
         """The row as our last confirmed renewal left it."""
-        return Lease(4, self.state.term.beats[0] if self.state.term else 0, "n", "me", 10.0, "db")
+        return Lease(4, dict(self.state.wrote).get("n", (0,))[0], "n", "me", 10.0, "db")
 
     @property
     def question(self) -> core.Question:
@@ -203,6 +203,16 @@ def test_a_hold_from_before_a_fail_over_is_given_back_and_not_taken_for_a_copys(
     d.feed(Woken())
     d.answer(Seen, View(replace(HELD, holder="me", nonce="old"), "db+", ME, 5))
     assert d.question.verb is Verb.RELEASE
+
+
+def test_a_copy_that_is_stopped_ends_without_ending_the_others_row() -> None:
+    d = Driver().working()
+    d.feed(Tick(), after=2.0)
+    d.answer(Denied)
+    d.feed(WorkEnded(4), after=0.1)
+    d.answer(Denied)
+    d.feed(StopAsked())
+    assert d.answer(Seen, View(replace(d.mine, beat=12345), "db", ME, 5)) == [End(Reason.STOPPED)]
 
 
 def test_an_instance_whose_row_was_ended_by_somebody_else_ends() -> None:

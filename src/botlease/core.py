@@ -118,11 +118,6 @@ class Term:
     asked_at: float
     trusted_until: float
     start_at: float
-    beats: tuple[int, ...] = (0,)  # the last one that was confirmed, and those tried since
-
-    @property
-    def held(self) -> Held:
-        return Held(self.number, self.nonce, self.beats)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +136,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class State:
-    # Without slots: copying a __dict__ is ten times as fast as dataclasses.replace, and the simulation copies millions.
+    # Without slots: a __dict__ is copied several times as fast as dataclasses.replace does it, and the simulation
+    # copies millions.
     me: Candidate
     timing: Timing
     phase: Phase = Phase.JOINING
@@ -169,7 +165,8 @@ class State:
     ready: bool = True
     shown: str = "standby"  # what our row says we are
     give_back_at: float = 0.0
-    wrote: tuple[tuple[str, tuple[int, ...]], ...] = ()  # our last nonces, and which beats the row may show with each
+    # Our last nonces, and which beats the row may show with each: the last one confirmed, and those tried since.
+    wrote: tuple[tuple[str, tuple[int, ...]], ...] = ()
     # what is held
     term: Term | None = None
     drain_until: float = 0.0
@@ -382,7 +379,15 @@ def _copied(s: State, view: View, lease: Lease) -> bool:
     """The row names us, but we did not write it. (After a fail-over it may be an older one of ours.)"""
     if lease.origin != view.origin:
         return False
-    return not any(nonce == lease.nonce and lease.beat in beats for nonce, beats in s.wrote)
+    return lease.beat not in _beats(s, lease.nonce)
+
+
+def _beats(s: State, nonce: str) -> tuple[int, ...]:
+    return dict(s.wrote).get(nonce, ())
+
+
+def _held(s: State, t: Term) -> Held:
+    return Held(t.number, t.nonce, _beats(s, t.nonce))
 
 
 def _saw(s: State, view: View, now: float, out: list[Action]) -> State:
@@ -392,8 +397,8 @@ def _saw(s: State, view: View, now: float, out: list[Action]) -> State:
     if s.term is not None and s.phase in (Phase.WORKING, Phase.HOLDING, Phase.DRAINING):
         if changed or view.origin != s.term.origin:
             return _term_over(replace(s, origin=view.origin, key=None), Reason.CHANGED, now, out)
-        t = s.term
-        if lease is None or (lease.term, lease.nonce) != (t.number, t.nonce) or lease.beat not in t.beats:
+        held = _held(s, s.term)
+        if lease is None or (lease.term, lease.nonce) != held[:2] or lease.beat not in held.beats:
             return _term_over(s, Reason.LOST, now, out)
         assigned = view.assigned is not None and view.assigned.instance_id == s.me.instance_id
         s = replace(s, look_at=now + 3600.0)
@@ -477,8 +482,8 @@ def _renewed(s: State, q: Question, event: Renewed, now: float, out: list[Action
         return s  # it came after the end of trust: it counts for nothing
     if event.origin != t.origin:
         return _term_over(replace(s, origin=event.origin, key=None), Reason.CHANGED, now, out)
-    t = replace(t, asked_at=q.asked_at, trusted_until=q.asked_at + s.timing.trust, beats=(q.beat,))
-    s = _may_have_written(replace(s, term=t), t.nonce, t.beats)
+    t = replace(t, asked_at=q.asked_at, trusted_until=q.asked_at + s.timing.trust)
+    s = _may_have_written(replace(s, term=t), t.nonce, (q.beat,))
     if s.phase in (Phase.WORKING, Phase.DRAINING) and not s.killed:
         out.append(Arm(t.trusted_until))
     if s.danger and s.phase is Phase.WORKING:
@@ -544,7 +549,7 @@ def _plan(s: State, now: float, out: list[Action]) -> State:
                 now,
                 out,
                 Verb.RELEASE,
-                held=t.held,
+                held=_held(s, t),
                 reason=s.reason or Reason.STOPPED,
                 pass_on=last,
                 leave=last,
@@ -569,14 +574,14 @@ def _plan_hold(s: State, now: float, out: list[Action]) -> State:
     assert t is not None
     if now >= t.asked_at + s.timing.renew_every and not s.killed:
         # Two copies must not write the same beat, or each would take the other's for its own: the nanosecond differs.
-        beat = max(t.beats) + 1 + int(now * 1e9) % 2**20
-        s = _ask(s, now, out, Verb.RENEW, held=t.held, beat=beat)
-        t = replace(t, beats=(*t.beats, beat))
-        return _may_have_written(replace(s, term=t), t.nonce, t.beats)
+        held = _held(s, t)
+        beat = max(held.beats) + 1 + int(now * 1e9) % 2**20
+        s = _ask(s, now, out, Verb.RENEW, held=held, beat=beat)
+        return _may_have_written(s, t.nonce, (*held.beats, beat))
     if now >= s.look_at and s.phase is not Phase.DRAINING:
         return _ask(s, now, out, Verb.READ)
     if s.phase is Phase.WORKING and now >= _passed_at(s):
-        return _ask(s, now, out, Verb.PASS, held=t.held)
+        return _ask(s, now, out, Verb.PASS, held=_held(s, t))
     if now >= s.touch_at and s.phase is Phase.WORKING:
         return _ask(s, now, out, Verb.TOUCH, label=s.label)
     return s
@@ -597,11 +602,12 @@ def _plan_standby(s: State, now: float, out: list[Action]) -> State:
     if lease is None or not view.generation:
         # The lease row or our own row vanished. Registering puts back what is missing, in doubt, never free.
         return _finish(s, now, out) if s.stopping else _ask(s, now, out, Verb.REGISTER)
-    if not s.stopping and (view.ended or (lease.holder == s.me.instance_id and _copied(s, view, lease))):
+    if view.ended or (lease.holder == s.me.instance_id and _copied(s, view, lease)):
         # Without a word to the database: what stands there is another's. A new start has a name of its own.
-        out.append(End(Reason.COPIED))
-        return replace(s, phase=Phase.ENDED, reason=Reason.COPIED)
-    if lease.holder == s.me.instance_id and not _copied(s, view, lease):
+        reason = s.reason or Reason.STOPPED if s.stopping else Reason.COPIED
+        out.append(End(reason))
+        return replace(s, phase=Phase.ENDED, reason=reason)
+    if lease.holder == s.me.instance_id:
         if now >= s.give_back_at:
             reason = Reason.GIVEN_BACK if s.reason is None else s.reason
             held = Held(lease.term, lease.nonce, (lease.beat,))

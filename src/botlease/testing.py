@@ -22,6 +22,7 @@ from botlease.model import Held, How, Lease, Probation, Reason, View
 from botlease.stores import Registration, Store
 
 DEADLINE = 5.0
+STOPPED: Any = {"reason": Reason.STOPPED, "pass_on": False, "leave": False, "deadline": DEADLINE}
 
 
 def registration(instance_id: str, deployment: str = "d1", bot: str = "bot") -> Registration:
@@ -149,15 +150,7 @@ class StoreContract:
     async def test_terms_rise_above_the_floor_and_above_the_journal(self, stores: Sequence[Store]) -> None:
         a, _ = stores
         grant = await self.held(a)
-        await a.release(
-            "bot",
-            "a",
-            Held(grant.term, "nonce-a"),
-            reason=Reason.STOPPED,
-            pass_on=False,
-            leave=False,
-            deadline=DEADLINE,
-        )
+        assert await a.release("bot", "a", Held(grant.term, "nonce-a"), **STOPPED)
         lease = lease_of(await a.read("bot", "a", DEADLINE))
         again = await acquire(a, "a", lease, floor=500)
 
@@ -178,26 +171,17 @@ class StoreContract:
         grant = await self.held(a)
         first, second = Held(grant.term, "nonce-a", (0,)), Held(grant.term, "nonce-a", (0, 8, 9))
         assert await a.renew("bot", "a", first, 7, DEADLINE) is not None
-        kinds: Any = {"reason": Reason.STOPPED, "pass_on": False, "leave": False, "deadline": DEADLINE}
         assert await copy.renew("bot", "a", second, 10, DEADLINE) is None
-        assert not await copy.release("bot", "a", second, **kinds)
+        assert not await copy.release("bot", "a", second, **STOPPED)
 
         tried = Held(grant.term, "nonce-a", (5, 7))  # of the last renewal no answer came
         assert await a.renew("bot", "a", tried, 12, DEADLINE) is not None
-        assert await a.release("bot", "a", Held(grant.term, "nonce-a", (12,)), **kinds)
+        assert await a.release("bot", "a", Held(grant.term, "nonce-a", (12,)), **STOPPED)
 
     async def test_a_released_term_cannot_be_renewed(self, stores: Sequence[Store]) -> None:
         a, b = stores
         grant = await self.held(a)
-        assert await a.release(
-            "bot",
-            "a",
-            Held(grant.term, "nonce-a"),
-            reason=Reason.STOPPED,
-            pass_on=False,
-            leave=False,
-            deadline=DEADLINE,
-        )
+        assert await a.release("bot", "a", Held(grant.term, "nonce-a"), **STOPPED)
 
         assert await b.renew("bot", "a", Held(grant.term, "nonce-a"), 7, DEADLINE) is None
         assert lease_of(await b.read("bot", "a", DEADLINE)).holder is None
@@ -205,10 +189,9 @@ class StoreContract:
     async def test_release_is_scoped_to_one_term(self, stores: Sequence[Store]) -> None:
         a, b = stores
         grant = await self.held(a)
-        kinds: Any = {"reason": Reason.STOPPED, "pass_on": False, "leave": False, "deadline": DEADLINE}
 
-        assert not await b.release("bot", "a", Held(grant.term - 1, "nonce-a"), **kinds)
-        assert not await b.release("bot", "a", Held(grant.term, "other"), **kinds)
+        assert not await b.release("bot", "a", Held(grant.term - 1, "nonce-a"), **STOPPED)
+        assert not await b.release("bot", "a", Held(grant.term, "other"), **STOPPED)
         assert lease_of(await b.read("bot", "a", DEADLINE)).holder == "a"
 
     async def test_a_claim_takes_the_assignment_from_exactly_one(self, stores: Sequence[Store]) -> None:
