@@ -89,6 +89,53 @@ def test_the_bot_finishes_what_it_has_before_it_is_told_to_stop(sqlite_world: Wo
     again.wait()
 
 
+CONFIRMS_WHAT_IT_IS_WORKING_ON = """
+import http.client, json, os, signal, time, urllib.parse
+api = urllib.parse.urlsplit(os.environ["BOTLEASE_API_URL"])
+polls, spare = http.client.HTTPConnection(api.hostname, api.port), http.client.HTTPConnection(api.hostname, api.port)
+def ask(over, method, **params):
+    over.request("GET", f"{api.path}/bot{os.environ['TELEGRAM_BOT_TOKEN']}/{method}?{urllib.parse.urlencode(params)}")
+def answer(over):
+    return json.load(over.getresponse())["result"]
+def stop(number, frame):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ask(spare, "getUpdates", offset=offset, limit=1, timeout=0)
+    print("confirmed", flush=True)
+    answer(spare)
+offset = 0
+ask(spare, "getMe")
+answer(spare)  # it stays open
+signal.signal(signal.SIGTERM, stop)
+while True:
+    ask(polls, "getUpdates", offset=offset, timeout=5)
+    for u in answer(polls):
+        offset = u["update_id"] + 1
+        print("working on it", flush=True)
+        time.sleep(1.0)
+        chat, number = u["message"]["chat"]["id"], u["message"]["message_id"]
+        ask(polls, "sendMessage", chat_id=chat, text="done", reply_parameters=json.dumps({"message_id": number}))
+        answer(polls)
+"""
+
+
+def test_a_bot_that_a_platform_has_signalled_is_not_signalled_again_though_the_supervisor_is_quicker(
+    sqlite_world: World, telegram: Telegram
+) -> None:
+    """grammY's last call confirms what it is working on; a second signal would end it, and that would be lost. A
+    platform that signals everything at once may reach the bot and the supervisor before the gateway."""
+    run = start(sqlite_world, telegram, bot=(sys.executable, "-c", CONFIRMS_WHAT_IT_IS_WORKING_ON))
+    message = telegram.say("1")
+    run.says("working on it")
+    gateway = front(run)
+    (bot,) = [p for p in descendants(gateway) if comm(p) != "botlease-front"]
+    os.kill(bot, signal.SIGTERM)
+    run.says("confirmed")
+    run.signal(signal.SIGTERM)
+    run.says("draining")
+    os.kill(gateway, signal.SIGTERM)
+    assert run.wait() == 0 and len(message.replies) == 1
+
+
 def test_a_bot_that_does_not_finish_is_signalled_in_time(sqlite_world: World, telegram: Telegram) -> None:
     run = start(sqlite_world, telegram, "--stop-grace", "4", work="60")
     telegram.say("a long one")

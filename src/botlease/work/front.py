@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 FORWARDED = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH, signal.SIGALRM)
 UNANNOUNCED = 6.0
 """Seconds for a drain, where a signal came to this process from elsewhere."""
+MOMENT = 0.05
+"""Seconds by which a signal from elsewhere may come later than the supervisor's word: a platform that signals
+everything reaches one after the other, and a busy machine lets the supervisor speak first."""
 
 
 def become(
@@ -177,7 +180,14 @@ class _Front:
             self.draining = self.loop.create_task(self.drain(number))
 
     async def drain(self, number: int) -> None:
-        await self.gateway.drain(self.until, hurry=self.hurry)
+        import asyncio
+
+        began, hurry = clock.now(), self.hurry
+        await self.gateway.drain(self.until, hurry=hurry)
+        if hurry:
+            await asyncio.sleep(began + MOMENT - clock.now())
+            if not self.hurry:  # it came meanwhile
+                await self.gateway.drain(self.until, hurry=False)
         self.forward(number)
 
     # The supervisor ------------------------------------------------------------------------------------------------
