@@ -15,9 +15,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from soak import ROOT
 from soak.report import Report
 
-ROOT = Path(__file__).resolve().parent.parent
 SPEC = ROOT / "spec"
 JAR_SHA256 = "58c6df9a1045beb341ee947bc640fe8d89988ad1d0b700e392aa8dd97502129a"
 RULES = tuple(f"R{n}" for n in range(1, 9))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
@@ -68,7 +69,8 @@ def results(seeds: range, workers: int) -> Iterator[Sum]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def run(first: int, seeds: int, workers: int) -> Report:
+def run(first: int, seeds: int, workers: int, minutes: float = math.inf) -> Report:
+    """Over these seeds; on a machine that needs longer than ``minutes`` for them, over as many as it had time for."""
     report, total = Report("simulation"), Sum()
     for part in results(range(first, first + seeds), workers):
         total.add(part)
@@ -76,6 +78,9 @@ def run(first: int, seeds: int, workers: int) -> Report:
             report.fail(f"{text}; again: scripts/soak replay {seed}")
         report.progress(f"{total.seeds:,} of {seeds:,} seeds, {sum(total.faults.values()):,} faults")
         if len(report.failures) > 20:
+            break
+        if report.seconds > minutes * 60 and total.seeds < seeds:
+            report.figures["stopped"] = f"after {minutes:g} minutes of {seeds:,} seeds: this machine is slow"
             break
     report.figures |= {
         "seeds": f"{total.seeds:,} (from {first})",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -99,6 +101,22 @@ class World:
                 key, when = (int(pid), int(term)), float(at)
                 spans[key] = (min(spans.get(key, (when, 0))[0], when), max(spans.get(key, (0, when))[1], when))
         return spans
+
+    def sql(self, statement: str) -> None:
+        """As an operator does it."""
+        if self.url.startswith("sqlite"):
+            with contextlib.closing(sqlite3.connect(self.url.removeprefix("sqlite:///"))) as db, db:
+                db.execute(statement)
+            return
+
+        async def run() -> None:
+            import asyncpg
+
+            connection = await asyncpg.connect(self.url)
+            await connection.execute(statement)
+            await connection.close()
+
+        asyncio.run(run())
 
     def bot(self, **options: object) -> tuple[str, ...]:
         """The witness with options: ``bot(exit=1, start=0.5)``."""

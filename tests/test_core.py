@@ -387,6 +387,28 @@ def test_after_the_operator_deactivated_everybody_nobody_promotes_himself() -> N
     assert Driver().joined(View(served, "db", None, 6)).question.verb is Verb.CLAIM
 
 
+def test_a_holder_that_somebody_took_out_by_hand_is_waited_out() -> None:
+    by_hand = replace(HELD, holder=None)  # a release takes the proof as well
+    d = Driver().joined(View(by_hand, "db", ME, 5))
+    assert d.state.asking is None
+    d.feed(Tick(), after=TIMING.patience(10.0))
+    d.answer(Seen, View(by_hand, "db", ME, 5))
+    assert d.question.verb is Verb.ACQUIRE and d.question.how is How.EXPIRED
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_in_a_database_that_was_emptied_those_who_had_their_turn_claim_again(gone: bool) -> None:
+    d = Driver().working()
+    d.feed(Woken())
+    d.answer(Seen, View(None, "db", None, 0 if gone else 5))  # the row says that it is over
+    d.feed(WorkEnded(4))
+    d.answer(Denied)
+    d.answer(Seen, View(None, "db", None, 0 if gone else 5))
+    assert d.question.verb is Verb.REGISTER
+    d.answer(Registered, View(replace(FREE, term=0 if gone else 4), "db", None, 5))
+    assert (d.state.asking is not None and d.question.verb is Verb.CLAIM) is gone
+
+
 def test_a_second_start_by_hand_leaves_when_the_first_one_lives() -> None:
     d = Driver(Mode.REFUSE).joined(View(HELD, "db", OTHER, 5, renewed_ago=1.0))
     assert d.question.verb is Verb.LEAVE

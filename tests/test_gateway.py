@@ -428,6 +428,7 @@ async def test_the_inbox_is_bounded_in_bytes_too(house: House, monkeypatch: pyte
     monkeypatch.setattr(poller, "BACKLOG_BYTES", 10_000)
     bot, chat = await house.gateway(), house.user()
     await bot.call("getUpdates", timeout=0)  # it polls, and then is busy for long
+    await until(lambda: house.called("getUpdates") > 0)
     for _ in range(200):
         chat.say("x" * 5_000)
         await asyncio.sleep(0.005)

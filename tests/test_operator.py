@@ -44,25 +44,6 @@ def instance(world: World, deployment: str) -> str:
     return str(next(i["instance_id"] for i in bot["instances"] if i["deployment"] == deployment))
 
 
-def sql(world: World, statement: str) -> None:
-    if world.url.startswith("sqlite"):
-        import sqlite3
-
-        with sqlite3.connect(world.url.removeprefix("sqlite:///")) as db:
-            db.execute(statement)
-        db.close()
-        return
-
-    async def run() -> None:
-        connection = await asyncpg.connect(world.url)
-        await connection.execute(statement)
-        await connection.close()
-
-    import asyncio
-
-    asyncio.run(run())
-
-
 # Seeing ------------------------------------------------------------------------------------------------------------
 
 
@@ -102,7 +83,7 @@ def test_verify_believes_what_really_happened_and_finds_what_is_planted(world: W
     old.signal(signal.SIGCONT)
     assert says(world, "verify") == "b: 4 terms, no two overlap\n"
     assert world.overlap() == 0
-    sql(world, "UPDATE bot_terms SET acquired_at = (SELECT acquired_at FROM bot_terms WHERE term = 1) WHERE term = 2")
+    world.sql("UPDATE bot_terms SET acquired_at = (SELECT acquired_at FROM bot_terms WHERE term = 1) WHERE term = 2")
     done = botlease(world, "verify")
     assert done.returncode == 1 and "b: term 2 OVERLAPS term 1 by " in done.stdout
     (verdict,) = [json.loads(line) for line in botlease(world, "verify", "--json").stdout.splitlines()]
@@ -233,10 +214,10 @@ def test_a_pause_holds_for_new_deployments_too_and_a_resume_lets_the_assigned_on
 def test_pause_in_plain_sql(world: World) -> None:
     run = world.run("--name", "b")
     world.works(1)
-    sql(world, "UPDATE bot_leases SET paused = TRUE WHERE bot = 'b'")
+    world.sql("UPDATE bot_leases SET paused = TRUE WHERE bot = 'b'")
     run.says("the operator paused the bot")
     run.says("passive: ")
-    sql(world, "UPDATE bot_leases SET paused = FALSE WHERE bot = 'b'")
+    world.sql("UPDATE bot_leases SET paused = FALSE WHERE bot = 'b'")
     world.works(2)
 
 

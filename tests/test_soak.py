@@ -12,7 +12,8 @@ from planted_bugs import BUGS
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from soak.simulation import Sum, replay, run_seed  # noqa: E402 - after its folder
+from soak import nemesis, oracle, stores  # noqa: E402 - after its folder
+from soak.simulation import Sum, replay, run_seed  # noqa: E402
 
 
 def soak(*args: str) -> subprocess.CompletedProcess[str]:
@@ -42,3 +43,52 @@ def test_a_finding_names_its_seed_and_can_be_replayed(capsys: pytest.CaptureFixt
 def test_bad_input_is_refused(args: tuple[str, ...]) -> None:
     done = soak(*args)
     assert done.returncode == 2 and "Error" in done.stderr
+
+
+def judged(*stamps: tuple[str, int, float], thaws: tuple[float, ...] = ()) -> oracle.Oracle:
+    judge = oracle.Oracle(Path("/nowhere"))
+    judge.thaws += thaws
+    for stamp in stamps:
+        judge.take(*stamp)
+    return judge
+
+
+def test_the_judge_sees_two_at_work_in_whichever_order_they_wrote() -> None:
+    for stamps in ([("a/1", 1, 1.0), ("b/2", 2, 1.1), ("a/1", 1, 1.2)], [("a/1", 1, 1.2), ("b/2", 2, 1.1)]):
+        assert any("OVERLAP of a/1" in f for f in judged(*stamps).findings)
+    assert judged(("a/1", 1, 1.0), ("b/2", 2, 1.1), ("b/2", 2, 1.2)).findings == []
+
+
+def test_the_judge_sees_a_term_that_is_used_twice_or_falls() -> None:
+    assert "used twice" in judged(("a/1", 1, 1.0), ("b/2", 1, 1.1)).findings[0]
+    assert "after term 2" in judged(("a/1", 2, 1.0), ("b/2", 1, 1.1)).findings[0]
+
+
+def test_after_a_thaw_the_judge_forgives_milliseconds_and_counts_them() -> None:
+    stamps = ("a/1", 1, 1.0), ("b/2", 2, 3.0), ("a/1", 1, 4.001)
+    judge = judged(*stamps, thaws=(4.0,))
+    assert judge.findings == [] and judge.residue == [pytest.approx(0.001)]
+    assert judged(*stamps, thaws=(3.9,)).findings != []
+
+
+def test_a_short_run_of_the_nemesis_finds_nothing_and_counts_what_it_did() -> None:
+    done = soak("--part", "nemesis", "--first", "1", "--faults", "5", "--world", "sqlite")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "overlaps 0" in done.stdout and "fault: " in done.stdout
+
+
+def test_the_nemesis_finds_work_that_goes_on_when_its_trust_is_over(capsys: pytest.CaptureFixture[str]) -> None:
+    report = nemesis.run(2, 60, ("postgres",), at_once=1, plant="long_trust")
+
+    assert any("OVERLAP" in f for f in report.failures)
+
+
+def test_the_machines_over_the_stores_find_a_guard_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from botlease.stores import sqlitefile
+
+    assert stores.main("sqlite", 4, 1) == 0
+    assert "AND beat = :beat" in sqlitefile.ACQUIRE
+    monkeypatch.setattr(sqlitefile, "ACQUIRE", sqlitefile.ACQUIRE.replace("AND beat = :beat", ""))
+    with pytest.raises(AssertionError):
+        stores.main("sqlite", 150, 1, shrink=False)

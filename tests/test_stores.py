@@ -10,23 +10,27 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 import pytest
+from proxy import Proxy
 from servers import PgBouncer, has_pgbouncer
 
 from botlease.model import Held, How, Probation, Reason
-from botlease.stores import Store, StoreEmpty, StoreError, StoreRefused, open_store, postgres, redact, sqlitefile
+from botlease.stores import Store, StoreEmpty, StoreError, StoreRefused, open_store, postgres, sqlitefile
 from botlease.stores.inbox import Changes, Holding, Update
 from botlease.stores.postgres import PostgresStore
 from botlease.stores.postgresinbox import PostgresInbox
 from botlease.stores.sqlite import SqliteStore
-from botlease.stores.sqlitefile import NETWORK_FILE_SYSTEMS
-from botlease.testing import DEADLINE, StoreContract, acquire, claim, lease_of, registration
+from botlease.stores.sqlitefile import NETWORK_FILE_SYSTEMS, prepare
+from botlease.testing import DEADLINE, STOPPED, StoreContract, acquire, claim, lease_of, registration
+from botlease.text import redact
 
 
 async def two(url: str) -> AsyncIterator[list[Store]]:
@@ -197,7 +201,7 @@ async def test_a_database_of_the_first_version_is_upgraded_with_all_that_is_in_i
             await old_one.open(DEADLINE)
         await old_one.aclose()
     looking = open_store(any_url)  # a command that only looks
-    with pytest.raises(StoreRefused, match="tables are of an older botlease .version 1, this one knows 3"):
+    with pytest.raises(StoreRefused, match="tables are of an older botlease .version 1, this one knows 4"):
         await looking.open(DEADLINE, upgrade=False)
     await looking.aclose()
     rows = "('b', 7, 0, 'n', NULL, 10, 'o', '', 3, CURRENT_TIMESTAMP)"
@@ -353,42 +357,6 @@ async def test_a_url_that_cannot_be_parsed_is_refused_without_being_quoted(url: 
 # PostgreSQL --------------------------------------------------------------------------------------------------------
 
 
-class Proxy:
-    """A TCP proxy that can freeze (accept and forward nothing) or cut."""
-
-    def __init__(self, port: int) -> None:
-        self.target = port
-        self.frozen = asyncio.Event()
-        self.frozen.set()
-        self.port = 0
-        self.delay = 0.0
-        self.writers: list[asyncio.StreamWriter] = []
-
-    async def __aenter__(self) -> Proxy:
-        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
-        self.port = self.server.sockets[0].getsockname()[1]
-        return self
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self.target)
-        self.writers += [writer, up_writer]
-        await asyncio.gather(self.pump(reader, up_writer), self.pump(up_reader, writer), return_exceptions=True)
-
-    async def pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(65536):
-            await self.frozen.wait()
-            await asyncio.sleep(self.delay)
-            writer.write(data)
-        writer.close()
-
-    async def __aexit__(self, *_: object) -> None:
-        self.frozen.set()
-        self.server.close()
-        for w in self.writers:
-            w.transport.abort()
-        await asyncio.sleep(0)
-
-
 async def test_no_call_outlasts_its_deadline_behind_a_connection_that_swallows_everything(postgres_url: str) -> None:
     port = int(postgres_url.split(":")[-1].split("/")[0])
     async with Proxy(port) as proxy:
@@ -396,7 +364,7 @@ async def test_no_call_outlasts_its_deadline_behind_a_connection_that_swallows_e
         await store.open(DEADLINE)
         await store.register(registration("a"), DEADLINE)
         for _ in range(2):  # on an open connection, then while connecting
-            proxy.frozen.clear()
+            proxy.stall()
             for call in (
                 lambda: store.read("bot", "a", 0.3),
                 lambda: store.touch("a", "x", 0.3),
@@ -406,7 +374,7 @@ async def test_no_call_outlasts_its_deadline_behind_a_connection_that_swallows_e
                 with pytest.raises(StoreError, match="no answer within"):
                     await call()
                 assert time.monotonic() - began < 0.6
-        proxy.frozen.set()
+        proxy.go_on()
         assert (await store.read("bot", "a", DEADLINE)).generation > 0
         await store.aclose()
 
@@ -560,6 +528,74 @@ async def test_while_the_work_of_a_deleted_file_runs_nobody_acquires_on_the_new_
     await b.aclose()
 
 
+async def test_what_is_in_the_place_of_the_lock_is_named(tmp_path: Path) -> None:
+    store = await opened(tmp_path)
+    view = await store.register(registration("a"), DEADLINE)
+    assert await claim(store, "a")
+    (tmp_path / f"lease.db-bot-{zlib.crc32(b'bot'):08x}.lock").mkdir()
+    with pytest.raises(StoreRefused, match="cannot open the lock .*Is a directory"):
+        await acquire(store, "a", lease_of(view), origin=view.origin)
+    await store.aclose()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_the_file_of_another_user_is_refused_to_whoever_is_not_root(tmp_path: Path) -> None:
+    for path in (tmp_path, *tmp_path.parents):
+        if str(path).startswith(tempfile.gettempdir() + "/"):
+            path.chmod(0o755)
+    file = tmp_path / "lease.db"
+    file.touch()
+    file.chmod(0o666)
+    os.chown(file, 12345, -1)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(StoreRefused, match="belongs to another user: run as the same one"):
+            prepare(str(file))
+    finally:
+        os.seteuid(0)
+    with pytest.raises(StoreRefused, match="belongs to another user"):
+        prepare(str(file))  # root as well: its owner could change every lease
+
+
+async def test_a_term_that_a_replaced_file_does_not_know_keeps_nobody_out_once_that_was_seen(tmp_path: Path) -> None:
+    a = await opened(tmp_path)
+    await a.register(registration("a"), DEADLINE)
+    shutil.copy(tmp_path / "lease.db", tmp_path / "backup")
+    await StoreContract().held(a)
+    (tmp_path / "backup").rename(tmp_path / "lease.db")
+    b = await opened(tmp_path)
+    view = await b.register(registration("b"), DEADLINE)
+    assert await claim(b, "b")
+    assert await acquire(b, "b", lease_of(view), origin=view.origin) is None  # its work may be about to begin
+
+    with pytest.raises(StoreError, match="replaced"):
+        await a.read("bot", "a", DEADLINE)
+    assert lease_of(await a.read("bot", "a", DEADLINE)).holder is None
+    assert await acquire(b, "b", lease_of(view), origin=view.origin) is not None
+    await a.aclose()
+    await b.aclose()
+
+
+@pytest.mark.parametrize("how", ["delete", "restore"])
+async def test_terms_go_on_rising_when_the_file_was_deleted_or_an_older_one_restored(tmp_path: Path, how: str) -> None:
+    store = await opened(tmp_path)
+    grant = await StoreContract().held(store)
+    shutil.copy(tmp_path / "lease.db", tmp_path / "backup")
+    for n in range(3):
+        assert await store.release("bot", "a", Held(grant.term, f"nonce-{n}" if n else "nonce-a"), **STOPPED)
+        grant = await acquire(store, "a", lease_of(await store.read("bot", "a", DEADLINE)), nonce=f"nonce-{n + 1}")
+    assert grant.term == 4
+    await store.aclose()
+    (tmp_path / "lease.db").unlink()
+    if how == "restore":
+        (tmp_path / "backup").rename(tmp_path / "lease.db")
+    new = await opened(tmp_path)
+    view = await new.register(registration("b", "d9"), DEADLINE)
+    assert await claim(new, "b", "a" if how == "restore" else None)
+    assert (await acquire(new, "b", lease_of(view), origin=view.origin)).term == 5
+    await new.aclose()
+
+
 async def test_a_writer_that_sleeps_inside_its_transaction_cannot_hold_a_call_beyond_its_deadline(
     tmp_path: Path,
 ) -> None:
@@ -592,7 +628,10 @@ async def test_network_file_systems_links_and_folders_are_refused(
 ) -> None:
     (tmp_path / "link.db").symlink_to(tmp_path / "real.db")
     (tmp_path / "folder.db").mkdir()
-    for name, says in (("link.db", "symbolic link"), ("folder.db", "not a regular file")):
+    (tmp_path / "first.db").touch()
+    (tmp_path / "second.db").hardlink_to(tmp_path / "first.db")  # the locks beside it would be others
+    refused = {"link.db": "symbolic link", "folder.db": "not a regular file", "second.db": "a second name"}
+    for name, says in refused.items():
         store = SqliteStore(str(tmp_path / name))
         with pytest.raises(StoreRefused, match=says):
             await store.open(DEADLINE)

@@ -5,6 +5,8 @@ One clock domain, one machine, O_APPEND: overlaps between two of them are exact.
 leave witness), --exit N (ends with N after --for S seconds). --start S (needs S seconds before its gate), --gate fd
 or url (waits there), --touch FILE (touches it at each stamp), --hang S (goes on after S seconds but touches nothing),
 --say TEXT (prints it each time instead), --warned FILE (writes the names of the signals USR1 and USR2 there).
+--who 1 (writes the instance and the first process of this work instead of its pid), --spawn S (every S seconds a
+double-forked process of its own session that leaves witness, too), --user N (drops its privileges first).
 """
 
 import os
@@ -27,6 +29,9 @@ def stop(number, frame):
 
 signal.signal(signal.SIGTERM, stop)
 signal.signal(signal.SIGINT, stop)
+if "--user" in option:
+    os.setresuid(*(int(option["--user"]),) * 3)
+first = f"{os.environ.get('BOTLEASE_INSTANCE_ID')}/{os.getpid()}"
 if "--daemon" in option and os.fork():
     pass
 elif "--daemon" in option:
@@ -41,6 +46,8 @@ if not term and option.get("--gate") == "fd":
     gate = int(os.environ["BOTLEASE_GATE_FD"])
     os.write(gate, b"ready\n")
     term = os.read(gate, 64).decode().strip()
+    if not term:  # the other end is gone: no term will come
+        os._exit(1)
 elif not term and option.get("--gate") == "url":
     import json
     import urllib.request
@@ -49,6 +56,8 @@ elif not term and option.get("--gate") == "url":
         term = str(json.load(answer)["term"])
 term = term or "0"
 began = time.clock_gettime(time.CLOCK_BOOTTIME)
+who = first if "--who" in option else str(os.getpid())
+escapes = began + float(option.get("--spawn", 1e9))
 
 
 def warned(number, frame):
@@ -75,9 +84,19 @@ while True:
     prove()
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
     if stopping and now >= stopping[0]:
-        os.write(fd, f"{os.getpid()} {term} {now:.6f}\n".encode())
+        os.write(fd, f"{who} {term} {now:.6f}\n".encode())
         os._exit(int(option.get("--stop-code", 0)))
     if now >= ends:
         os._exit(int(option.get("--exit", 0)))
-    os.write(fd, f"{os.getpid()} {term} {now:.6f}\n".encode())
+    if now >= escapes:
+        escapes = now + float(option["--spawn"])
+        if os.fork() == 0:
+            escapes = 1e9
+            os.setsid()
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            if os.fork():
+                os._exit(0)
+        else:
+            os.wait()
+    os.write(fd, f"{who} {term} {now:.6f}\n".encode())
     time.sleep(0.002)

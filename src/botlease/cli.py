@@ -350,17 +350,9 @@ def _check_database(url: str) -> None:
         if find_spec("asyncpg") is None:
             fail("PostgreSQL needs the driver asyncpg: pip install 'botlease[postgres]'", CONFIG)
     elif scheme != "sqlite" or "://" not in url:
-        fail(
-            f"do not know the database URL {_redact(url)!r}: use postgresql://user@host/name or "
-            "sqlite:///path/to/file.db (BOTLEASE_DATABASE_URL counts before DATABASE_URL)",
-            CONFIG,
-        )
+        from botlease.stores import UNKNOWN_URL
 
-
-def _redact(url: str) -> str:
-    from botlease.stores import redact
-
-    return redact(url)
+        fail(UNKNOWN_URL, CONFIG)
 
 
 def _check_command(program: str) -> None:

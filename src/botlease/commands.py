@@ -15,6 +15,7 @@ import click
 from botlease import clock, settings
 from botlease.console import CONFIG, CONTEXT, ask, database_option, fail
 from botlease.settings import ConfigurationError
+from botlease.text import clean, safe
 
 DEADLINE: Final = 5.0
 COMMANDS: Final[dict[str, click.Command]] = {}
@@ -51,8 +52,6 @@ async def which(store: Any, name: str | None) -> str:
 
 
 def _list(bots: list[str]) -> str:
-    from botlease.status import clean
-
     return ", ".join(clean(b) for b in bots[:20]) or "none yet"
 
 
@@ -91,7 +90,7 @@ def status(database: str | None, name: str | None, ended: bool, as_json: bool, w
             try:
                 text = render(await store.overview(DEADLINE))
             except StoreError as e:  # it may come back; whoever watches wants to see it do so
-                text = f"the database does not answer: {e}"
+                text = f"the database does not answer: {safe(e)}"
             if sys.stdout.isatty():
                 click.echo(f"\x1b[H\x1b[J{text}\n\n(every {interval:g} s; Ctrl-C ends)")
             elif text != last:
@@ -155,7 +154,6 @@ def verify(database: str | None, name: str | None, as_json: bool) -> None:
     from dataclasses import asdict
 
     from botlease import journal
-    from botlease.status import clean
 
     async def read(store: Any) -> Any:
         if name is not None:
@@ -169,7 +167,7 @@ def verify(database: str | None, name: str | None, as_json: bool) -> None:
             click.echo(json.dumps(asdict(v)))
             continue
         for finding in v.findings:
-            click.echo(f"{clean(v.bot)}: term {finding.term} {clean(finding.what)}")
+            click.echo(clean(f"{v.bot}: term {finding.term} {finding.what}"))
         if not v.findings:
             click.echo(f"{clean(v.bot)}: {v.terms} terms, no two overlap")
     if not verdicts and not as_json:
@@ -231,7 +229,7 @@ def wait(
     found = ask(database, until, patience=timeout)
     if found is None:
         fail(f"nobody {'is active' if active else 'stands by'} after {timeout:g} s: see `botlease status`", TIMED_OUT)
-    click.echo(found)
+    click.echo(clean(found))
 
 
 @command
@@ -255,7 +253,6 @@ def doctor(
     """
     from botlease.console import hide_password
     from botlease.doctor import examine
-    from botlease.status import clean
 
     hide_password(database)
     lines = asyncio.run(
@@ -303,7 +300,7 @@ def promote(database: str | None, instance_id: str) -> None:
     UPDATE bot_instances SET is_active = TRUE WHERE instance_id = '...';
     """
     ask(database, lambda store: store.promote(instance_id, DEADLINE))
-    click.echo(f"{instance_id} has the assignment; it starts when the lease is free (see `botlease status`)")
+    click.echo(f"{clean(instance_id)} has the assignment; it starts when the lease is free (see `botlease status`)")
 
 
 @command
@@ -333,7 +330,8 @@ def deactivate(database: str | None, instance_id: str | None, name: str | None, 
 
     who, count = ask(database, take)
     what = f"{count} bots" if who is None else who
-    click.echo(f"{what}: deactivated; it drains and stops" if count else f"{what}: nobody had the assignment")
+    done = "deactivated; it drains and stops" if count else "nobody had the assignment"
+    click.echo(f"{clean(what)}: {done}")
 
 
 def _pause(database: str | None, name: str | None, everybody: bool, on: bool) -> None:
@@ -347,7 +345,8 @@ def _pause(database: str | None, name: str | None, everybody: bool, on: bool) ->
     bot, count = ask(database, change)
     what = f"{count} bots" if bot is None else bot
     done = "paused; nobody works until `botlease resume`" if on else "resumed; whoever has the assignment works again"
-    click.echo(f"{what}: {done}" if count else f"{what}: was {'paused' if on else 'not paused'} already")
+    already = f"was {'paused' if on else 'not paused'} already"
+    click.echo(f"{clean(what)}: {done if count else already}")
 
 
 @command

@@ -17,7 +17,10 @@ CONFIG, UNAVAILABLE = 78, 69
 
 
 def fail(text: str, code: int) -> NoReturn:
-    click.echo(f"botlease: {text}", err=True)
+    from botlease.text import safe
+
+    # A URL or a token in the place of something else, a row, a server's answer: any of them may be quoted in it.
+    click.echo(f"botlease: {safe(text)}", err=True)
     sys.exit(code)
 
 
@@ -51,7 +54,7 @@ def hide_password(url: str | None) -> None:
     """Blot the password out of our own command line, which everybody on this machine can read."""
     if not url:
         return
-    from botlease.stores import passwords
+    from botlease.text import passwords
     from botlease.title import blot
 
     for secret in passwords(url):

@@ -161,6 +161,9 @@ class State:
     peer_since: float = 0.0
     proved: tuple[int, str] | None = None
     claimed: bool = False
+    # The database has been emptied since: no operator's will stands in it, and if all who live have had their turn in
+    # the one before, nobody would begin.
+    anew: bool = False
     was_active: bool = False
     ready: bool = True
     shown: str = "standby"  # what our row says we are
@@ -291,7 +294,12 @@ def _absorb(s: State, event: Event, now: float, out: list[Action]) -> State:
             return s
         case Claimed(ok=ok):
             return replace(
-                s, claimed=s.claimed or ok, probation=s.probation if ok else Probation.NONE, view=None, look_at=now
+                s,
+                claimed=s.claimed or ok,
+                anew=s.anew and not ok,
+                probation=s.probation if ok else Probation.NONE,
+                view=None,
+                look_at=now,
             )
         case Granted():
             return _granted(s, q, event, now, out)
@@ -405,6 +413,8 @@ def _saw(s: State, view: View, now: float, out: list[Action]) -> State:
         if not assigned or view.paused:
             return _unassigned(s, _why_not(view.paused, view.assigned is None), now, out)
         return _ails(s, view.others, now, out) if s.ailing and s.phase is Phase.WORKING else s
+    if not view.generation and (lease is None or lease.served == 0):
+        s = replace(s, anew=True)
     if lease is None:
         return replace(s, view=view, key=None, doubted=True, origin=view.origin, look_at=now + _interval(s, view))
     if s.key != lease.key:
@@ -624,7 +634,7 @@ def _plan_standby(s: State, now: float, out: list[Action]) -> State:
     if view.paused:
         return _touch(s, now, out)
     if view.assigned is not None and view.assigned.instance_id == s.me.instance_id:
-        s = replace(s, claimed=True)
+        s = replace(s, claimed=True, anew=False)
         how = _vacancy(s, lease, now)
         if how is not None:
             floor = max(s.floor, lease.term)
@@ -662,7 +672,7 @@ def _touch(s: State, now: float, out: list[Action]) -> State:
 
 def _vacancy(s: State, lease: Lease, now: float) -> How | None:
     """Rule R3: the evidence that nobody can be working under this row, or None."""
-    if lease.holder is None and not s.doubted:
+    if lease.holder is None and not lease.proof and not s.doubted:  # with the proof still there, it was typed by hand
         return How.RELEASED
     if lease.holder is not None and s.proved == (lease.term, lease.nonce) and not s.doubted:
         return How.DIED
@@ -704,7 +714,7 @@ def _may_claim(s: State, view: View, lease: Lease, now: float) -> bool:
         # Nobody is assigned: the first start, or the operator's will. Only a deployment that has not
         # had its turn may end that; nobody promotes himself back.
         new = lease.served == 0 if s.me.mode is Mode.WAIT else view.generation > lease.served
-        return new and not s.claimed
+        return new and (not s.claimed or (s.anew and lease.served == 0))
     newest = s.me.mode is Mode.PREEMPT and not s.claimed and view.generation > peer.generation
     if newest and s.ready and view.failures < TRIES:
         return True

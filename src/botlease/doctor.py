@@ -6,11 +6,12 @@ Each check says what it found, and where that is not good, what to do.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -18,7 +19,8 @@ from urllib.parse import urlsplit
 from botlease import __version__, settings
 from botlease.platforms import PLAIN, SYSTEMD, grace
 from botlease.settings import ConfigurationError, Settings
-from botlease.stores import SCHEMA_VERSION, StoreError, open_store, redact
+from botlease.stores import SCHEMA_VERSION, StoreError, open_store
+from botlease.text import BOT_TOKEN, redact
 
 CLOCK_OFF = 2.0
 """Seconds. Nothing safe depends on it; ages on displays do."""
@@ -50,12 +52,12 @@ async def examine(
     try:
         made = settings.make(env, database=database, name=name, **options)
     except ConfigurationError as e:
-        return [*out, Line("problem", str(e), "correct it: `botlease run` would not start either")]
+        return [*out, Line("problem", redact(str(e)), "correct it: `botlease run` would not start either")]
     out += platform_lines(made, env)
     out += await store_lines(made)
     if telegram:
         out += await telegram_lines(env)
-    return out
+    return [replace(line, what=redact(line.what)) for line in out]
 
 
 # The machine ---------------------------------------------------------------------------------------------------------
@@ -180,27 +182,45 @@ async def telegram_lines(env: Mapping[str, str]) -> list[Line]:
     token = next((env[v] for v in settings.TOKEN_VARIABLES if env.get(v)), None)
     if token is None:
         return []
-    if settings.token_id(env) is None:
+    if not BOT_TOKEN.fullmatch(token):
+        if BOT_TOKEN.fullmatch(token.strip()):
+            what = "the Telegram token has a blank or a line end before or behind it"
+            return [Line("problem", what, "copy it again without")]
         return [Line("problem", "the Telegram token is not one: digits, a colon, letters", "copy it from @BotFather")]
     base = (env.get("TELEGRAM_API_URL") or "https://api.telegram.org").rstrip("/")
     try:
         me = await asyncio.to_thread(_call, base, token, "getMe")
         hook = await asyncio.to_thread(_call, base, token, "getWebhookInfo")
     except (OSError, ValueError) as e:
-        return [Line("warning", f"Telegram: {redact(str(e))}", "check the network; --no-telegram skips this")]
+        return [Line("warning", f"Telegram: {_without(token, e)}", "check the network; --no-telegram skips this")]
+    except Exception as e:  # what else a library raises may quote the address, and the token in it
+        what = f"Telegram: {type(e).__name__} while asking the Bot API"
+        return [Line("warning", what, "check TELEGRAM_API_URL; --no-telegram skips this")]
     if not me.get("ok"):
         cure = "get the current token from @BotFather"
-        return [Line("problem", f"Telegram refuses the token of bot {settings.token_id(env)}: {_said(me)}", cure)]
-    out = [ok(f"Telegram: the token is that of @{me['result'].get('username', '?')} ({me['result'].get('id')})")]
-    url = (hook.get("result") or {}).get("url") or ""
+        return [
+            Line(
+                "problem",
+                f"Telegram refuses the token of bot {settings.token_id(env)}: {_without(token, _said(me))}",
+                cure,
+            )
+        ]
+    who, state = (found if isinstance(found := answer.get("result"), dict) else {} for answer in (me, hook))
+    out = [ok(f"Telegram: the token is that of @{who.get('username', '?')} ({who.get('id')})")]
+    url = str(state.get("url") or "")
     if url:
         cure = "a polling bot gets nothing until deleteWebhook; a webhook bot needs no polling"
-        out.append(Line("warning", f"Telegram: a webhook is set, to {urlsplit(url).hostname}", cure))
+        with contextlib.suppress(ValueError):
+            url = str(urlsplit(url).hostname)
+        out.append(Line("warning", f"Telegram: a webhook is set, to {_without(token, url)}", cure))
     else:
-        out.append(
-            ok(f"Telegram: no webhook, {(hook.get('result') or {}).get('pending_update_count', 0)} updates wait")
-        )
+        out.append(ok(f"Telegram: no webhook, {state.get('pending_update_count', 0)} updates wait"))
     return out
+
+
+def _without(token: str, text: object) -> str:
+    """It may have been sent back to us in a form that does not look like one any more."""
+    return redact(str(text).replace(token, "***"))
 
 
 def _said(answer: dict[str, Any]) -> str:
@@ -223,7 +243,7 @@ def _call(base: str, token: str, method: str) -> dict[str, Any]:
         raise OSError(f"{urlsplit(base).hostname} cannot be reached: {e.reason}") from None
     try:
         found = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{urlsplit(base).hostname} did not answer as a Bot API does") from None
     if not isinstance(found, dict):
         raise ValueError(f"{urlsplit(base).hostname} did not answer as a Bot API does")

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import h11
+
+from botlease import clock
 
 MAX_HEAD = 64 * 1024
 MAX_BODY = 64 * 1024 * 1024
@@ -76,33 +79,59 @@ async def serve(
     host: str | None = "127.0.0.1",
     sock: socket.socket | None = None,
     streaming: bool = False,
+    limit: int = MAX_BODY,
+    patience: float = IDLE,
+    most: int = 0,
 ) -> asyncio.Server:
     """Listen on ``host`` (None: every address, as a platform's router needs it) or on a socket that listens already.
-    Raises OSError if it cannot."""
+
+    ``limit``: bytes of a body that is taken in before the handler is asked. ``patience``: seconds for which a client
+    may say nothing, and for a whole request where there is a ``most``. That many connections are kept; the oldest goes
+    for a new one, so that whoever opens many and says nothing shuts nobody out.
+    Raises OSError if it cannot.
+    """
+    kept: dict[asyncio.StreamWriter, None] = {}
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        kept[writer] = None
+        if most and len(kept) > most:
+            oldest = next(iter(kept))
+            del kept[oldest]  # now: its end is noticed later, and the next one must not pick it again
+            oldest.transport.abort()
+        talk = _Conversation(reader, writer, handler, streaming, limit, patience, patience if most else math.inf)
         try:
-            await _Conversation(reader, writer, handler, streaming).run()
+            await talk.run()
         except (OSError, TimeoutError, h11.ProtocolError, asyncio.IncompleteReadError):
             pass
         except asyncio.CancelledError:
             pass  # the loop is being closed; asyncio (3.11) would log it as an error of the callback
         finally:
+            kept.pop(writer, None)
             with contextlib.suppress(OSError):
                 writer.close()
 
+    backlog = 16 if most else 100  # so many are accepted at once, before any of them is counted
     if sock is not None:
-        return await asyncio.start_server(connected, sock=sock, limit=MAX_HEAD)
-    return await asyncio.start_server(connected, host, port, limit=MAX_HEAD)
+        return await asyncio.start_server(connected, sock=sock, limit=MAX_HEAD, backlog=backlog)
+    return await asyncio.start_server(connected, host, port, limit=MAX_HEAD, backlog=backlog)
 
 
 class _Conversation:
     """One connection of a client: one request after the other."""
 
     def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, handler: Handler, streaming: bool
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        handler: Handler,
+        streaming: bool,
+        limit: int,
+        patience: float,
+        whole: float,
     ) -> None:
         self.reader, self.writer, self.handler, self.streaming = reader, writer, handler, streaming
+        self.limit, self.patience, self.whole = limit, patience, whole
+        self.give_up = math.inf
         self.connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
         self.received = asyncio.Event()  # the request is complete: from now on a client that hangs up is noticed
 
@@ -130,11 +159,12 @@ class _Conversation:
             if self.connection.they_are_waiting_for_100_continue:
                 go_on = h11.InformationalResponse(status_code=100, headers=[])
                 self.writer.write(self.connection.send(go_on) or b"")
-            async with asyncio.timeout(IDLE):
+            async with asyncio.timeout(min(self.patience, max(0.0, self.give_up - clock.now()))):
                 self.connection.receive_data(await self.reader.read(PIECE))
 
     async def _receive(self) -> Request | None:
         self.received.clear()
+        self.give_up = clock.now() + self.whole
         event = await self._next()
         if not isinstance(event, h11.Request):
             return None
@@ -144,9 +174,10 @@ class _Conversation:
         request.connection, request.closed = self, self.writer.is_closing
         if not self.streaming:
             try:
-                await request.read()
+                await request.read(self.limit)
             except ValueError:
                 return None
+        self.give_up = math.inf
         return request
 
     async def _pieces(self) -> AsyncIterator[bytes]:

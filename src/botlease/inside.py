@@ -19,6 +19,7 @@ from botlease.keeper import Keeper, log
 from botlease.model import Mode, Reason
 from botlease.settings import Settings
 from botlease.stores import Registration, Store, open_store
+from botlease.text import safe
 from botlease.work.body import BodyWork
 
 P = ParamSpec("P")
@@ -65,6 +66,10 @@ def _registration(s: Settings) -> Registration:
     return Registration(s.instance_id, s.bot, s.deployment, host, os.getpid(), __version__, s.timing.ttl)
 
 
+def _say(text: str) -> None:
+    log.info("%s", safe(text))  # a row must not write lines of its own into a program's log
+
+
 class _Session:
     """Store and keeper of one in-process instance."""
 
@@ -84,7 +89,7 @@ class _Session:
         # A program waits for its turn; only a start at the command line is refused when another one runs.
         mode = Mode.WAIT if s.mode is Mode.REFUSE else s.mode
         return Keeper(
-            self.store, _registration(s), Candidate(s.instance_id, mode, leaves=s.leaves), s.timing, work, say=log.info
+            self.store, _registration(s), Candidate(s.instance_id, mode, leaves=s.leaves), s.timing, work, say=_say
         )
 
 

@@ -10,9 +10,14 @@ from botlease import clock, settings
 from botlease.keeper import log
 from botlease.stores.inbox import Holding, open_inbox
 from botlease.telegram.gateway import Gateway
+from botlease.text import safe
 
 if TYPE_CHECKING:
     from botlease.inside import Term
+
+
+def _say(text: str) -> None:
+    log.warning("%s", safe(text))
 
 
 class gateway:
@@ -36,7 +41,7 @@ class gateway:
             raise TypeError("botlease.gateway needs the term that botlease.active or botlease.exclusive gave")
         upstream = settings.bot_api(bot_api or os.environ.get("BOTLEASE_BOT_API") or settings.BOT_API)
         self._term = term
-        self._gateway = Gateway(upstream, open_inbox(term.database), log.warning, delete_webhook=delete_webhook)
+        self._gateway = Gateway(upstream, open_inbox(term.database), _say, delete_webhook=delete_webhook)
 
     async def __aenter__(self) -> str:
         term, work = self._term, self._term.work

@@ -43,7 +43,8 @@ from botlease.model import (
     Watch,
     Woken,
 )
-from botlease.stores import Registration, Store, redact
+from botlease.stores import Registration, Store, StoreRefused
+from botlease.text import safe
 from botlease.work import proof
 from botlease.work.base import Work
 
@@ -69,6 +70,7 @@ class Keeper:
         self.say = say
         self.state: State = core.start(candidate, timing, clock.now())
         self._waits_for: str | None = None
+        self._refused = ""
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._ended: asyncio.Future[Reason] = self._loop.create_future()
@@ -179,14 +181,21 @@ class Keeper:
         except asyncio.CancelledError:
             raise
         except Exception as e:  # whatever a driver raises: the outcome is unknown
-            why = redact(str(e)) or type(e).__name__
-            if not self.state.failures:
+            why = safe(e) or type(e).__name__
+            if isinstance(e, StoreRefused):
+                # One thing is refused while the others go well: said once, and not at every try.
+                if why != self._refused:
+                    self.say(why)
+                self._refused = why
+            elif not self.state.failures:
                 self.say(f"the database does not answer: {why}")
             log.debug("%s failed: %s", q.verb, why)
             event = Failed(q.serial, nonce)
         else:
-            if self.state.failures:
+            if self.state.failures and not self._refused:
                 self.say("the database answers again")
+            if q.verb is Verb.ACQUIRE:
+                self._refused = ""
         if isinstance(event, Registered | Seen) and event.view.lease is not None:
             # Before the view itself: a second start must not be refused because of a holder that is dead.
             lease = event.view.lease

@@ -22,6 +22,7 @@ from typing import Final
 
 from botlease import clock, presence, procfs
 from botlease.settings import TOKEN_VARIABLES, ConfigurationError, bot_name
+from botlease.text import safe
 
 SCRIPTS: Final = ("railway_startup.py", "instance_manager.py", "trading_bot.py")
 MODULES: Final = ("trading_bot",)
@@ -247,7 +248,7 @@ def _describe(pid: int, what: str) -> Found | None:
     ticks = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     started = clock.wall() - (clock.now() - ticks)  # for people's eyes
     words = " ".join(argv)
-    shown = "".join(c if c.isprintable() else "?" for c in words)[:80]
+    shown = safe(words)[:80]
     return Found(pid, fields[19].decode(), started, what, shown)
 
 

@@ -52,6 +52,15 @@ def _ours(folder: Path) -> bool:
     return stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and not about.st_mode & 0o022
 
 
+def private_folder(folder: Path) -> None:
+    """Make it, and what is missing above it, for us alone, whatever the umask. Raises OSError."""
+    for part in (*reversed(folder.parents), folder):
+        if not part.exists():
+            with contextlib.suppress(FileExistsError):
+                part.mkdir(mode=0o700)
+                part.chmod(0o700)  # the mode of mkdir is only what the umask leaves of it
+
+
 @contextlib.contextmanager
 def announced(bot: str, instance_id: str, env: Mapping[str, str]) -> Iterator[Path | None]:
     """Leave a note while the block runs. None where no note can be left: that is no reason not to run."""
@@ -67,11 +76,12 @@ def announced(bot: str, instance_id: str, env: Mapping[str, str]) -> Iterator[Pa
 def _write(note: Note, env: Mapping[str, str]) -> Path | None:
     for folder in folders(env):
         with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            private_folder(folder)
             if not _ours(folder):
                 continue
             path = folder / f"{note.instance_id}.json"
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            os.fchmod(fd, 0o600)
             with os.fdopen(fd, "w") as f:
                 json.dump(asdict(note), f)
             return path

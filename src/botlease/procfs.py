@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 
 def host() -> str:
-    """This boot of this machine, and this pid namespace of it: within it a pid with its start time is unique. "" where
-    there is no /proc."""
+    """This boot of this machine, and this pid namespace of it: within it a pid with its start time is unique. And this
+    time namespace, as start times are told by its clock. "" where there is no /proc."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115 - a magic link, not a path
+        space = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - a magic link, not a path
     except OSError:
         return ""
+    with contextlib.suppress(OSError):  # Linux 5.6
+        space += os.readlink("/proc/self/ns/time")  # noqa: PTH115
+    return f"{boot}/{space}"
 
 
 def stat(pid: int) -> list[bytes] | None:

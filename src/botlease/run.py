@@ -19,6 +19,7 @@ from botlease.keeper import Keeper
 from botlease.model import TRIES, Probation, Reason
 from botlease.settings import Settings
 from botlease.stores import Registration, Store, StoreError, StoreRefused, open_store
+from botlease.text import safe
 from botlease.work import tree
 from botlease.work.child import ChildWork, Command, Front
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from botlease.web.health import Snapshot  # its HTTP parser is loaded only where a port is asked for
     from botlease.work.pulse import Rule
 
-FORWARDED = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
+FORWARDED = (signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
 
 
 class Exit(IntEnum):
@@ -63,8 +64,18 @@ class Options:
 def say(text: str) -> None:
     """One line of ours on standard error; the bot's own output is inherited and never passes through us."""
     with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(f"botlease: {status.clean(text)}\n")
+        sys.stderr.write(f"botlease: {safe(text)}\n")
         sys.stderr.flush()
+
+
+def has_terminal() -> bool:
+    """Whether a SIGHUP says that it was closed; without one it is the bot's, for which it may mean "read your
+    configuration again"."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def child_environment(env: Mapping[str, str], database: str, pass_database: bool) -> dict[str, str]:
@@ -98,8 +109,9 @@ class Supervisor:
 
             try:
                 server = await serve(self.snapshot, o.health_port, host=o.health_host, window=s.platform.health_window)
-            except OSError as e:
-                say(f"cannot listen on port {o.health_port}: {e.strerror}: choose another --health-port")
+            except (OSError, UnicodeError) as e:  # a host name that cannot be one
+                why = getattr(e, "strerror", None) or "no such address"
+                say(f"cannot listen on port {o.health_port}: {why}: choose another --health-port")
                 return Exit.CONFIG
         try:
             if s.barred:
@@ -145,6 +157,8 @@ class Supervisor:
             loop.add_signal_handler(number, self._stop, number)
         for number in FORWARDED:
             loop.add_signal_handler(number, self._forward, number)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # it is under nohup
+            loop.add_signal_handler(signal.SIGHUP, self._stop if has_terminal() else self._forward, signal.SIGHUP)
         # Stopped by Ctrl-Z we could not renew, and the bot would be fenced for a slip of the finger.
         signal.signal(signal.SIGTSTP, signal.SIG_IGN)
         # As PID 1 of a container every orphan is ours to bury.

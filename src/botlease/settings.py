@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Final
 from urllib.parse import urlsplit
@@ -21,6 +21,7 @@ from botlease.platforms import (
     instance_name,
     named,
 )
+from botlease.text import TOKEN
 
 TOKEN_VARIABLES: Final = ("TELEGRAM_BOT_TOKEN", "BOT_TOKEN", "TELEGRAM_TOKEN", "TG_BOT_TOKEN")
 OWN_VARIABLES: Final = (
@@ -64,7 +65,7 @@ class ConfigurationError(Exception):
 @dataclass(frozen=True, slots=True)
 class Settings:
     bot: str
-    database: str
+    database: str = field(repr=False)
     timing: Timing
     deployment: str
     by_hand: bool
@@ -84,6 +85,7 @@ def bot_name(option: str | None, env: Mapping[str, str]) -> str:
     """The key of the bot: the name given, else the digits of its Telegram token (never the token)."""
     name = option if option is not None else env.get("BOTLEASE_NAME")
     if name is not None:
+        _no_token("the bot's name", name)
         if not NAME.fullmatch(name):
             shown = ascii(name if len(name) < 40 else name[:40] + "...")
             raise ConfigurationError(
@@ -92,6 +94,14 @@ def bot_name(option: str | None, env: Mapping[str, str]) -> str:
             )
         return name
     return token_id(env) or "bot"
+
+
+def _no_token(what: str, value: str) -> None:
+    """It would stand in rows, in names of files, in logs and in metrics."""
+    if TOKEN.search(value):
+        raise ConfigurationError(
+            f"{what} looks like a Telegram token: leave it away, or take the digits before the colon"
+        )
 
 
 def token_id(env: Mapping[str, str]) -> str | None:
@@ -191,6 +201,7 @@ def make(
         )
     platform = detect(env, pid, terminal=terminal)
     key = deployment or env.get("BOTLEASE_DEPLOYMENT") or deployment_key(platform, env)
+    _no_token("the deployment key", key or "")
     if key is not None and (len(key) > 200 or not key.isprintable()):
         raise ConfigurationError("the deployment key must be printable and at most 200 characters long")
     instance_id = f"{bot}-{os.urandom(4).hex()}"
@@ -250,7 +261,13 @@ def bot_api(url: str) -> str:
         _ = parts.port
     except ValueError:
         raise ConfigurationError(cure) from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+    if (
+        parts.scheme not in ("http", "https")
+        or not url.isascii()
+        or not parts.hostname
+        or parts.query
+        or parts.fragment
+    ):
         raise ConfigurationError(cure)
     if parts.username is not None or parts.password is not None:
         raise ConfigurationError(f"{cure}, without a name or a password")

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any, Final
 
 from botlease.model import TRIES
+from botlease.text import clean
 
 FIELDS: Final = (
     "instance_id",
@@ -90,11 +91,6 @@ def stands_by(bot: dict[str, Any] | None, instance: dict[str, Any]) -> bool:
     return bool(lease and lease["holder"] != instance["instance_id"]) and instance["state"] in ("standby", "passive")
 
 
-def clean(text: Any) -> str:
-    """Rows can be written by anybody: no control characters may reach the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))
-
-
 def align(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Cells to lines, columns as wide as they must be."""
     rows = [tuple(clean(cell) for cell in row) for row in rows]
@@ -103,14 +99,14 @@ def align(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def _gateway(bot: dict[str, Any], g: dict[str, Any]) -> str:
-    who = "" if g["api"] == bot["bot"] else f" of bot {clean(g['api'])}"
+    who = "" if g["api"] == bot["bot"] else f" of bot {g['api']}"
     line = f"gateway{who}: last getUpdates {str(g['polled_at'] or 'never')[:19]}, {g['waiting']} updates are not done"
     line += f", {g['repeated']} were in hand when a process ended and handed out again, {g['set_aside']} set aside"
     if g["conflicts"]:
         line += f"; SOMEBODY ELSE POLLED {g['conflicts']} times, last {str(g['conflict_at'])[:19]}"
     if g["webhook"]:
-        line += f"; WEBHOOK at {clean(g['webhook'])}: polling is refused (--delete-webhook)"
-    return line
+        line += f"; WEBHOOK at {g['webhook']}: polling is refused (--delete-webhook)"
+    return clean(line)
 
 
 def table(bots: list[dict[str, Any]]) -> str:
@@ -123,7 +119,7 @@ def table(bots: list[dict[str, Any]]) -> str:
         holder = lease["holder"] if lease else None
         head = f"{clean(bot['bot'])}: "
         head += (
-            f"term {lease['term']}, held by {clean(holder)}, renewed {lease['renewed_at']}"
+            clean(f"term {lease['term']}, held by {holder}, renewed {lease['renewed_at']}")
             if holder
             else "nobody holds the lease"
         )

@@ -6,6 +6,7 @@ Linux shows the memory between ``arg_start`` and ``arg_end``; a process may writ
 from __future__ import annotations
 
 import ctypes
+import os
 
 
 def _arguments() -> tuple[int, bytes]:
@@ -22,7 +23,7 @@ def _arguments() -> tuple[int, bytes]:
 def blot(secret: str) -> None:
     """Replace every occurrence of ``secret`` by asterisks."""
     begin, text = _arguments()
-    wanted = secret.encode()
+    wanted = os.fsencode(secret)
     at = text.find(wanted) if wanted else -1
     while at >= 0:
         ctypes.memset(begin + at, ord("*"), len(wanted))

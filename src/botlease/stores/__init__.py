@@ -15,7 +15,6 @@ A store is a class with the verbs below. What each must keep:
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
@@ -23,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 from botlease.model import Held, How, Lease, Peer, Probation, Reason, View
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 SEED_COLUMNS: Final = ("instance_id", "started_at", "last_heartbeat", "is_active")
 KEEP_ENDED_DAYS: Final = 30
 """Rows of ended instances and terms older than this are pruned when somebody registers."""
@@ -230,18 +229,11 @@ def _forget(task: asyncio.Future[Any]) -> None:
         task.exception()  # its outcome is of no interest any more; do not log "never retrieved"
 
 
-def redact(text: str) -> str:
-    """Blot out passwords of URLs and bot tokens in anything that people may see."""
-    # up to the last @ before white space: a password may hold one itself
-    text = re.sub(r"(?<=://)([^/@\s:]*):\S*(?=@)", r"\1:***", text)
-    text = re.sub(r"(?i)(password|passwd|pwd)=[^&\s'\"]+", r"\1=***", text)
-    return re.sub(r"(?<!\d)(\d{5,}):[A-Za-z0-9_-]{20,}", r"\1:***", text)
-
-
-def passwords(url: str) -> list[str]:
-    """Every spelling of a password that this URL may hold, for blotting it out elsewhere."""
-    found = re.findall(r"://[^/@\s:]*:(\S*)@", url) + re.findall(r"(?i)(?:password|passwd|pwd)=([^&\s'\"]+)", url)
-    return [p for word in found for p in (word, unquote(word)) if p]
+UNKNOWN_URL: Final = (
+    "the database URL is none that we know: use postgresql://user@host/name or sqlite:///path/to/file.db "
+    "(BOTLEASE_DATABASE_URL counts before DATABASE_URL)"
+)
+"""It is not quoted: what is wrong with it may be that half of it is the password."""
 
 
 def open_store(url: str) -> Store:
@@ -271,6 +263,4 @@ def open_store(url: str) -> Store:
                 "a lease in memory protects nobody; name a file: sqlite:///bot.db or sqlite:////var/lib/bot.db"
             )
         return SqliteStore(path)
-    raise StoreRefused(
-        f"do not know the database URL {redact(url)!r}: use postgresql://user@host/name or sqlite:///path/to/file.db"
-    )
+    raise StoreRefused(UNKNOWN_URL)

@@ -35,10 +35,10 @@ from botlease.stores import (
     StoreRefused,
     make_view,
     older,
-    redact,
     within,
 )
 from botlease.stores.inbox import POLL_COLUMNS
+from botlease.text import clean, passwords, safe, shown
 
 T = TypeVar("T")
 Key = tuple[int, int, str, str | None]
@@ -204,7 +204,11 @@ CREATE TABLE bot_updates (
   PRIMARY KEY (bot, api, update_id)
 ) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 2000);
 """
-UPGRADES: Final = {2: UPGRADE_2, 3: UPGRADE_3}
+# From version 3 to 4. The function runs with the rights of the tables' owner, on whatever table it is the trigger of,
+# and everybody may put a function of PUBLIC on a table of his own. EXECUTE is asked for when a trigger is made, and not
+# when it fires.
+UPGRADE_4: Final = "REVOKE ALL ON FUNCTION botlease_one_active() FROM PUBLIC"
+UPGRADES: Final = {2: UPGRADE_2, 3: UPGRADE_3, 4: UPGRADE_4}
 
 # Which incarnation of the database answers. The timeline changes with every promotion, and the function fails
 # on a standby, so a stale replica can never be believed. Some hosted PostgreSQL do not have it.
@@ -267,7 +271,8 @@ WITH deployed AS (
 ) SELECT generation FROM deployed
 """
 
-CLAIM: Final = "SELECT botlease_claim($1, $2, $3, $4, $5)"
+# With its types: where others may create functions, one of the same name would make the call ambiguous.
+CLAIM: Final = "SELECT botlease_claim($1::text, $2::text, $3::text, $4::bigint, $5::bigint)"
 
 # The compare-and-set that begins a term, with its journal, in one statement. "old" is the row as the snapshot has it:
 # had anybody changed it since, the key would not match.
@@ -421,12 +426,23 @@ FROM bot_instances ORDER BY bot, started_at
 """
 
 
+DOES_NOT_FIT: Final = (
+    asyncpg.SyntaxOrAccessError,
+    asyncpg.IntegrityConstraintViolationError,
+    asyncpg.DataError,
+    asyncpg.FeatureNotSupportedError,
+    asyncpg.PLPGSQLError,
+    asyncpg.TriggeredActionError,
+)
+"""What the server says when tables, triggers or rules that are there already do not go with ours."""
+
+
 class PostgresStore:
     """The store protocol on one PostgreSQL connection."""
 
     def __init__(self, url: str) -> None:
         self._dsn = url
-        self.url = redact(url)
+        self.url = shown(url)
         self.on_change: Callable[[], None] | None = None
         self.listens = True
         """Whether to be told of changes; to be set before the first call."""
@@ -467,7 +483,7 @@ class PostgresStore:
             moved = isinstance(e, asyncpg.ReadOnlySQLTransactionError | asyncpg.ObjectNotInPrerequisiteStateError)
             if moved or not isinstance(e, asyncpg.PostgresError) or (self._connection and self._connection.is_closed()):
                 self._drop()
-            raise _explain(e, self.url) from None
+            raise _explain(e, self._dsn) from None
         finally:
             self._lock.release()
 
@@ -548,14 +564,16 @@ class PostgresStore:
             try:
                 version = await connection.fetchval("SELECT version FROM botlease_schema")
             except asyncpg.UndefinedTableError:
-                version = None
+                version = 0  # none yet
             except asyncpg.UndefinedColumnError:
-                raise StoreRefused(f"botlease_schema in {self.url} is not ours: {OWN_SCHEMA}") from None
-            if not upgrade and version is None:
+                version = None
+            if not isinstance(version, int):
+                raise StoreRefused(f"botlease_schema in {self.url} is not ours: {OWN_SCHEMA}")
+            if not upgrade and version == 0:
                 raise StoreEmpty(f"there are no tables of botlease at {self.url}: nothing has run there yet")
             if not upgrade and version < SCHEMA_VERSION:
                 raise StoreRefused(f"{self.url}: {older(version)}")
-            if version is None or version < SCHEMA_VERSION:
+            if version < SCHEMA_VERSION:
                 await self._migrate(connection)
             elif version > SCHEMA_VERSION:
                 raise StoreRefused(
@@ -595,14 +613,51 @@ class PostgresStore:
 
     async def _upgrade(self, connection: asyncpg.Connection) -> None:
         await connection.execute(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
-        if not await connection.fetchval("SELECT to_regclass('botlease_schema') IS NOT NULL"):
-            await self._create(connection)  # else another first start was quicker
-        version = await connection.fetchval("SELECT version FROM botlease_schema")
-        for each in range(version + 1, SCHEMA_VERSION + 1):
-            await connection.execute(UPGRADES[each])
-            await connection.execute("UPDATE botlease_schema SET version = $1", each)
+        adopted = False
+        try:
+            if not await connection.fetchval("SELECT to_regclass('botlease_schema') IS NOT NULL"):
+                adopted = await self._create(connection)  # else another first start was quicker
+            version = await connection.fetchval("SELECT version FROM botlease_schema")
+            for each in range(version + 1, SCHEMA_VERSION + 1):
+                await connection.execute(UPGRADES[each])
+                await connection.execute("UPDATE botlease_schema SET version = $1", each)
+            if adopted:
+                await self._rehearse(connection)
+        except asyncpg.InsufficientPrivilegeError:
+            raise
+        except DOES_NOT_FIT as e:
+            what = "bot_instances in" if adopted else "the tables cannot be made in"
+            why = f"what is there does not go with ours ({_first(e, self._dsn)})"
+            raise StoreRefused(f"{what} {self.url}: {why}; nothing was changed: {OWN_SCHEMA}") from None
 
-    async def _create(self, connection: asyncpg.Connection) -> None:
+    async def _rehearse(self, connection: asyncpg.Connection) -> None:
+        """A table that we adopted can have rules, checks, triggers and types that nobody thought of. So a whole life is
+        lived on it, and taken back: better refused now than at the first handover."""
+        bot, me, nonce = "rehearsal", f"rehearsal-{os.urandom(4).hex()}", os.urandom(8).hex()
+        undo = connection.transaction()
+        await undo.start()
+        await connection.execute(
+            self._sql(REGISTER), *(bot, me, me, "", 0, "", self._system, nonce, 1.0, KEEP_ENDED_DAYS)
+        )
+        view = await self._view(connection, bot, me)
+        went = view.lease is not None and await connection.fetchval(CLAIM, bot, me, None, 0, 0)
+        if view.lease is not None and went:
+            grant = (0, nonce, 1.0, self._system, "", str(How.RELEASED), str(Probation.ON), view.origin)
+            row = await connection.fetchrow(self._sql(ACQUIRE), bot, me, *view.lease.key, *grant)
+            term = row["term"] if row else 0
+            went = await connection.fetchrow(self._sql(RENEW), bot, me, term, nonce, (0,), 1)
+            went = went and await connection.fetchval(PASSED, bot, me, term, nonce)
+            await connection.execute(TOUCH, me, "standby")
+            end = (str(Reason.STOPPED), True, True, (1,))
+            went = went and await connection.fetchval(RELEASE, bot, me, term, nonce, *end)
+        for statement in (LEASES, INSTANCES, FAILURES, POLLS):
+            await connection.fetch(statement)
+        await undo.rollback()
+        if not went:
+            raise asyncpg.DataError("its rules or triggers change what is written")
+
+    async def _create(self, connection: asyncpg.Connection) -> bool:
+        """True if there was a table to adopt."""
         taken = await connection.fetchval(
             "SELECT string_agg(t, ', ') FROM "
             "unnest(ARRAY['bot_leases', 'bot_deployments', 'bot_terms', 'bot_polls', 'bot_updates']) t "
@@ -616,6 +671,7 @@ class PostgresStore:
         await self._adopt(connection, kind or "r")
         await connection.execute(CREATE_REST)
         await connection.execute(f"INSERT INTO botlease_schema VALUES (1, $1 || {self._timeline})", self._system)
+        return kind is not None
 
     async def _adopt(self, connection: asyncpg.Connection, kind: str) -> None:
         """Take over a table of an earlier system by adding columns; refuse one that is something else."""
@@ -803,6 +859,11 @@ class PostgresStore:
                     json.dumps(PRIVILEGES),
                 )
                 missing = [r["what"] for r in needed]
+                # PUBLIC's by default; some revoke that
+                claim = "botlease_claim(text, text, text, bigint, bigint)"
+                may = "coalesce(has_function_privilege(to_regprocedure($1), 'EXECUTE'), TRUE)"
+                if not await c.fetchval(f"SELECT {may}", claim):
+                    missing.append(f"EXECUTE ON FUNCTION {claim}")
             else:
                 may = "has_schema_privilege(current_schema(), 'CREATE')"
                 missing = [] if await c.fetchval(f"SELECT coalesce({may}, FALSE)") else ["CREATE ON the schema"]
@@ -827,30 +888,39 @@ def _count(tag: str) -> int:
     return int(tag.split()[-1])
 
 
+NO_URL: Final = (
+    "the database URL is not valid: it should read postgresql://user@host:5432/name, and in the password @ : / ? # and "
+    "blanks are written as %40 %3A %2F %3F %23 %20"
+)
+
+
 def _explain(e: Exception, url: str) -> StoreError:
     try:
         parts = urlsplit(url)
-        where = f"{parts.hostname or 'localhost'}:{parts.port or 5432}{parts.path}"
+        where = clean(f"{parts.hostname or 'localhost'}:{parts.port or 5432}{parts.path}")
     except ValueError:
-        return StoreRefused("the database URL is not valid: it should read postgresql://user@host:5432/name")
+        return StoreRefused(NO_URL)
+    said = _first(e, url)
     match e:
         case asyncpg.InvalidPasswordError() | asyncpg.InvalidAuthorizationSpecificationError():
             return StoreRefused(f"PostgreSQL at {where} refused the login: check user and password in the database URL")
         case asyncpg.InvalidCatalogNameError():
             return StoreRefused(f"PostgreSQL at {where} has no such database: create it, or correct the database URL")
         case asyncpg.InsufficientPrivilegeError():
-            return StoreRefused(f'PostgreSQL at {where}: {e}: grant it, see docs/design.md, "Privileges"')
+            return StoreRefused(f'PostgreSQL at {where}: {said}: grant it, see docs/design.md, "Privileges"')
         case asyncpg.UndefinedObjectError() | asyncpg.CantChangeRuntimeParamError():
-            return StoreRefused(f"PostgreSQL at {where}: {_first(e)}: correct the parameters of the database URL")
+            return StoreRefused(f"PostgreSQL at {where}: {said}: correct the parameters of the database URL")
         case asyncpg.ReadOnlySQLTransactionError():
             return StoreError(f"PostgreSQL at {where} is read-only: connect to the primary")
         case OSError():
-            return StoreError(f"cannot reach PostgreSQL at {where}: {_first(e)}")
+            return StoreError(f"cannot reach PostgreSQL at {where}: {said}")
         case ValueError():
-            return StoreRefused(f"the database URL is not valid: {_first(e)}")
-    return StoreError(f"PostgreSQL at {where}: {_first(e)}")
+            return StoreRefused(NO_URL)  # its text would quote a piece of the URL, which may be the password
+    return StoreError(f"PostgreSQL at {where}: {said}")
 
 
-def _first(e: Exception) -> str:
-    text = re.sub(r"\s+", " ", redact(str(e))).strip()
-    return text.split(" HINT")[0] or type(e).__name__
+def _first(e: Exception, url: str) -> str:
+    text = str(e)
+    for secret in passwords(url):  # a pooler may quote what it was sent
+        text = text.replace(secret, "***")
+    return re.sub(r"\s+", " ", safe(text)).strip().split(" HINT")[0] or type(e).__name__

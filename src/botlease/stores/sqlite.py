@@ -12,6 +12,7 @@ import fcntl
 import os
 import queue
 import sqlite3
+import stat
 import threading
 import time
 import zlib
@@ -143,10 +144,10 @@ class SqliteStore:
         self._guards.clear()
 
     async def register(self, me: Registration, deadline: float) -> View:
-        return await self._call(deadline, lambda f: f.register(me))
+        return await self._call(deadline, lambda f: self._saw(me.bot, me.instance_id, f.register(me)))
 
     async def read(self, bot: str, instance_id: str, deadline: float) -> View:
-        return await self._call(deadline, lambda f: f.read(bot, instance_id))
+        return await self._call(deadline, lambda f: self._saw(bot, instance_id, f.read(bot, instance_id)))
 
     async def claim(self, bot: str, instance_id: str, source: tuple[str, int, int] | None, deadline: float) -> bool:
         return await self._call(deadline, lambda f: f.claim(bot, instance_id, source))
@@ -174,7 +175,7 @@ class SqliteStore:
                 grant = f.acquire(
                     *(bot, instance_id, key),
                     nonce=nonce,
-                    floor=floor,
+                    floor=max(floor, self._highest(bot)),
                     origin=origin,
                     how=how,
                     ttl=ttl,
@@ -184,6 +185,8 @@ class SqliteStore:
             finally:
                 if grant is None:  # denied, or failed: a lock we kept would shut everybody else out
                     self._drop_guard(bot)
+            if grant is not None:
+                self._remember(bot, grant.term)
             return grant
 
         return await self._call(deadline, call)
@@ -289,7 +292,15 @@ class SqliteStore:
         if bot in self._guards:
             return True
         name = f"{quote(bot, safe='')[:100]}-{zlib.crc32(bot.encode()):08x}"
-        fd = os.open(f"{self.path}-{name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        lock = f"{self.path}-{name}.lock"
+        try:
+            fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+        except OSError as e:
+            raise StoreRefused(f"cannot open the lock {lock}: {e.strerror or e}: delete it") from None
+        about = os.fstat(fd)
+        if not stat.S_ISREG(about.st_mode) or about.st_uid not in (0, os.geteuid()):
+            os.close(fd)
+            raise StoreRefused(f"the lock {lock} is no file of ours: delete it")
         for _ in range(20):  # the former owner lets go within milliseconds of its release
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -300,6 +311,23 @@ class SqliteStore:
                 return True
         os.close(fd)
         return False
+
+    def _saw(self, bot: str, instance_id: str, view: View) -> View:
+        """A term whose work has not begun and whose row is gone (the file was replaced) never begins: a lock kept for
+        it would shut everybody else out for as long as we live."""
+        if bot in self._guards and (view.lease is None or view.lease.holder != instance_id):
+            self._drop_guard(bot)
+        return view
+
+    def _highest(self, bot: str) -> int:
+        """The highest term that was ever granted here. A file that was deleted, or restored from a backup, would hand
+        out terms a second time, and whoever fences by them would take the newer one for the older."""
+        noted = os.pread(self._guards[bot], 20, 0).strip()
+        return int(noted) if noted.isdigit() and len(noted) < 19 else 0
+
+    def _remember(self, bot: str, term: int) -> None:
+        with contextlib.suppress(OSError):  # a full disk; the term itself is in the database
+            os.pwrite(self._guards[bot], b"%-19d\n" % term, 0)
 
     def _drop_guard(self, bot: str) -> None:
         fd = self._guards.pop(bot, None)

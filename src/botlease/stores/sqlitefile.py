@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from botlease import clock
 from botlease.model import TRIES, Held, How, Probation, Reason, View
+from botlease.presence import private_folder
 from botlease.stores import (
     KEEP_ENDED_DAYS,
     SCHEMA_VERSION,
@@ -32,6 +33,7 @@ from botlease.stores import (
     make_view,
     older,
 )
+from botlease.text import clean
 
 Key = tuple[int, int, str, str | None]
 
@@ -104,8 +106,9 @@ WHEN NEW.is_active AND NOT OLD.is_active AND NEW.bot IS NOT NULL AND NEW.beat = 
   WHERE instance_id = NEW.instance_id;
 END;
 """
-# Version 3 is PostgreSQL's: here the inbox of the Bot API gateway has a file of its own (stores/sqliteinbox.py).
-UPGRADES: Final = {2: UPGRADE_2, 3: ""}
+# Versions 3 and 4 are PostgreSQL's: here the inbox of the Bot API gateway has a file of its own
+# (stores/sqliteinbox.py), and nobody has rights that another one lacks.
+UPGRADES: Final = {2: UPGRADE_2, 3: "", 4: ""}
 
 READ: Final = """
 WITH failed AS MATERIALIZED (SELECT deployment, failures FROM bot_failures WHERE bot = :bot)
@@ -334,6 +337,9 @@ class SqliteFile:
     def _write(self) -> Iterator[sqlite3.Connection]:
         """One transaction that takes the write lock at once: a deferred one can fail half way with BUSY."""
         self._same_file()
+        if self.db.in_transaction:  # the rehearsal is part of the making of the tables
+            yield self.db
+            return
         self.db.execute("BEGIN IMMEDIATE")
         try:
             yield self.db
@@ -366,8 +372,14 @@ class SqliteFile:
         if store_id is None or self._version() < SCHEMA_VERSION:
             with self._write():
                 # Under the write lock: of two first starts at once the second finds it done.
-                store_id = self._known() or self._create(inode)
+                store_id = self._known()
+                adopts = self.db.execute("SELECT 1 FROM sqlite_master WHERE name = 'bot_instances'").fetchone()
+                rehearse = store_id is None and adopts
+                store_id = store_id or self._create(inode)
                 self._upgrade()
+                if rehearse:
+                    self.origin = f"{store_id}/{inode}"
+                    self._rehearse()
         self.inode = inode
         self.origin = f"{store_id}/{inode}"
 
@@ -381,7 +393,7 @@ class SqliteFile:
             if "no such column" not in str(e):
                 raise
             row = None
-        if row is None:
+        if row is None or not isinstance(row["version"], int):
             raise StoreRefused(f"botlease_schema in {self.path} is not ours: use another file")
         if row["version"] > SCHEMA_VERSION:
             raise StoreRefused(
@@ -389,6 +401,34 @@ class SqliteFile:
                 f"{SCHEMA_VERSION}): upgrade this one"
             )
         return str(row["store_id"])
+
+    def _rehearse(self) -> None:
+        """A table that we adopted can have checks, triggers and types that nobody thought of. So a whole life is lived
+        on it, and taken back: better refused now than at the first handover."""
+        bot, me, nonce = "rehearsal", f"rehearsal-{os.urandom(4).hex()}", os.urandom(8).hex()
+        self.db.execute("SAVEPOINT rehearsal")
+        try:
+            view = self.register(Registration(me, bot, me, "", 0, "", 1.0))
+            went = view.lease is not None and self.claim(bot, me, None)
+            if view.lease is not None and went:
+                begin: dict[str, Any] = {"nonce": nonce, "floor": 0, "origin": view.origin, "how": How.RELEASED}
+                grant = self.acquire(bot, me, view.lease.key, ttl=1.0, proof="", probation=Probation.ON, **begin)
+                held = Held(grant.term if grant else 0, nonce)
+                went = grant is not None and self.renew(bot, me, held, 1) is not None and self.passed(bot, me, held)
+                end: dict[str, Any] = {"reason": Reason.STOPPED, "pass_on": True, "leave": True}
+                went = went and self.release(bot, me, held._replace(beats=(1,)), **end)
+            self.overview()
+            why = "" if went else "its triggers change what is written"
+        except (sqlite3.Error, TypeError, ValueError) as e:
+            if "locked" in str(e) or "busy" in str(e):
+                raise
+            why = str(e)
+        self.db.execute("ROLLBACK TO rehearsal")
+        if why:
+            raise StoreRefused(
+                f"bot_instances in {self.path} does not go with ours ({clean(why)}); nothing was changed: "
+                "use another file, e.g. BOTLEASE_DATABASE_URL=sqlite:///botlease.db"
+            )
 
     def _version(self) -> int:
         return int(self.db.execute("SELECT version FROM botlease_schema").fetchone()["version"])
@@ -625,17 +665,26 @@ def prepare(path: str) -> None:
     """Make the folder, refuse what must not hold a lease: links, foreign owners, network file systems."""
     file = Path(path)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_folder(file.parent)
         if not os.path.lexists(path):
             with contextlib.suppress(FileExistsError):
-                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                os.fchmod(fd, 0o600)  # a umask of 0777 would leave a file that nobody can open
+                os.close(fd)
         # An existing file is never opened here: closing it would drop every POSIX lock that this process holds on it,
         # those of SQLite in the middle of another transaction included.
-        mode = file.lstat().st_mode
+        found = file.lstat()
+        mode = found.st_mode
         if stat.S_ISLNK(mode):
             raise StoreRefused(f"{path} is a symbolic link: name the file itself, or two paths could mean one database")
         if not stat.S_ISREG(mode):
             raise StoreRefused(f"{path} is not a regular file: name a file for the database")
+        if found.st_nlink > 1:
+            raise StoreRefused(
+                f"{path} has a second name (a hard link), which has locks of its own: delete one of them"
+            )
+        if found.st_uid not in (0, os.geteuid()):
+            raise StoreRefused(f"{path} belongs to another user: run as the same one, or name a file of your own")
         if not os.access(path, os.R_OK | os.W_OK):
             raise StoreRefused(f"cannot write the database file {path}: check its permissions")
         magic = _file_system(path)

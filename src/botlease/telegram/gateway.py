@@ -35,12 +35,12 @@ from botlease.telegram.arguments import arguments
 from botlease.telegram.poller import Poller, Tally
 from botlease.telegram.term import Term
 from botlease.telegram.upstream import Answer, Fenced, Headers, Unreachable, Upstream
+from botlease.text import BOT_TOKEN
 
 PATH: Final = re.compile(
     r"(?P<way>/ack|/batch)?(?P<rest>/bot(?P<token>[^/?]+)(?P<test>/test)?/(?P<method>[A-Za-z]+)(\?(?P<query>.*))?)"
 )
 FILE: Final = re.compile(r"(/ack|/batch)?(?P<rest>/file/bot(?P<token>[^/?]+)(/test)?/[^?].*)")
-TOKEN: Final = re.compile(r"\d{3,20}:[A-Za-z0-9_-]{1,80}")
 T = TypeVar("T")
 LIMIT: Final = 8 * 1024 * 1024
 """Bytes of a call that is answered here; the Bot API itself takes no more in a call without a file."""
@@ -130,9 +130,13 @@ class Gateway:
     async def _handle(self, request: http.Request) -> http.Response:
         call, file = PATH.fullmatch(request.target), FILE.fullmatch(request.target)
         found = call or file
-        if found is None or not TOKEN.fullmatch(unquote(found["token"])) or request.method not in ("GET", "POST"):
+        if found is None or not BOT_TOKEN.fullmatch(unquote(found["token"])) or request.method not in ("GET", "POST"):
             await _skip(request)
             return _error(404, "Not Found")
+        if "origin" in request.headers or _host(request) not in LOOPBACK:
+            # A page in a browser of this machine, perhaps under a name that was pointed at 127.0.0.1.
+            await _skip(request)
+            return _error(403, "Forbidden: not for web pages")
         method = call["method"].lower() if call else "getfile"
         try:
             if call and method in LOCAL:
@@ -204,14 +208,18 @@ class Gateway:
         match method:
             case "getupdates":
                 one = 1 if found["way"] is None else 100
-                status, reply = await self._poller(token).get_updates(args, request, found["way"] == "/ack", one)
+                poller = self._poller(token)
+                if poller is None:
+                    return _error(429, "Too Many Requests: too many tokens at once")
+                status, reply = await poller.get_updates(args, request, found["way"] == "/ack", one)
                 return http.Response(status, reply)
             case "botleasedone":
                 ids = args.get("update_ids")
                 with contextlib.suppress(ValueError):
                     ids = json.loads(ids) if isinstance(ids, str) else ids
                 known = [i for i in ids if isinstance(i, int)] if isinstance(ids, list) else []
-                self._poller(token).acknowledge(known)
+                if token in self.pollers:
+                    self.pollers[token].acknowledge(known)
                 return http.Response(200, b'{"ok":true,"result":true}')
             case "setwebhook" if args.get("url"):
                 return await self._set_webhook(request, found, args, body)
@@ -235,8 +243,13 @@ class Gateway:
         self._once("the bot asks to drop pending updates: they were kept")
         return await self._relay(request, found["rest"].partition("?")[0], "setwebhook", json.dumps(args).encode())
 
-    def _poller(self, token: str) -> Poller:
+    def _poller(self, token: str) -> Poller | None:
         if token not in self.pollers:
+            if len(self.pollers) >= TOKENS:
+                made_up = next((t for t, p in self.pollers.items() if not p.proved), None)
+                if made_up is None:
+                    return None
+                self.pollers.pop(made_up).cancel()
             self.pollers[token] = Poller(
                 token, self.term, self._upstream, self._inbox, self._say, delete_webhook=self._delete_webhook
             )
@@ -250,6 +263,9 @@ class Gateway:
             self._say(text)
 
 
+TOKENS: Final = 32
+"""At once. Anybody on this machine may ask with a token that he made up, and each costs a task and a question."""
+LOOPBACK: Final = ("127.0.0.1", "localhost", "[::1]", "")
 LOCAL: Final = frozenset(("getupdates", "botleasedone", "deletewebhook", "setwebhook", "close", "logout"))
 
 
@@ -258,6 +274,11 @@ def _error(status: int, description: str) -> http.Response:
     return http.Response(
         status, json.dumps({"ok": False, "error_code": status, "description": f"{description} (botlease)"}).encode()
     )
+
+
+def _host(request: http.Request) -> str:
+    """Without its port."""
+    return re.sub(r":\d+$", "", request.headers.get("host", "").strip().lower())
 
 
 def _short(request: http.Request) -> bool:

@@ -23,13 +23,13 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from botlease import clock, http
-from botlease.stores import redact
 from botlease.stores.inbox import Begun, Changes, Inbox, Update
 from botlease.telegram.arguments import integer
 from botlease.telegram.desk import IN_HAND, TRIES, Desk, Poll
 from botlease.telegram.term import Bell, Term
 from botlease.telegram.upstream import CONNECT, Fenced, Unreachable, Upstream
 from botlease.telegram.writer import Writer
+from botlease.text import redact
 
 POLL: Final = 2.0
 """Seconds a poll is held. What it costs: half a request a second when nobody writes."""
@@ -106,6 +106,7 @@ class Poller:
         self._full_since = self._acknowledged_at = clock.now()
         self._heard_at = self._polled_at = clock.now()
         self._stopping = False
+        self.proved = False  # the Bot API takes the token for one
         self._loaded = False
         self._news = Bell()
         self._task = asyncio.ensure_future(self._run())
@@ -132,8 +133,11 @@ class Poller:
                     return 200, EMPTY
             self._polls += 1
             self._polled_at = clock.now()
-            if not await self._until(lambda: self._loaded, end, left):
+            if not await self._until(lambda: self._loaded or self._refused is not None, end, left):
                 return 200, EMPTY
+            if not self._loaded:
+                assert self._refused is not None
+                return self._refused
             self._passed(self.desk.enter(poll))
             self._news.ring()
             try:
@@ -213,6 +217,9 @@ class Poller:
 
     async def _run(self) -> None:
         try:
+            await self._prove_the_token()
+            if self._stopping:
+                return
             await self._term.begun.wait()
             begun = await self._begin()
             self._offset, self._allowed = begun.offset, self._allowed or begun.allowed
@@ -243,6 +250,41 @@ class Poller:
         except Fenced:
             if not self._term.over:
                 self._say("the term is over: nothing is fetched any more")
+
+    async def _prove_the_token(self) -> None:
+        """Nothing is taken from the inbox, let alone handed out, for a token that the Bot API has not taken for one:
+        its digits are public, and the rest is all that tells the bot from anybody else on this machine."""
+        while not self._stopping:
+            try:
+                status, body = await self._ask("getMe")
+            except Unreachable as e:
+                if self._failures:
+                    await self._failed(f"the Bot API cannot be reached: {e}")
+                else:
+                    self._failures = 1
+                    await self._pause(0.2)
+                continue
+            if status == 200:
+                self.proved = True
+                if self._trouble:
+                    self._say("the Bot API answers again")
+                self._trouble, self._back_off, self._failures, self._refused = "", 1.0, 0, None
+                return
+            await self._refusal(status, body)
+
+    async def _refusal(self, status: int, body: bytes) -> None:
+        if status in (401, 404):
+            # The program should hear that its token is wrong.
+            self._refused = (status, body)
+            self._news.ring()
+            await self._failed(f"the Bot API refuses the token of bot {self.api}: {status}", RECHECK)
+            return
+        try:
+            parameters = json.loads(body).get("parameters")
+        except (ValueError, AttributeError):
+            parameters = None
+        wait = parameters.get("retry_after", 0) if isinstance(parameters, dict) else 0
+        await self._failed(f"the Bot API answers {status}", float(wait) if isinstance(wait, int) else 0.0)
 
     async def _begin(self) -> Begun:
         while True:
@@ -328,15 +370,8 @@ class Poller:
             await self._received(reply["result"], confirmed)
         elif status == 409:
             await self._conflict(str(reply.get("description", "")))
-        elif status in (401, 404):
-            # The program should hear that its token is wrong.
-            self._refused = (status, body)
-            self._news.ring()
-            await self._failed(f"the Bot API refuses the token of bot {self.api}: {status}", RECHECK)
         else:
-            parameters = reply.get("parameters")
-            wait = parameters.get("retry_after", 0) if isinstance(parameters, dict) else 0
-            await self._failed(f"the Bot API answers {status}", float(wait) if isinstance(wait, int) else 0.0)
+            await self._refusal(status, body)
 
     async def _received(self, result: list[Any], confirmed: int) -> None:
         if self._trouble:

@@ -23,7 +23,7 @@ class GateServer:
 
     async def listen(self) -> None:
         """Raises OSError if no port of 127.0.0.1 is to be had."""
-        self._server = await http.serve(self._answer, 0)
+        self._server = await http.serve(self._answer, 0, limit=4096)
         self._port = self._server.sockets[0].getsockname()[1]
 
     def shut(self) -> str:

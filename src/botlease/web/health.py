@@ -57,6 +57,10 @@ def answer(path: str, s: Snapshot, window: float) -> tuple[int, dict[str, Any]] 
     return None
 
 
+PATIENCE = 10.0
+"""Seconds for a request. The port may be open to everybody, and must not cost the bot its lease."""
+CONNECTIONS = 32
+"""At once. Each is a descriptor, of which a service may have no more than some hundred."""
 METRICS = (
     ("deaf_seconds", "gauge", "deaf", "Seconds since the last getUpdates that succeeded, upstream and of the bot."),
     ("updates_waiting", "gauge", "waiting", "Updates in the inbox that have not been handed out."),
@@ -103,4 +107,4 @@ async def serve(
             status, body = 405, {"error": "use GET"}
         return http.Response(status, json.dumps(body).encode() + b"\n", headers=(("cache-control", "no-store"),))
 
-    return await http.serve(handle, port, host=host)
+    return await http.serve(handle, port, host=host, limit=4096, patience=PATIENCE, most=CONNECTIONS)

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from botlease import clock
 from botlease.model import Crashed, Event, Ready, Reason, WorkEnded
@@ -32,7 +32,7 @@ class Front:
     """The gateway's part of a command."""
 
     upstream: str
-    database: str
+    database: str = field(repr=False)
     delete_webhook: bool
     listen: socket.socket
     """On loopback, and the same for every start of the bot: its address is known before anybody serves there."""
@@ -45,7 +45,7 @@ class Front:
 @dataclass(frozen=True, slots=True)
 class Command:
     argv: tuple[str, ...]
-    env: dict[str, str]
+    env: dict[str, str] = field(repr=False)
     bot: str
     instance_id: str
     max_crashes: int = 5
@@ -89,6 +89,7 @@ class ChildWork:
         self.stop_signal: signal.Signals = signal.SIGTERM
         self._reaper = pid
         self._sock = sock
+        self._burying: asyncio.TimerHandle | None = None
         self._inbox = reaper.Inbox(sock)
         self._loop = asyncio.get_running_loop()
         self._until = 0.0
@@ -271,7 +272,10 @@ class ChildWork:
             self._retry.cancel()
         if self.pulse is not None:
             self.pulse.end()
-        self._loop.remove_reader(self._sock)
+        if self._burying is not None:
+            self._burying.cancel()
+        else:
+            self._loop.remove_reader(self._sock)
         self._sock.close()  # the reaper ends when it reads the end of file
         self._drop_front()
         if self._reaper:
@@ -399,11 +403,16 @@ class ChildWork:
             return  # noticed twice: the one that is there now lives
         self._loop.remove_reader(self._sock)
         self._sock.close()
-        while True:
-            tree.kill_below(os.getpid())
-            _, left = tree.reap()
-            if not left:
-                break
+        self._bury(0.002)
+
+    def _bury(self, pause: float) -> None:
+        """Until nothing of the work is left; what is frozen dies when it is thawed, and no sooner."""
+        tree.kill_below(os.getpid())
+        _, left = tree.reap()
+        if left:
+            self._burying = self._loop.call_later(pause, self._bury, min(2 * pause, 0.1))
+            return
+        self._burying = None
         self.say("the reaper was killed; the bot died with it")
         self._guarded = False  # the kernel dropped it
         self._fork_anew()

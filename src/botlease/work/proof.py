@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 from collections.abc import Iterable
@@ -24,6 +25,9 @@ from botlease.work import tree
 class Owner:
     pid: int
     start: str
+
+
+OWNER = re.compile(r"([1-9][0-9]{0,8})@([0-9]{1,19})")  # a pid has at most 22 bits
 
 
 def make(pids: Iterable[int]) -> str:
@@ -41,9 +45,11 @@ def owners(proof: str) -> list[Owner]:
     try:
         if len(parts) < 3 or parts[0] != procfs.host() or os.geteuid() not in (0, int(parts[1])):
             return []
-        return [Owner(int(pid), start) for pid, _, start in (part.partition("@") for part in parts[2:])]
-    except ValueError:  # a row can be written by anybody: what cannot be read proves nothing
+        found = [OWNER.fullmatch(part) for part in parts[2:]]
+    except ValueError:
         return []
+    # a row can be written by anybody: what cannot be read proves nothing
+    return [Owner(int(m[1]), m[2]) for m in found if m] if all(found) else []
 
 
 def alive(owner: Owner) -> bool:
@@ -53,7 +59,7 @@ def alive(owner: Owner) -> bool:
 def gone(proof: str, instance_id: str, wait: float = 0.5) -> bool:
     """True if the owners are proved dead and nothing of their work is left, after killing what was."""
     those = owners(proof)
-    if not those or not all(o.start.isdigit() for o in those) or any(alive(o) for o in those):
+    if not those or any(alive(o) for o in those):
         return False
     give_up = clock.now() + wait
     since = min(int(o.start) for o in those)

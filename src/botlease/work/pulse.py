@@ -61,6 +61,7 @@ class Pulse:
         self.tell: Callable[[Event], None] = lambda event: None
         self._last = 0.0  # when the last sign came
         self._began = 0.0
+        self._touched = 0
         self._task: asyncio.Task[None] | None = None
 
     def output(self) -> int:
@@ -88,6 +89,8 @@ class Pulse:
     def begin(self, term: int) -> None:
         self.end()
         self._began = clock.now()
+        if self.rule.kind == "file":
+            self._touched = self._mtime()
         self._task = asyncio.ensure_future(self._feel(term))
 
     def end(self) -> None:
@@ -111,14 +114,19 @@ class Pulse:
                 self.tell(Unhealthy(term))
             await asyncio.sleep(min(OFTEN, self.rule.within / 5))
 
+    def _mtime(self) -> int:
+        """Nanoseconds; 0 if there is no such file."""
+        try:
+            return Path(self.rule.value).stat().st_mtime_ns
+        except OSError:
+            return 0
+
     async def _sign(self) -> bool:
         if self.rule.kind == "file":
-            try:
-                touched = Path(self.rule.value).stat().st_mtime  # noqa: ASYNC240
-            except OSError:
-                return False
-            # A file of an earlier process says nothing about this one.
-            return clock.now() - (clock.wall() - touched) > self._began and clock.wall() - touched < self.rule.within
+            # That it was touched, and not when: a wall clock that was set back would make one touch look like new for
+            # as long as the step was. As it was before the term, it is of an earlier process.
+            before, self._touched = self._touched, self._mtime()
+            return self._touched not in (0, before)
         from botlease.http import status_of
 
         try:

@@ -1,0 +1,407 @@
+"""Whole deployments on this machine, for the nemesis: hosts, supervisors that their platform starts again, a database.
+
+Where this user may, each host is a network namespace with one link to its own proxy, and every deployment is in cgroups
+of its own. Otherwise a host is its proxy alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import importlib.util
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cgroups import Cgroup, has_cgroups
+from harness import BOTLEASE, clean_env
+from proxy import Proxy
+from servers import Postgres
+
+from botlease.work.tree import descendants
+from soak import ROOT
+from soak.oracle import now
+
+TESTS = ROOT / "tests"
+GRACE = 0.5
+"""Seconds, ``--stop-grace``."""
+WORLDS = ("postgres", "sqlite", "postgres-clocks")
+"""The database, and whether libfaketime is under it and under some supervisors."""
+
+
+def is_root() -> bool:
+    return os.geteuid() == 0
+
+
+@functools.cache
+def has_netns() -> bool:
+    """Root may make network namespaces; in a container that is not a given."""
+    name = f"botlease-{os.getpid()}-probe"
+    link = f"bl{os.getpid() % 100000}-p"
+    tries = (
+        f"ip netns add {name}",
+        f"ip link add {link} type veth peer name {link}p netns {name}",
+        f"ip netns exec {name} iptables -S",
+    )
+    try:
+        return is_root() and all(subprocess.run(t.split(), capture_output=True).returncode == 0 for t in tries)
+    except OSError:
+        return False
+    finally:
+        if is_root() and shutil.which("ip"):
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@functools.cache
+def has_pid_namespaces() -> bool:
+    try:
+        tried = subprocess.run(["unshare", "--pid", "--fork", "--mount-proc", "true"], capture_output=True)
+    except OSError:
+        return False
+    return is_root() and tried.returncode == 0
+
+
+def libfaketime() -> Path | None:
+    """The library, from the package of that name. (Debian's breaks ``time.sleep`` of Python 3.11.)"""
+    found = importlib.util.find_spec("libfaketime")
+    if found is None or found.origin is None:
+        return None
+    return next(iter(Path(found.origin).parent.glob("vendor/libfaketime/src/libfaketime.so.1")), None)
+
+
+class Host:
+    """A machine: its way to the database can be cut in every way."""
+
+    def __init__(self, number: int, subnet: int, database: int | None) -> None:
+        self.number = number
+        self.netns = f"botlease-{os.getpid()}-{number}" if database and has_netns() else ""
+        self.link = f"bl{os.getpid() % 100000}-{number}"
+        self.address = f"10.{subnet}.{number}"
+        self.proxy: Proxy | None = None
+        self.database = database
+
+    async def open(self) -> None:
+        if self.netns:
+            peer = self.link + "p"
+            for line in (
+                f"netns add {self.netns}",
+                f"link add {self.link} type veth peer name {peer} netns {self.netns}",
+                f"addr add {self.address}.1/30 dev {self.link}",
+                f"link set {self.link} up",
+                f"-n {self.netns} addr add {self.address}.2/30 dev {peer}",
+                f"-n {self.netns} link set {peer} up",
+                f"-n {self.netns} link set lo up",
+            ):
+                subprocess.run(["ip", *line.split()], check=True, capture_output=True)
+        if self.database:
+            self.proxy = Proxy(self.database, f"{self.address}.1" if self.netns else "127.0.0.1")
+            await self.proxy.__aenter__()
+
+    def url(self) -> str:
+        assert self.proxy is not None
+        return f"postgresql://postgres@{self.proxy.host}:{self.proxy.port}/postgres"
+
+    def iptables(self, *rule: str) -> None:
+        subprocess.run(["ip", "netns", "exec", self.netns, "iptables", *rule], check=True, capture_output=True)
+
+    async def close(self) -> None:
+        if self.proxy is not None:
+            await self.proxy.__aexit__()
+        if self.netns:
+            subprocess.run(["ip", "netns", "del", self.netns], capture_output=True)
+
+
+@dataclass
+class Traits:
+    """What is odd about a deployment."""
+
+    daemon: bool = False
+    deaf: bool = False
+    slow: float = 0.0
+    spawns: float = 0.0
+    warm: bool = False
+    own_pids: bool = False
+    inside: bool = False
+    broken: float = 0.0
+    user: bool = False
+    rate: float = 1.0
+    fake_time: bool = False
+
+    @classmethod
+    def draw(cls, rng: random.Random, *, fake_time: bool, own_pids: bool) -> Traits:
+        kind = rng.choice(["plain", "daemon", "deaf", "slow", "spawns", "warm", "inside", "user", "plain"])
+        made = cls(rate=rng.choice([1.0, 1.0, 0.9955, 1.0045]))
+        if kind == "slow":
+            made.slow = rng.uniform(0.05, 0.4)
+        elif kind == "spawns":
+            made.spawns = 0.5
+        elif kind == "user":
+            made.user = is_root()
+        elif kind != "plain":
+            setattr(made, kind, True)
+        if made.rate == 1.0 and fake_time:
+            made.fake_time = rng.random() < 0.5
+        made.own_pids = own_pids and has_pid_namespaces() and rng.random() < 0.3
+        return made
+
+
+@dataclass
+class Deployment:
+    """One container of one deployment: started again by its platform whenever it ends, until it is retired."""
+
+    world: World
+    host: Host
+    key: str
+    traits: Traits
+    number: int
+    process: subprocess.Popen[bytes] | None = None
+    retired: bool = False
+    suspended: bool = False  # the platform waits
+    starts: int = 0
+    cgroup: Cgroup | None = None
+    keeper: asyncio.Task[None] | None = None
+
+    def __str__(self) -> str:
+        odd = [k for k, v in vars(self.traits).items() if v not in (False, 0.0, 1.0)]
+        return f"{self.key}@{self.host.number}({' '.join(odd)})"
+
+    @property
+    def clock(self) -> Path:
+        return self.world.folder / f"clock-{self.number}"
+
+    @property
+    def log(self) -> Path:
+        return self.world.folder / f"log-{self.number}-{self.key}.txt"
+
+    def _command(self) -> list[str]:
+        w, t = self.world, self.traits
+        command: list[str] = []
+        if self.cgroup is not None:
+            # inside before anything of it is forked
+            script = "".join(f"echo $$ >{f} || exit 99; " for f in self.cgroup.files()) + 'exec "$@"'
+            command += ["sh", "-c", script, "sh"]
+        if self.host.netns:
+            command += ["ip", "netns", "exec", self.host.netns]
+        if t.own_pids:
+            command += ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        if t.inside:
+            return [*command, sys.executable, str(TESTS / "inside_witness.py"), str(w.witness), str(w.ttl), self.key]
+        command += [*BOTLEASE, "run", "--ttl", str(w.ttl), "--stop-grace", str(GRACE), "--deployment", self.key]
+        command += ["--probation", "2", "--max-crashes", "1", "--wait-database", "3", "--lock-delay", str(w.lock_delay)]
+        if t.warm:
+            command.append("--warm")
+        bot = [sys.executable, "-S", str(TESTS / "witness.py"), str(w.witness), "--who", "1"]
+        if t.daemon:
+            bot += ["--daemon", "1"]
+        if t.deaf:
+            bot += ["--deaf", "1"]
+        if t.slow:
+            bot += ["--slow", str(t.slow)]
+        if t.spawns:
+            bot += ["--spawn", str(t.spawns)]
+        if t.warm:
+            bot += ["--gate", "fd"]
+        if t.user:
+            bot += ["--user", "65534"]
+        if t.broken:
+            bot += ["--for", str(t.broken), "--exit", "1"]
+        if t.fake_time:
+            bot = ["env", "-u", "LD_PRELOAD", *bot]
+        return [*command, "--", *bot]
+
+    def start(self) -> None:
+        w, t = self.world, self.traits
+        env = {"BOTLEASE_DATABASE_URL": w.url or self.host.url(), "XDG_RUNTIME_DIR": str(w.folder)}
+        env |= {"PYTHONPATH": str(ROOT / "soak" / "site"), "SOAK_RATE": str(t.rate), "SOAK_PLANT": w.plant}
+        if t.fake_time and w.library is not None:
+            self.clock.write_text("+0")
+            env |= {"LD_PRELOAD": str(w.library), "FAKETIME_TIMESTAMP_FILE": str(self.clock), "FAKETIME_NO_CACHE": "1"}
+            env["FAKETIME_DONT_FAKE_MONOTONIC"] = "1"
+        with self.log.open("a") as out:
+            out.write(f"--- start {self.starts} at {now():.3f}\n")
+            out.flush()
+            self.process = subprocess.Popen(
+                self._command(), env=clean_env(**env), stdout=out, stderr=out, start_new_session=True
+            )
+        self.starts += 1
+
+    async def run(self) -> None:
+        """The platform."""
+        rng = random.Random(f"{self.world.seed}-{self.number}")
+        while not self.retired:
+            if self.process is None or self.process.poll() is not None:
+                if self.process is not None:
+                    self.world.tell(f"{self} ended with {self.process.returncode}")
+                    await asyncio.sleep(rng.uniform(0.05, 0.4))
+                if not self.retired and not self.suspended:
+                    self.start()
+            await asyncio.sleep(0.05)
+
+    def begin(self) -> None:
+        self.keeper = asyncio.create_task(self.run())
+
+    def tree(self) -> list[int]:
+        """Supervisor, reaper, bot, and what is below; without the wrappers around."""
+        if self.process is None or self.process.poll() is not None:
+            return []
+        pids = [self.process.pid, *descendants(self.process.pid)]
+        return pids[1:] if self.traits.own_pids else pids
+
+    def part(self, name: str) -> list[int]:
+        pids = self.tree()
+        if self.traits.inside:
+            return pids
+        return {"supervisor": pids[:1], "reaper": pids[1:2], "bot": pids[2:], "everything": pids}[name]
+
+    def send(self, name: str, number: int) -> None:
+        for pid in self.part(name):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    async def retire(self, number: int = signal.SIGTERM, limit: float = 8.0) -> None:
+        """The platform ends it for good."""
+        self.retired = True
+        self.send("supervisor", number)
+        end = now() + limit
+        while self.process is not None and self.process.poll() is None:
+            if now() > end:
+                self.end()
+            await asyncio.sleep(0.02)
+        if self.keeper is not None:
+            self.keeper.cancel()
+        if self.cgroup is not None:
+            self.cgroup.remove()
+        if self in self.world.deployments:
+            self.world.deployments.remove(self)
+
+    def end(self) -> None:
+        """Of what is left, nothing."""
+        self.retired = True
+        if self.cgroup is not None:
+            self.cgroup.freeze(False)
+        for pid in reversed([*self.tree(), *([self.process.pid] if self.process else [])]):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if self.process is not None:
+            self.process.wait()
+
+
+@dataclass
+class World:
+    """One bot, its database, and everything that runs it."""
+
+    seed: int
+    store: str
+    folder: Path
+    ttl: float = 1.5
+    fake_time: bool = False
+    plant: str = ""
+    lock_delay: float = field(init=False)
+    rng: random.Random = field(init=False)
+    hosts: list[Host] = field(default_factory=list)
+    deployments: list[Deployment] = field(default_factory=list)
+    story: list[str] = field(default_factory=list)
+    primary: Postgres | None = None
+    replica: Postgres | None = None
+    library: Path | None = None
+    count: int = 0
+    explains: set[str] = field(default_factory=set)
+    """What faults left in the database that ``verify`` may name: "clock", "lost", "edited"."""
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.seed)
+        # a lock-delay hides whoever is late by less; without it the margin is that of the kill budget alone
+        self.lock_delay = self.seed % 2
+        self.folder.chmod(0o755)
+        self.library = libfaketime() if self.fake_time else None
+        self.fake_time = self.library is not None
+
+    @property
+    def witness(self) -> Path:
+        return self.folder / "witness.txt"
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "data" / "lease.db"
+
+    @property
+    def url(self) -> str:
+        return f"sqlite:///{self.file}" if self.store == "sqlite" else ""
+
+    @property
+    def direct(self) -> str:
+        return self.url if self.primary is None else self.primary.url()
+
+    def tell(self, text: str) -> None:
+        self.story.append(f"{now():.3f} {text}")
+
+    def new_replica(self) -> Postgres:
+        assert self.primary is not None
+        return Postgres(copy_of=self.primary, fake_time=self._clock()).start()
+
+    def _clock(self) -> tuple[Path, Path] | None:
+        if self.library is None:
+            return None
+        clock = self.folder / "clock-database"
+        if not clock.exists():
+            clock.write_text("+0")
+            clock.chmod(0o644)
+        return self.library, clock
+
+    def step_clock(self, seconds: float) -> None:
+        (self.folder / "clock-database").write_text(f"{seconds:+.0f}")
+
+    async def open(self, hosts: int) -> None:
+        if self.store == "postgres":
+            self.primary = Postgres(fake_time=self._clock()).start()
+        else:
+            self.file.parent.mkdir(mode=0o700)
+        subnet = 64 + (os.getpid() % 128)
+        for number in range(hosts):
+            self.hosts.append(Host(number, subnet, None if self.primary is None else self.primary.port))
+            await self.hosts[-1].open()
+        for host in self.hosts:
+            self.deploy(host, "v0")
+
+    def deploy(self, host: Host, key: str, **odd: object) -> Deployment:
+        traits = Traits.draw(self.rng, fake_time=self.fake_time, own_pids=self.store == "postgres")
+        for name, value in odd.items():
+            setattr(traits, name, value)
+        new = Deployment(self, host, key, traits, self.count)
+        if has_cgroups():
+            new.cgroup = Cgroup(f"botlease-{os.getpid()}-{self.count}")
+        self.count += 1
+        self.deployments.append(new)
+        self.tell(f"deploy {new}")
+        new.begin()
+        return new
+
+    def point_at(self, server: Postgres) -> None:
+        self.primary = server
+        for host in self.hosts:
+            assert host.proxy is not None
+            host.proxy.target = server.port
+            host.proxy.reset()
+
+    async def close(self) -> None:
+        for d in [*self.deployments]:
+            d.retired = True
+            if d.keeper is not None:
+                d.keeper.cancel()
+            d.end()
+            if d.cgroup is not None:
+                await asyncio.sleep(0.02)
+                d.cgroup.remove()
+        for host in self.hosts:
+            await host.close()
+        for server in (self.primary, self.replica):
+            if server is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    server.signal(signal.SIGCONT)
+                server.stop()

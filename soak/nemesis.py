@@ -1,0 +1,295 @@
+"""Faults on real processes: real supervisors and bots, real databases, a witness as the judge."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from cgroups import has_cgroups
+from harness import BOTLEASE, clean_env
+
+from soak import ROOT
+from soak.deployments import GRACE, WORLDS, World, has_netns, has_pid_namespaces, libfaketime
+from soak.faults import KINDS, Scene, possible
+from soak.oracle import Oracle, now
+from soak.report import Report
+
+FAULTS_EACH = 60
+AT_ONCE = 5
+MARGIN = 0.5
+"""Seconds for which nobody has worked before another can begin, where the end of a lease was waited out."""
+
+
+def bound(ttl: float) -> float:
+    """Seconds from the end of the last fault to somebody at work. The simulation's own bound (docs/design.md), the
+    restart of a bot that crashed, of a platform, and of Pythons on two cores that are busy otherwise."""
+    return 5.5 * ttl * 1.01 + 1 + 2 * GRACE + 1 + 4
+
+
+class Run:
+    """One world, from its first deployment to its last."""
+
+    def __init__(self, seed: int, kind: str, faults: int, plant: str, folder: Path) -> None:
+        store, _, extra = kind.partition("-")
+        self.world = World(seed, store, folder, fake_time=extra == "clocks", plant=plant)
+        self.kind = kind
+        self.oracle = Oracle(self.world.witness)
+        self.rng = random.Random(f"{seed}-faults")
+        self.quota = faults
+        self.faults: Counter[str] = Counter()
+        self.findings: list[str] = []
+        self.slowest = 0.0
+        self.verified = 0
+        self.margins: list[float] = []
+
+    async def go(self) -> None:
+        try:
+            await self.world.open(3)
+            await self.works(now(), "the start")
+            while sum(self.faults.values()) < self.quota and not self.broken():
+                await self.one()
+                self.say({"faults": 1})
+            if not self.broken():
+                await self.works(now(), "the end")
+            await self.verify()
+        except Exception as e:
+            self.findings.append(f"the nemesis itself: {type(e).__name__}: {e}")
+            raise
+        finally:
+            await self.world.close()
+
+    def say(self, line: dict[str, object]) -> None:
+        """To whoever started this world; who may be gone."""
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(line), flush=True)
+
+    def broken(self) -> bool:
+        return bool(self.findings or self.oracle.findings)
+
+    def choose(self) -> str:
+        """Every kind comes up; what came up least, more often."""
+        kinds = possible(self.world)
+        least = min(self.faults[k] for k in kinds)
+        return self.rng.choice([k for k in kinds if self.faults[k] == least] if self.rng.random() < 0.6 else kinds)
+
+    async def one(self) -> None:
+        names = [self.choose()]
+        if self.rng.random() < 0.25:
+            # two faults of the database would wait for each other, and a lost tail may hold an operator's last word
+            other = self.choose()
+            words = [set(n.split("_")) for n in (names[0], other)]
+            data = [bool(w & {"database", "databases", "fail", "file", "operator", "tables"}) for w in words]
+            if not all(data):
+                names.append(other)
+        for name in names:
+            self.faults[name] += 1
+        self.world.tell(f"fault {' and '.join(names)}")
+        scene = Scene(self.world, self.oracle, self.rng)
+        await asyncio.gather(*(KINDS[name][0](scene) for name in names))
+        ended = now()
+        self.world.tell("undone")
+        if self.rng.random() < 0.8:
+            await self.works(ended, " and ".join(names))
+        if sum(self.faults.values()) // 20 > self.verified:
+            await self.verify()
+        await self.keep_enough()
+        self.oracle.read()
+
+    async def keep_enough(self) -> None:
+        """Three deployments, each of which could work."""
+        while len(self.world.deployments) > 4:
+            await self.world.deployments[0].retire()
+        while len(self.world.deployments) < 3:
+            self.world.deploy(self.rng.choice(self.world.hosts), f"v{self.world.count}")
+
+    async def works(self, since: float, after: str) -> None:
+        """Somebody is at work again, and stays so for a moment, within the bound."""
+        limit = bound(self.world.ttl)
+        while True:
+            self.oracle.read()
+            if self.oracle.last > since and now() - self.oracle.last < 0.3:
+                break
+            if now() - since > limit:
+                self.findings.append(f"nobody at work {limit:.1f} s after {after}")
+                scene = Scene(self.world, self.oracle, self.rng)
+                for table in ("bot_instances", "bot_leases", "bot_deployments", "bot_terms ORDER BY term DESC LIMIT 5"):
+                    for row in await scene.sql(f"SELECT * FROM {table}"):
+                        self.world.tell(f"{table.split()[0]}: {row}")
+                return
+            await asyncio.sleep(0.05)
+        self.slowest = max(self.slowest, (now() - since) / limit)
+
+    async def botlease(self, *args: str) -> tuple[int, list[Any]]:
+        """What one of its commands says, line by line."""
+        done = await asyncio.create_subprocess_exec(
+            *(*BOTLEASE, *args, "--json"),
+            env=clean_env(BOTLEASE_DATABASE_URL=self.world.direct),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        out, err = await done.communicate()
+        self.world.tell(f"{args}: {done.returncode} {err.decode()}")
+        return done.returncode or 0, [json.loads(line) for line in out.decode().splitlines()]
+
+    async def verify(self) -> None:
+        """The journal must say what the witness says, and the witness what the journal says."""
+        self.verified += 1
+        _, rows = await self.botlease("history", "--limit", "1000")
+        self.oracle.read()
+        waited_out = {row["term"] for row in rows if row["began"] == "expired"}
+        for work in self.oracle.works.values():
+            if work.term in waited_out and work.margin is not None:
+                self.margins.append(work.margin)
+                if work.margin < MARGIN and self.world.lock_delay:
+                    self.findings.append(f"work began {work.margin:.3f} s after the one before it, in term {work.term}")
+        code, verdicts = await self.botlease("verify")
+        if code == 0:
+            return
+        for verdict in verdicts:
+            for finding in verdict["findings"]:
+                what = finding["what"] if isinstance(finding, dict) else str(finding)
+                if not self.explained(what):
+                    self.findings.append(f"verify: {what}")
+
+    def explained(self, what: str) -> bool:
+        explains = self.world.explains
+        if "clock" in explains and any(t in what for t in ("OVERLAPS", "before it began", "too early")):
+            return True
+        if "lost" in explains and "OVERLAPS" not in what:
+            return True
+        return "edited" in explains and any(t in what for t in ("no lease beside it", "lease", "not journalled"))
+
+    def result(self) -> dict[str, object]:
+        o = self.oracle
+        return {
+            "seed": self.world.seed,
+            "kind": self.kind,
+            "counts": dict(self.faults),
+            "findings": self.findings + o.findings,
+            "terms": len({w.term for w in o.works.values()}),
+            "stamps": o.stamps,
+            "slowest": self.slowest,
+            "verified": self.verified,
+            "margin": min(self.margins, default=None) if self.world.lock_delay else None,
+            "margin without": min(self.margins, default=None) if not self.world.lock_delay else None,
+            "waited out": len(self.margins),
+            "residue": o.residue,
+        }
+
+
+def main(seed: int, kind: str, faults: int, plant: str) -> int:
+    """One world in this process; its result is the last line of the output."""
+    with tempfile.TemporaryDirectory(prefix="botlease-nemesis-", ignore_cleanup_errors=True) as folder:
+        run = Run(seed, kind, faults, plant, Path(folder))
+        with contextlib.suppress(asyncio.CancelledError):
+            loop = asyncio.new_event_loop()
+            task = loop.create_task(run.go())
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, task.cancel)
+            try:
+                loop.run_until_complete(task)
+            finally:
+                result = run.result()
+                if result["findings"]:
+                    result["story"] = run.world.story[-60:]
+                    result["logs"] = {p.name: p.read_text()[-3000:] for p in sorted(Path(folder).glob("log-*"))[-6:]}
+                run.say({"result": result})
+    return 1 if run.broken() else 0
+
+
+async def _world(seed: int, kind: str, faults: int, plant: str) -> AsyncIterator[dict[str, object]]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "soak.nemesis", str(seed), kind, str(faults), plant),
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{ROOT / 'src'}"},
+        stdout=subprocess.PIPE,
+        limit=1 << 26,
+    )
+    assert process.stdout is not None
+    try:
+        async for line in process.stdout:
+            yield json.loads(line)
+        if await process.wait() not in (0, 1):
+            yield {"result": {"seed": seed, "kind": kind, "findings": [f"ended with {process.returncode}"]}}
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            await process.wait()
+
+
+async def _all(report: Report, first: int, faults: int, worlds: tuple[str, ...], at_once: int, plant: str) -> None:
+    counts: Counter[str] = Counter()
+    kinds = iter((first + i, worlds[i % len(worlds)]) for i in range(-(-faults // FAULTS_EACH)))
+    done = {"terms": 0, "stamps": 0, "verified": 0, "waited out": 0, "worlds": 0, "faults": 0}
+    slowest, residue = 0.0, []
+    margins: dict[str, list[float]] = {"margin": [], "margin without": []}
+
+    async def worker() -> None:
+        nonlocal slowest
+        for seed, kind in kinds:
+            async for line in _world(seed, kind, min(faults, FAULTS_EACH), plant):
+                done["faults"] += int(str(line.get("faults", 0)))
+                report.progress(f"{done['faults']:,} of {faults:,} faults")
+                result = line.get("result")
+                if not isinstance(result, dict):
+                    continue
+                for text in result["findings"]:
+                    report.fail(f"{kind}: {text}; again: scripts/soak --part nemesis --first {seed} --world {kind}")
+                if result["findings"]:
+                    print(json.dumps(result, indent=1), file=sys.stderr)
+                counts.update(result.get("counts", {}))
+                done["worlds"] += 1
+                for name in ("terms", "stamps", "verified", "waited out"):
+                    done[name] += result.get(name, 0)
+                slowest = max(slowest, result.get("slowest", 0))
+                for name in margins:
+                    margins[name] += [result[name]] if result.get(name) else []
+                residue.extend(result.get("residue", []))
+
+    await asyncio.gather(*(worker() for _ in range(at_once)))
+    report.figures |= {
+        "faults": f"{sum(counts.values()):,}",
+        "kinds of faults": str(len(counts)),
+        "worlds": f"{done['worlds']} (from {first})",
+        "terms": f"{done['terms']:,}",
+        "stamps of witnesses": f"{done['stamps']:,}",
+        "overlaps": str(sum("OVERLAP" in f for f in report.failures)),
+        "slowest recovery": f"{slowest:.0%} of its bound",
+        "verify agreed": f"{done['verified']} times",
+        "leases waited out": f"{done['waited out']:,}",
+        "nobody at work before a takeover": f"{min(margins['margin'], default=math.nan):.2f} s at least",
+        "without a lock-delay": f"{min(margins['margin without'], default=math.nan):.2f} s",
+        "work after a thaw": f"{len(residue)} stamps, at most {max(residue, default=0) * 1000:.2f} ms after it",
+    }
+    for kind, count in counts.most_common():
+        report.figures[f"fault: {kind}"] = f"{count:,}"
+
+
+def run(first: int, faults: int, worlds: tuple[str, ...] = WORLDS, at_once: int = AT_ONCE, plant: str = "") -> Report:
+    report = Report("nemesis")
+    for what, here in (
+        ("network namespaces", has_netns()),
+        ("cgroups", has_cgroups()),
+        ("process namespaces", has_pid_namespaces()),
+        ("clocks that are stepped (libfaketime)", libfaketime() is not None),
+    ):
+        if not here:
+            print(f"  nemesis: here are no {what}: it does without", file=sys.stderr)
+    asyncio.run(_all(report, first, faults, worlds, at_once, plant))
+    return report
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]))

@@ -1,0 +1,89 @@
+"""The judge over real processes: what the witnesses wrote, on one clock that nobody can step.
+
+Every process of a bot appends "who term boottime" every 2 ms to one file (``tests/witness.py --who``). ``who`` is the
+instance and the process the work began with, so that whatever a bot forks is the same work.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+THAWED_FOR = 0.005
+"""Seconds (research, E7: at most 0.37 ms were measured). When a cgroup is thawed after the end of trust, the kernel
+ends the work, but what has waited on a CPU can run meanwhile. It is counted, and bounded by this."""
+
+
+def now() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+@dataclass
+class Work:
+    who: str
+    term: int
+    first: float
+    last: float
+    margin: float | None = None
+    """Seconds in which nobody worked before it began; None for the first one."""
+
+
+class Oracle:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.works: dict[str, Work] = {}
+        self.findings: list[str] = []
+        self.thaws: list[float] = []
+        self.residue: list[float] = []
+        self.stamps = 0
+        self.last = 0.0
+        self._offset = 0
+        self._latest: Work | None = None
+
+    def read(self) -> None:
+        """Take in what was written since the last time."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as f:
+            f.seek(self._offset)
+            data = f.read()
+        whole = data[: data.rfind(b"\n") + 1]  # a write across the border of a page can be seen half done
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            who, term, at = line.split()
+            self.take(who.decode(), int(term), float(at))
+
+    def take(self, who: str, term: int, at: float) -> None:
+        self.stamps += 1
+        key = f"{who}/{term}"
+        work = self.works.get(key)
+        if work is None:
+            self._begin(key, term, at)
+        elif self._latest is not work and self._latest is not None and at > self._latest.first:
+            if any(0 <= at - thaw <= THAWED_FOR for thaw in self.thaws):
+                self.residue.append(min(at - thaw for thaw in self.thaws if at >= thaw))
+            else:
+                self._overlap(work, self._latest, at - self._latest.first)
+        else:
+            work.last = max(work.last, at)
+        self.last = max(self.last, at)
+
+    def _begin(self, key: str, term: int, at: float) -> None:
+        new = Work(key, term, at, at)
+        instance = key.partition("/")[0]
+        for other in self.works.values():
+            if other.last >= at:
+                self._overlap(other, new, other.last - at)
+            if other.term == term and other.who.partition("/")[0] != instance:
+                self.findings.append(f"term {term} was used twice: by {other.who} and by {key}")
+            if other.term > term:
+                self.findings.append(f"term {term} of {key} began after term {other.term} of {other.who}")
+        if self._latest is not None:
+            new.margin = at - max(w.last for w in self.works.values())
+        self.works[key] = self._latest = new
+
+    def _overlap(self, old: Work, new: Work, by: float) -> None:
+        text = f"OVERLAP of {old.who} (term {old.term}) with {new.who} (term {new.term}) at {new.first:.6f}"
+        if not any(f.startswith(text) for f in self.findings):
+            self.findings.append(f"{text}, by {by * 1000:.3f} ms at least")

@@ -1,0 +1,31 @@
+"""Loaded by the supervisors of the nemesis: a clock that drifts (SOAK_RATE), and a bug planted on purpose (SOAK_PLANT).
+
+The kernel's timers of a drifting machine drift with its clocks, so what is armed is turned back into real time.
+"""
+
+import os
+import time
+
+_RATE = float(os.environ.get("SOAK_RATE") or 1)
+
+if os.environ.get("SOAK_PLANT") == "long_trust":
+    import botlease.model
+
+    botlease.model.Timing.trust = property(lambda self: 3 * self.ttl)  # R1 broken: the holder believes for too long
+    botlease.model.Timing.drain_after = property(lambda self: 2.5 * self.ttl)
+
+if _RATE != 1:
+    import botlease.clock
+    import botlease.work.fence
+
+    _begun = time.clock_gettime(time.CLOCK_BOOTTIME)
+    _arm = botlease.work.fence.Fence.arm
+
+    def _now() -> float:
+        return _begun + (time.clock_gettime(time.CLOCK_BOOTTIME) - _begun) * _RATE
+
+    def _drifting_arm(self, until: float) -> None:
+        _arm(self, _begun + (until - _begun) / _RATE)
+
+    botlease.clock.now = _now
+    botlease.work.fence.Fence.arm = _drifting_arm

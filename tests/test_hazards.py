@@ -1,0 +1,161 @@
+"""What the table of hazards (docs/reliability.md) found missing: one test a hazard, on real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+from cgroups import Cgroup, has_cgroups
+from harness import BOTLEASE, World, clean_env, until
+
+from botlease import procfs
+from botlease.model import Event, Healthy, Unhealthy
+from botlease.work.pulse import Pulse, Rule
+
+
+def now() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def wait_until(moment: float) -> None:
+    until(lambda: now() > moment)
+
+
+def at_a_terminal(world: World, *wrap: str) -> tuple[subprocess.Popen[bytes], int]:
+    """``botlease run`` as the leader of a terminal's session, and the other end of that terminal."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [*wrap, *BOTLEASE, "run", "--ttl", "1.5", "--take-over", "--", *world.bot()],
+        env=clean_env(BOTLEASE_DATABASE_URL=world.url),
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - no other thread is here
+    )
+    os.close(slave)
+    return process, master
+
+
+def test_closing_the_terminal_ends_the_bot_and_the_lease_is_free_at_once(sqlite_world: World) -> None:
+    process, master = at_a_terminal(sqlite_world)
+    try:
+        sqlite_world.works(1)
+        os.close(master)
+        process.wait(5)
+    finally:
+        process.kill()
+        process.wait()
+    assert len(sqlite_world.stamps()) == 1  # it was not started again
+    closed = now()
+    sqlite_world.run()
+    sqlite_world.works(2)
+    assert now() - closed < 1.5  # no waiting for a lease to run out
+
+
+def test_under_nohup_the_bot_outlives_its_terminal(sqlite_world: World) -> None:
+    process, master = at_a_terminal(sqlite_world, "nohup")
+    try:
+        sqlite_world.works(1)
+        os.close(master)
+        closed = now()
+        until(lambda: max(last for _, last in sqlite_world.stamps().values()) > closed + 0.5)
+        assert process.poll() is None and len(sqlite_world.stamps()) == 1
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def test_a_hang_up_without_a_terminal_is_the_bots(sqlite_world: World, tmp_path: Path) -> None:
+    heard = tmp_path / "heard"
+    script = f"trap 'echo again >>{heard}' HUP; echo begun >{heard}; while :; do sleep 0.05; done"
+    run = sqlite_world.run(bot=("sh", "-c", script))
+    until(heard.exists)
+    run.signal(signal.SIGHUP)
+    until(lambda: "again" in heard.read_text())
+    assert run.process.poll() is None
+
+
+def test_a_holder_taken_out_of_the_lease_by_hand_while_its_supervisor_is_stopped_is_waited_out(world: World) -> None:
+    old = world.run("--deployment", "v1")
+    world.works(1)
+    new = world.run("--deployment", "v2", "--standby")
+    new.says("standby")
+    old.signal(signal.SIGSTOP)
+    world.sql("UPDATE bot_leases SET holder = NULL")
+    world.sql("UPDATE bot_instances SET is_active = FALSE WHERE deployment = 'v1'")
+    world.sql("UPDATE bot_instances SET is_active = TRUE WHERE deployment = 'v2'")
+    world.works(2)
+
+    assert world.overlap() == 0
+
+
+@pytest.mark.skipif(not has_cgroups(), reason="no cgroup can be made here")
+def test_a_frozen_bot_whose_reaper_died_keeps_the_lease_until_it_is_thawed_and_dead(sqlite_world: World) -> None:
+    """Nobody else may begin, and the supervisor neither burns a core meanwhile nor stops renewing."""
+    run = sqlite_world.run()
+    sqlite_world.works(1)
+    reaper, bot = run.children()
+    cgroup = Cgroup(f"botlease-test-{os.getpid()}")
+    try:
+        for file in cgroup.files():
+            Path(file).write_text(str(bot))
+        cgroup.freeze(True)
+        os.kill(reaper, signal.SIGKILL)
+        sqlite_world.run("--standby")
+        frozen, before = now(), cpu(run.pid)
+        wait_until(frozen + 2.5)
+        assert len(sqlite_world.stamps()) == 1
+        assert cpu(run.pid) - before < 1.2
+        cgroup.freeze(False)
+        sqlite_world.works(2)
+        assert sqlite_world.terms() == [1]
+    finally:
+        cgroup.freeze(False)
+        cgroup.remove()
+    assert sqlite_world.overlap() == 0
+
+
+def cpu(pid: int) -> float:
+    """Seconds of CPU that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_another_time_namespace_is_another_host_as_its_start_times_are_told_by_another_clock() -> None:
+    command = ["unshare", "--time", "--boottime", "5000", sys.executable, "-c"]
+    code = "from botlease import procfs; print(procfs.host())"
+    try:
+        done = subprocess.run([*command, code], capture_output=True, text=True, env=clean_env())
+    except OSError:
+        done = None
+    if done is None or done.returncode:
+        pytest.skip("no time namespace can be made here")
+    assert done.stdout.strip() and done.stdout.strip() != procfs.host()
+
+
+async def test_a_file_whose_time_lies_in_the_future_is_one_sign_of_life_and_not_many(tmp_path: Path) -> None:
+    """The wall clock was set back: what was touched before would look new for hours."""
+    beat = tmp_path / "beat"
+    pulse = Pulse(Rule.parse(str(beat), 0.2))
+    heard: asyncio.Queue[Event] = asyncio.Queue()
+    pulse.tell = heard.put_nowait
+    pulse.begin(1)
+    beat.touch()
+    os.utime(beat, (beat.stat().st_mtime + 3600,) * 2)
+    try:
+        assert isinstance(await asyncio.wait_for(heard.get(), 5), Healthy)
+        assert isinstance(await asyncio.wait_for(heard.get(), 5), Unhealthy)
+        beat.touch()
+        assert isinstance(await asyncio.wait_for(heard.get(), 5), Healthy)
+    finally:
+        pulse.end()

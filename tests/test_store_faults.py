@@ -1,0 +1,483 @@
+"""What a call to a store has done, and how long it takes, when the network, the server or the disk fails in the middle
+of it: at every message of PostgreSQL's protocol, and at every write of SQLite's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import BOTLEASE, World, clean_env, until
+from proxy import Link, Proxy
+from test_stores import run_sql
+
+from botlease.model import Held, How, Lease, Probation, Reason
+from botlease.stores import Store, StoreError, StoreRefused, open_store
+from botlease.stores.postgres import PostgresStore
+from botlease.testing import DEADLINE, lease_of, registration
+
+SHORT = 0.4
+"""Seconds: the deadline of a call that will not be answered."""
+
+# PostgreSQL: every message ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """One bot, prepared so that a verb has something to do."""
+
+    direct: Store
+    bot: str
+    held: Held = field(default_factory=lambda: Held(0, ""))
+    lease: Lease | None = None
+    origin: str = ""
+
+    async def prepare(self, verb: str) -> Case:
+        if verb == "register":
+            return self
+        view = await self.direct.register(registration("a" + self.bot, bot=self.bot), DEADLINE)
+        self.lease, self.origin = lease_of(view), view.origin
+        if verb == "claim":
+            return self
+        assert await self.direct.claim(self.bot, "a" + self.bot, None, DEADLINE)
+        if verb in ("acquire", "leave"):
+            return self
+        grant = await self.acquire(self.direct, DEADLINE)
+        assert grant is not None
+        self.held = Held(grant.term, "n")
+        return self
+
+    async def acquire(self, store: Store, deadline: float) -> Any:
+        assert self.lease is not None
+        return await store.acquire(
+            *(self.bot, "a" + self.bot, self.lease.key),
+            nonce="n",
+            floor=0,
+            origin=self.origin,
+            how=How.RELEASED,
+            ttl=10.0,
+            proof="p",
+            probation=Probation.ON,
+            deadline=deadline,
+        )
+
+    async def call(self, verb: str, store: Store, deadline: float) -> object:
+        me = "a" + self.bot
+        calls: dict[str, Callable[[], Awaitable[object]]] = {
+            "register": lambda: store.register(registration(me, bot=self.bot), deadline),
+            "claim": lambda: store.claim(self.bot, me, None, deadline),
+            "acquire": lambda: self.acquire(store, deadline),
+            "renew": lambda: store.renew(self.bot, me, self.held, 77, deadline),
+            "passed": lambda: store.passed(self.bot, me, self.held, deadline),
+            "release": lambda: store.release(
+                self.bot, me, self.held, reason=Reason.STOPPED, pass_on=False, leave=False, deadline=deadline
+            ),
+            "leave": lambda: store.leave(self.bot, me, reason=Reason.STOPPED, pass_on=False, deadline=deadline),
+        }
+        return await calls[verb]()
+
+    async def done(self, verb: str) -> bool:
+        view = await self.direct.read(self.bot, "a" + self.bot, DEADLINE)
+        lease = view.lease
+        return {
+            "register": lambda: view.generation > 0,
+            "claim": lambda: view.assigned is not None,
+            "acquire": lambda: lease is not None and lease.holder is not None,
+            "renew": lambda: lease is not None and lease.beat == 77,
+            "passed": lambda: view.probation is Probation.PASSED,
+            "release": lambda: lease is not None and lease.holder is None,
+            "leave": lambda: view.ended,
+        }[verb]()
+
+
+VERBS = ("register", "claim", "acquire", "renew", "passed", "release", "leave")
+
+
+async def consistent(url: str, bot: str) -> None:
+    """Lease and journal say the same: nothing is half done."""
+    rows = await run_sql(  # in one statement: what was asked before the cut may be done just now
+        url,
+        f"SELECT 'lease', term, holder FROM bot_leases WHERE bot = '{bot}' AND holder IS NOT NULL UNION ALL "
+        f"SELECT 'term', term, instance_id FROM bot_terms WHERE bot = '{bot}' AND released_at IS NULL",
+    )
+    kinds = [[(r[1], r[2]) for r in rows if r[0] == kind] for kind in ("lease", "term")]
+    assert kinds[0] == kinds[1]
+
+
+def at_message(number: int, do: Callable[[Link], bool]) -> tuple[Callable[[Link, str, bytes], bool], list[int]]:
+    """Do something at the so-manieth message from now on, whoever sends it."""
+    count = [0]
+
+    def hook(link: Link, direction: str, message: bytes) -> bool:
+        count[0] += 1
+        return do(link) if count[0] == number else True
+
+    return hook, count
+
+
+@pytest.fixture
+async def direct(postgres_url: str) -> AsyncIterator[PostgresStore]:
+    store = PostgresStore(postgres_url)
+    await store.open(DEADLINE)
+    yield store
+    await store.aclose()
+
+
+async def through(proxy: Proxy, url: str) -> PostgresStore:
+    """A store behind the proxy, connected."""
+    store = PostgresStore(url.replace(url.split(":")[-1].split("/")[0], str(proxy.port)))
+    store.listens = False  # its messages come when they like
+    await store.open(DEADLINE)
+    await store.read("x", "x", DEADLINE)
+    # the first use of an array makes the driver ask for its type
+    await store.renew("x", "x", Held(0, ""), 1, DEADLINE)
+    await store.release("x", "x", Held(0, ""), reason=Reason.STOPPED, pass_on=False, leave=False, deadline=DEADLINE)
+    return store
+
+
+@pytest.mark.parametrize("verb", VERBS)
+async def test_a_connection_cut_at_any_message_leaves_the_verb_done_or_not_and_never_half(
+    direct: PostgresStore, postgres_url: str, verb: str
+) -> None:
+    def before(link: Link) -> bool:
+        link.reset()
+        return False
+
+    def after(link: Link) -> bool:
+        asyncio.get_running_loop().call_soon(link.reset)
+        return True
+
+    outcomes = set()
+    async with Proxy(int(postgres_url.split(":")[-1].split("/")[0])) as proxy:
+        for how in (before, after):
+            for number in range(1, 40):
+                case = await Case(direct, f"{verb}-{how.__name__}-{number}").prepare(verb)
+                store = await through(proxy, postgres_url)
+                proxy.on_message, count = at_message(number, how)
+                try:
+                    answered = await case.call(verb, store, 2.0) not in (False, None)
+                    answered = answered or verb == "leave"  # it answers nothing
+                except StoreError:
+                    answered = False
+                proxy.on_message = None
+                done = await case.done(verb)
+                assert done or not answered, f"{verb}, {how.__name__} message {number}: answered, and not done"
+                await consistent(postgres_url, case.bot)
+                outcomes.add((done, answered))
+                await store.aclose()
+                if count[0] < number:
+                    break
+            else:
+                pytest.fail("it never ended")
+    # the one that matters was among them: done, and whoever asked did not learn of it
+    assert outcomes == {(True, True), (True, False), (False, False)}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+async def test_a_link_that_stalls_at_any_message_costs_a_call_its_deadline_and_no_more(
+    direct: PostgresStore, postgres_url: str, verb: str
+) -> None:
+    slowest = 0.0
+    async with Proxy(int(postgres_url.split(":")[-1].split("/")[0])) as proxy:
+
+        def stall(link: Link) -> bool:
+            proxy.stall()
+            return False
+
+        for number in range(1, 40):
+            case = await Case(direct, f"{verb}-stall-{number}").prepare(verb)
+            store = await through(proxy, postgres_url)
+            proxy.on_message, count = at_message(number, stall)
+            began = time.monotonic()
+            with contextlib.suppress(StoreError):
+                await case.call(verb, store, SHORT)
+            slowest = max(slowest, time.monotonic() - began)
+            proxy.on_message = None
+            proxy.go_on()
+            await consistent(postgres_url, case.bot)
+            await store.aclose()
+            if count[0] < number:
+                break
+        else:
+            pytest.fail("it never ended")
+    assert SHORT <= slowest < SHORT + 0.3
+
+
+# Tables that are somebody else's, or drifted ------------------------------------------------------------------------
+
+SEED = "instance_id text PRIMARY KEY, started_at timestamptz NOT NULL, last_heartbeat timestamptz NOT NULL"
+ACTIVE = "is_active boolean NOT NULL DEFAULT FALSE"
+TABLES = {
+    "the seed's": f"CREATE TABLE bot_instances ({SEED}, {ACTIVE})",
+    "no key": "CREATE TABLE bot_instances (instance_id text, started_at timestamptz, last_heartbeat timestamptz, "
+    "is_active boolean)",
+    "varchar": f"CREATE TABLE bot_instances ({SEED.replace('text', 'varchar(255)')}, {ACTIVE})",
+    "short varchar": f"CREATE TABLE bot_instances ({SEED.replace('text', 'varchar(8)')}, {ACTIVE})",
+    "plain timestamps": f"CREATE TABLE bot_instances ({SEED.replace('timestamptz', 'timestamp')}, {ACTIVE})",
+    "no default": f"CREATE TABLE bot_instances ({SEED}, is_active boolean NOT NULL)",
+    "nullable flag": f"CREATE TABLE bot_instances ({SEED}, is_active boolean)",
+    "flag is an integer": f"CREATE TABLE bot_instances ({SEED}, is_active integer)",
+    "flag is text": f"CREATE TABLE bot_instances ({SEED}, is_active text)",
+    "flag is missing": f"CREATE TABLE bot_instances ({SEED})",
+    "id is an integer": f"CREATE TABLE bot_instances ({SEED.replace('text', 'integer')}, {ACTIVE})",
+    "id is a uuid": f"CREATE TABLE bot_instances ({SEED.replace('text', 'uuid')}, {ACTIVE})",
+    "id is missing": f"CREATE TABLE bot_instances (id serial PRIMARY KEY, {ACTIVE})",
+    "heartbeat is missing": f"CREATE TABLE bot_instances (instance_id text, started_at timestamptz, {ACTIVE})",
+    "heartbeat is a number": "CREATE TABLE bot_instances (instance_id text PRIMARY KEY, started_at timestamptz, "
+    f"last_heartbeat double precision, {ACTIVE})",
+    "another column": f"CREATE TABLE bot_instances ({SEED}, {ACTIVE}, note text)",
+    "another with a default": f"CREATE TABLE bot_instances ({SEED}, {ACTIVE}, note text NOT NULL DEFAULT '')",
+    "another that demands": f"CREATE TABLE bot_instances ({SEED}, {ACTIVE}, note text NOT NULL)",
+    "ours, another type": f"CREATE TABLE bot_instances ({SEED}, {ACTIVE}, term text)",
+    "ours, another generation": f"CREATE TABLE bot_instances ({SEED}, {ACTIVE}, generation text)",
+    "ours, another beat": f"CREATE TABLE bot_instances ({SEED}, {ACTIVE}, beat text)",
+    "ours, no default": f"CREATE TABLE bot_instances ({SEED}, {ACTIVE}, beat bigint)",
+    "ours, another end": f"CREATE TABLE bot_instances ({SEED}, {ACTIVE}, ended_at text)",
+    "a check": f"CREATE TABLE bot_instances ({SEED}, {ACTIVE}, CHECK (instance_id LIKE 'x%'))",
+    "a check on the flag": f"CREATE TABLE bot_instances ({SEED}, {ACTIVE}, CHECK (NOT is_active))",
+    "a view": "CREATE VIEW bot_instances AS SELECT 'a' AS instance_id, FALSE AS is_active",
+    "an index of our name": f"CREATE TABLE t (x text); CREATE INDEX bot_instances_live ON t (x); "
+    f"CREATE TABLE bot_instances ({SEED}, {ACTIVE})",
+    "another's leases": "CREATE TABLE bot_leases (flat text)",
+    "another's terms": "CREATE TABLE bot_terms (semester text)",
+    "another's deployments": "CREATE TABLE bot_deployments (x text)",
+    "another's schema table": "CREATE TABLE botlease_schema (version text)",
+    "two rows active": f"CREATE TABLE bot_instances ({SEED}, {ACTIVE}); INSERT INTO bot_instances VALUES "
+    "('a', CURRENT_TIMESTAMP, CURRENT_TIMESTAMP, TRUE), ('b', CURRENT_TIMESTAMP, CURRENT_TIMESTAMP, TRUE)",
+    "rows with one name": "CREATE TABLE bot_instances (instance_id text, started_at timestamptz, "
+    f"last_heartbeat timestamptz, {ACTIVE}); INSERT INTO bot_instances VALUES "
+    "('a', CURRENT_TIMESTAMP, CURRENT_TIMESTAMP, TRUE), ('a', CURRENT_TIMESTAMP, CURRENT_TIMESTAMP, FALSE)",
+}
+ONLY_POSTGRES = {
+    "partitioned": f"CREATE TABLE bot_instances ({SEED}, {ACTIVE}) PARTITION BY HASH (instance_id)",
+    "unlogged": f"CREATE UNLOGGED TABLE bot_instances ({SEED}, {ACTIVE})",
+    "generated flag": f"CREATE TABLE bot_instances ({SEED}, is_active boolean GENERATED ALWAYS AS (FALSE) STORED)",
+    "a rule": f"CREATE TABLE bot_instances ({SEED}, {ACTIVE}); "
+    "CREATE RULE r AS ON INSERT TO bot_instances DO INSTEAD NOTHING",
+    "a trigger that refuses": f"CREATE TABLE bot_instances ({SEED}, {ACTIVE}); CREATE FUNCTION no() RETURNS trigger "
+    "LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''no''; END'; CREATE TRIGGER t BEFORE INSERT ON bot_instances "
+    "FOR EACH ROW EXECUTE FUNCTION no()",
+    "a materialized view": "CREATE MATERIALIZED VIEW bot_instances AS SELECT 'a'::text AS instance_id",
+    "a sequence": "CREATE SEQUENCE bot_instances",
+}
+
+
+async def layout(url: str) -> list[Any]:
+    """Every table with its columns."""
+    if url.startswith("sqlite"):
+        return [tuple(r) for r in await run_sql(url, "SELECT name, sql FROM sqlite_master ORDER BY name")]
+    return [
+        tuple(r)
+        for r in await run_sql(
+            url,
+            "SELECT relname, relkind, attname, atttypid FROM pg_class c JOIN pg_attribute a ON attrelid = c.oid "
+            "WHERE relnamespace = 'public'::regnamespace AND attnum > 0 AND NOT attisdropped ORDER BY 1, 3",
+        )
+    ]
+
+
+async def works(url: str) -> None:
+    """A whole life: two instances, a handover, the journal."""
+    store = open_store(url)
+    try:
+        await store.open(DEADLINE)
+        case = Case(store, "b")
+        await case.prepare("renew")
+        renewal = await store.renew("b", "ab", case.held, 5, DEADLINE)
+        assert renewal is not None and renewal.assigned
+        await store.register(registration("second", "d2", "b"), DEADLINE)
+        await store.promote("second", DEADLINE)
+        assert not (await store.renew("b", "ab", case.held._replace(beats=(5,)), 6, DEADLINE)).assigned  # type: ignore[union-attr]
+        held = case.held._replace(beats=(6,))
+        gone: Any = {"reason": Reason.SUPERSEDED, "pass_on": False, "leave": True, "deadline": DEADLINE}
+        assert await store.release("b", "ab", held, **gone)
+        assert [t["term"] for t in await store.terms("b", 10, DEADLINE)] == [1]
+    finally:
+        await store.aclose()
+
+
+async def adopted_or_refused(url: str, script: str) -> str:
+    """Either everything works, or one line says what to do and nothing was changed. Nothing in between."""
+    for statement in re.split("; (?=CREATE|INSERT)", script):
+        await run_sql(url, statement)
+    before = await layout(url)
+    try:
+        await works(url)
+    except StoreRefused as e:
+        assert "\n" not in str(e) and len(str(e)) < 600
+        assert await layout(url) == before
+        return f"refused: {e}"
+    return "works"
+
+
+@pytest.mark.parametrize("name", TABLES)
+async def test_tables_that_drifted_or_are_foreign_are_adopted_whole_or_refused_untouched(
+    any_url: str, name: str
+) -> None:
+    script = TABLES[name]
+    if any_url.startswith("sqlite"):
+        script = script.replace("id serial", "id integer")
+    await adopted_or_refused(any_url, script)
+
+
+@pytest.mark.parametrize("name", ONLY_POSTGRES)
+async def test_tables_of_postgresqls_own_kinds_are_adopted_whole_or_refused_untouched(
+    postgres_url: str, name: str
+) -> None:
+    await adopted_or_refused(postgres_url, ONLY_POSTGRES[name])
+
+
+# A disk that fails under SQLite --------------------------------------------------------------------------------------
+
+
+def under(world: World, *wrap: str, deployment: str = "v1") -> tuple[subprocess.Popen[bytes], Path]:
+    """A deployment under another program, and what it says."""
+    log = world.folder / f"log-{deployment}"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*wrap, *BOTLEASE, "run", "--ttl", "1.5", "--deployment", deployment, "--", *world.bot()],
+            env=clean_env(BOTLEASE_DATABASE_URL=world.url),
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    return process, log
+
+
+def ended(process: subprocess.Popen[bytes]) -> None:
+    from botlease.work.tree import descendants
+
+    for pid in [*descendants(process.pid)][:1] or [process.pid]:  # strace passes nothing on
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def can_trace() -> bool:
+    try:
+        return subprocess.run(["strace", "-qq", "-o", "/dev/null", "true"], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+SYNC = "fsync,fdatasync"
+TRACE = ("strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={SYNC}", "-e")
+
+
+@pytest.mark.skipif(not can_trace(), reason="strace is not here, or may not trace")
+def test_a_disk_that_fails_ends_the_work_in_time_and_a_good_one_takes_over(sqlite_world: World) -> None:
+    """The holder's own syncs fail; the other deployment has a good disk, and must wait the lease out."""
+    world = sqlite_world
+    sick, log = under(world, *TRACE, f"inject={SYNC}:error=EIO:when=40+")
+    try:
+        world.works(1)
+        world.run("--deployment", "v1")  # stands by
+        until(lambda: world.terms()[-1:] == [2], 30)
+        until(lambda: "disk I/O error" in log.read_text())
+        assert world.overlap() == 0
+    finally:
+        ended(sick)
+
+
+@pytest.mark.skipif(not can_trace(), reason="strace is not here, or may not trace")
+def test_syncs_of_three_seconds_end_the_work_in_time_and_when_they_are_quick_again_somebody_works(
+    sqlite_world: World,
+) -> None:
+    """Twice the ttl. Whoever waits for such a sync holds the write lock of the file, so that nobody else can begin."""
+    world = sqlite_world
+    slow, log = under(world, *TRACE, f"inject={SYNC}:delay_enter=3000000:when=40..44")
+    try:
+        world.works(1)
+        world.run("--deployment", "v1")
+        until(lambda: "no renewal was confirmed in time" in log.read_text(), 30)
+        ended_at = max(last for _, last in world.stamps().values())
+        until(lambda: max(last for _, last in world.stamps().values()) > ended_at + 1.0, 40)
+        assert world.overlap() == 0 and world.terms()[-1] > 1
+    finally:
+        ended(slow)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
+    except OSError:
+        pytest.skip("no mount here")
+    if mounted.returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], capture_output=True)
+
+
+def test_a_full_disk_ends_the_work_in_time_and_when_there_is_room_somebody_works_again(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    world = World(tmp_path, f"sqlite:///{small_disk}/lease.db")
+    try:
+        first = world.run("--deployment", "v1")
+        world.works(1)
+        world.run("--deployment", "v1")
+        with (small_disk / "ballast").open("wb", buffering=0) as f:
+            for size in (4096, 1):
+                with contextlib.suppress(OSError):
+                    while f.write(b"x" * size) == size:
+                        pass
+        first.says("database or disk is full")
+        first.says("no renewal was confirmed in time")
+        (small_disk / "ballast").unlink()
+        freed = time.clock_gettime(time.CLOCK_BOOTTIME)
+        until(lambda: max(last for _, last in world.stamps().values()) > freed + 0.2, 20)
+        assert world.overlap() == 0
+    finally:
+        world.close()
+
+
+def test_a_file_renamed_away_and_back_has_one_holder_throughout(sqlite_world: World) -> None:
+    world = sqlite_world
+    file = Path(world.url.removeprefix("sqlite:///"))
+    first = world.run("--deployment", "v1")
+    world.works(1)
+    world.run("--deployment", "v1")
+    file.rename(file.with_suffix(".away"))
+    first.says("is gone")
+    file.with_suffix(".away").rename(file)
+    back = time.clock_gettime(time.CLOCK_BOOTTIME)
+    until(lambda: max(last for _, last in world.stamps().values()) > back + 0.2, 20)
+    assert world.overlap() == 0 and world.terms() == sorted(set(world.terms()))
+
+
+def test_a_backup_copied_over_the_file_has_one_holder_throughout_and_no_term_twice(sqlite_world: World) -> None:
+    world = sqlite_world
+    file = Path(world.url.removeprefix("sqlite:///"))
+    first = world.run("--deployment", "v1")
+    world.works(1)
+    backup = file.with_suffix(".backup")
+    with sqlite3.connect(file) as source, sqlite3.connect(backup) as copy:
+        source.backup(copy)
+    source.close()
+    copy.close()
+    second = world.run("--deployment", "v2")
+    world.works(2)
+    shutil.move(backup, file)  # it knows of term 1 alone
+    until(lambda: world.terms()[-1] > 2, 30)
+    assert world.overlap() == 0
+    assert first.process.poll() is None or second.process.poll() is None
