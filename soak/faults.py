@@ -459,6 +459,32 @@ async def fail_over(s: Scene) -> None:
     await asyncio.to_thread(old.stop)
 
 
+@fault(postgres)
+async def ask_a_standby_database(s: Scene) -> None:
+    """One host is led to a replica that nobody promoted: by a stale name, by a load balancer."""
+    host, standby = s.host(), await asyncio.to_thread(s.world.new_replica)
+    assert host.proxy is not None
+    there, host.proxy.target = host.proxy.target, standby.port
+    host.proxy.reset()
+    await s.wait()
+    host.proxy.target = there
+    host.proxy.reset()
+    await asyncio.to_thread(standby.stop)
+
+
+@fault(postgres)
+async def make_the_database_read_only(s: Scene) -> None:
+    """As hosts do when the disk is nearly full, or in a switch-over."""
+    ours = "SET default_transaction_read_only = off"
+    await s.sql(ours, "ALTER SYSTEM SET default_transaction_read_only = on", "SELECT pg_reload_conf()")
+    await s.wait()
+    for _ in range(20):
+        done = await s.sql(ours, "ALTER SYSTEM RESET default_transaction_read_only", "SELECT pg_reload_conf()")
+        if done:
+            break
+        await asyncio.sleep(0.2)
+
+
 @fault(lambda w: postgres(w) and w.library is not None)
 async def step_the_databases_clock(s: Scene) -> None:
     sign = s.rng.choice((-1, 1))

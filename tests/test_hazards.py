@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import pty
@@ -97,6 +98,32 @@ def test_a_holder_taken_out_of_the_lease_by_hand_while_its_supervisor_is_stopped
     world.works(2)
 
     assert world.overlap() == 0
+
+
+@pytest.mark.parametrize("second", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize("first", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize("pair", [("supervisor", "reaper"), ("supervisor", "bot"), ("reaper", "bot")])
+def test_whichever_two_of_supervisor_reaper_and_bot_stop_or_die_there_is_never_a_second_one_at_work(
+    sqlite_world: World, pair: tuple[str, str], first: signal.Signals, second: signal.Signals
+) -> None:
+    run = sqlite_world.run("--deployment", "v1")
+    sqlite_world.works(1)
+    sqlite_world.run("--deployment", "v1").says("standby")
+    reaper, bot = run.children()
+    pids = {"supervisor": run.pid, "reaper": reaper, "bot": bot}
+    os.kill(pids[pair[0]], first)
+    os.kill(pids[pair[1]], second)
+    struck = now()
+    try:
+        # another process of the bot, the old instance's or the new one's; only a stopped bot may stay what it is
+        until(lambda: len(sqlite_world.stamps()) > 1 or ("bot" in pair and now() > struck + 4))
+    finally:
+        for pid in pids.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+    wait_until(now() + 0.5)
+    until(lambda: max(last for _, last in sqlite_world.stamps().values()) > struck + 0.5)
+    assert sqlite_world.overlap() == 0
 
 
 @pytest.mark.skipif(not has_cgroups(), reason="no cgroup can be made here")

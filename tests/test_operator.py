@@ -463,3 +463,15 @@ def test_at_a_terminal_watching_repaints(sqlite_world: World) -> None:
         assert watching.wait(10) == 0
     os.close(master)
     assert shown.count(b"\x1b[H\x1b[J") >= 2 and b"Ctrl-C ends" in shown
+
+
+def test_the_doctor_warns_of_a_database_whose_certificate_is_not_checked() -> None:
+    from botlease.doctor import tls_lines
+
+    for url in ("postgresql://u@db.example/x", "postgres://u@db.example/x?sslmode=require"):
+        (line,) = tls_lines(url, {})
+        assert line.level == "warning" and "verify-full" in line.cure
+    quiet = ("sqlite:///x.db", "postgresql://u@localhost/x", "postgresql://u@db.railway.internal/x")
+    for url in (*quiet, "postgresql://u@db.example/x?sslmode=verify-full"):
+        assert tls_lines(url, {}) == []
+    assert tls_lines("postgresql://u@db.example/x", {"PGSSLMODE": "verify-full"}) == []

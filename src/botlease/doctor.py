@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from botlease import __version__, settings
 from botlease.platforms import PLAIN, SYSTEMD, grace
@@ -54,6 +54,7 @@ async def examine(
     except ConfigurationError as e:
         return [*out, Line("problem", redact(str(e)), "correct it: `botlease run` would not start either")]
     out += platform_lines(made, env)
+    out += tls_lines(made.database, env)
     out += await store_lines(made)
     if telegram:
         out += await telegram_lines(env)
@@ -130,6 +131,22 @@ def platform_lines(s: Settings, env: Mapping[str, str]) -> list[Line]:
 
 
 # The database --------------------------------------------------------------------------------------------------------
+
+
+def tls_lines(url: str, env: Mapping[str, str]) -> list[Line]:
+    """Without a checked certificate whoever is on the way can read the password and answer in the database's place."""
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or "localhost"
+        mode = dict(parse_qsl(parts.query)).get("sslmode") or env.get("PGSSLMODE") or "prefer"
+    except ValueError:
+        return []
+    inside = host in ("localhost", "127.0.0.1", "::1") or host.startswith("/") or host.endswith(".internal")
+    if not parts.scheme.startswith("postgres") or inside or mode in ("verify-full", "verify-ca"):
+        return []
+    what = f"TLS to the database: sslmode is {mode}, so the server's certificate is not checked"
+    cure = "add ?sslmode=verify-full&sslrootcert=FILE to the URL; no matter in a network of your own"
+    return [Line("warning", what, cure)]
 
 
 async def store_lines(s: Settings) -> list[Line]:
