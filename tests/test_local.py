@@ -16,6 +16,7 @@ import pytest
 from harness import BOTLEASE, World, clean_env, until
 
 from botlease import local, presence, procfs
+from botlease.work.tree import descendants
 
 ROOT = Path(__file__).resolve().parent.parent
 # a bot of its own: tests that run beside this one start real scripts of other bots
@@ -346,3 +347,21 @@ def test_the_check_names_the_command_that_ends_what_it_found(sqlite_world: World
     done = subprocess.run([*BOTLEASE, "check", "--name", name], env=clean_env(), capture_output=True, text=True)
     assert done.returncode == 1 and "`botlease check --force-kill`" in done.stderr
     assert local.find("no-such-bot") == []
+
+
+def test_the_bot_of_a_container_seen_from_the_host_is_not_ours_to_end(tmp_path: Path) -> None:
+    script = tmp_path / "trading_bot.py"
+    script.write_text("import time\nopen('begun', 'w').close()\ntime.sleep(60)\n")
+    container = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+    if shutil.which("unshare") is None or subprocess.run([*container, "true"], capture_output=True).returncode:
+        pytest.skip("no pid namespace can be made here")
+    for wrap, seen in ((container, False), ((), True)):
+        (tmp_path / "begun").unlink(missing_ok=True)
+        process = subprocess.Popen([*wrap, sys.executable, str(script)], cwd=tmp_path)
+        try:
+            until((tmp_path / "begun").exists)
+            theirs = {process.pid, *descendants(process.pid)}
+            assert bool({f.pid for f in local.find(None)} & theirs) is seen
+        finally:
+            process.kill()
+            process.wait()

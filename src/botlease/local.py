@@ -65,6 +65,8 @@ def find(
 ) -> list[Found]:
     """Running instances of ``bot`` (None: of any bot), supervisors first. ``env``: ours, for the token in it."""
     env = os.environ if env is None else env
+    if not os.path.isdir("/proc/self"):  # noqa: PTH112
+        raise ConfigurationError("the local check reads /proc, which is not there: it works on Linux alone")
     us = _ancestors(os.getpid())
     tokens = {v for name in TOKEN_VARIABLES if len(v := env.get(name, "")) > 20}
     found: dict[int, Found] = {}
@@ -109,12 +111,18 @@ def _has_reaper(pid: int) -> bool:
     return any(_comm(int(child)) == "botlease-reaper" for child in children)
 
 
+def _space() -> str:
+    return os.readlink("/proc/self/ns/pid")  # noqa: PTH115
+
+
 def _recognise(
     pid: int, bot: str | None, scripts: Sequence[str], modules: Sequence[str], tokens: set[str]
 ) -> str | None:
     try:
         if procfs.owner(pid) != os.geteuid():
             return None
+        if os.readlink(f"/proc/{pid}/ns/pid") != _space():  # noqa: PTH115 - a magic link, not a path
+            return None  # a container's, seen from the host: whoever ends that one is somebody else
         environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
     except OSError:
