@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import multiprocessing
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import islice
 
 from simulation import Violation, World
 
@@ -57,31 +58,38 @@ def chunk(seeds: range) -> Sum:
     return total
 
 
-def results(seeds: range, workers: int) -> Iterator[Sum]:
-    """The sums of the chunks. A worker that dies (SQLite crashed once) is an error, and not waited for for ever."""
+def results(seeds: range, workers: int, go_on: Callable[[], bool] = lambda: True) -> Iterator[Sum]:
+    """The sums of the chunks, for as long as ``go_on`` says. A worker that dies (SQLite crashed once) is an error, and
+    not waited for for ever. No more is handed out than the workers need: a pool whose futures are cancelled may never
+    end (it hung once in CPython 3.11)."""
+    chunks = (seeds[i : i + CHUNK] for i in range(0, len(seeds), CHUNK))
     # spawned, not forked: each worker is a process of its own, as one that replays a seed by hand
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting = {pool.submit(chunk, seeds[i : i + CHUNK]) for i in range(0, len(seeds), CHUNK)}
-        try:
-            for done in as_completed(waiting):
-                yield done.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        waiting: set[Future[Sum]] = set()
+        while True:
+            if go_on():
+                waiting |= {pool.submit(chunk, part) for part in islice(chunks, 2 * workers - len(waiting))}
+            if not waiting:
+                return
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
 
 
 def run(first: int, seeds: int, workers: int, minutes: float = math.inf) -> Report:
     """Over these seeds; on a machine that needs longer than ``minutes`` for them, over as many as it had time for."""
     report, total = Report("simulation"), Sum()
-    for part in results(range(first, first + seeds), workers):
+
+    def go_on() -> bool:
+        return len(report.failures) <= 20 and report.seconds <= minutes * 60
+
+    for part in results(range(first, first + seeds), workers, go_on):
         total.add(part)
         for seed, text in part.failures:
             report.fail(f"{text}; again: scripts/soak replay {seed}")
         report.progress(f"{total.seeds:,} of {seeds:,} seeds, {sum(total.faults.values()):,} faults")
-        if len(report.failures) > 20:
-            break
-        if report.seconds > minutes * 60 and total.seeds < seeds:
-            report.figures["stopped"] = f"after {minutes:g} minutes of {seeds:,} seeds: this machine is slow"
-            break
+    if total.seeds < seeds and not report.failures:
+        report.figures["stopped"] = f"after {minutes:g} minutes of {seeds:,} seeds: this machine is slow"
     report.figures |= {
         "seeds": f"{total.seeds:,} (from {first})",
         "faults": f"{sum(total.faults.values()):,}",

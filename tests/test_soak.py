@@ -27,6 +27,14 @@ def test_it_runs_as_many_seeds_as_were_asked_for_and_counts_their_faults() -> No
     assert done.stdout.startswith("simulation: ok: seeds 150 (from 7), faults ") and "findings 0" in done.stdout
 
 
+def test_on_a_machine_that_is_too_slow_it_stops_in_time_says_so_and_ends() -> None:
+    code = "from soak.simulation import run; run(0, 100_000, 2, minutes=0.01).close()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+
+    assert done.returncode == 0, done.stderr
+    assert "stopped after 0.01 minutes of 100,000 seeds" in done.stdout
+
+
 def test_a_finding_names_its_seed_and_can_be_replayed(capsys: pytest.CaptureFixture[str]) -> None:
     total, seed = Sum(), 0
     with BUGS["release_before_reap"]():
