@@ -14,7 +14,7 @@ from simulation import Violation, World
 
 from soak.report import Report
 
-CHUNK = 100
+CHUNK = 20
 
 
 @dataclass

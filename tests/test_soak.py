@@ -100,3 +100,20 @@ def test_the_machines_over_the_stores_find_a_guard_that_is_missing(monkeypatch: 
     monkeypatch.setattr(sqlitefile, "ACQUIRE", sqlitefile.ACQUIRE.replace("AND beat = :beat", ""))
     with pytest.raises(AssertionError):
         stores.main("sqlite", 150, 1, shrink=False)
+
+
+def test_the_page_of_hazards_has_all_of_them_and_names_only_what_exists() -> None:
+    import re
+
+    from botlease.testing import StoreContract
+    from soak.faults import KINDS
+
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    rows = re.findall(r"^\| ([A-H]\d+) \|", page, re.M)
+    sizes = {"A": 15, "B": 20, "C": 11, "D": 6, "E": 22, "F": 7, "G": 10, "H": 13}
+    assert rows == [f"{letter}{n}" for letter, size in sizes.items() for n in range(1, size + 1)]
+    for file, name in re.findall(r"`(tests/\w+\.py)::(test_\w+)`", page):
+        assert f"def {name}(" in (ROOT / file).read_text(), name
+    assert all(hasattr(StoreContract, name) for name in re.findall(r"`StoreContract::(\w+)`", page))
+    assert {*re.findall(r"nemesis: `(\w+)`", page)} <= {*KINDS}
+    assert {*re.findall(r"planted bug `(\w+)`", page)} <= {*BUGS}
