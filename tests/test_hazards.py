@@ -116,7 +116,7 @@ def test_whichever_two_of_supervisor_reaper_and_bot_stop_or_die_there_is_never_a
     struck = now()
     try:
         # another process of the bot, the old instance's or the new one's; only a stopped bot may stay what it is
-        until(lambda: len(sqlite_world.stamps()) > 1 or ("bot" in pair and now() > struck + 4))
+        until(lambda: len(sqlite_world.stamps()) > 1 or ("bot" in pair and now() > struck + 4), 40)
     finally:
         for pid in pids.values():
             with contextlib.suppress(ProcessLookupError):
