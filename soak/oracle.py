@@ -10,9 +10,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-THAWED_FOR = 0.005
-"""Seconds (research, E7: at most 0.37 ms were measured). When a cgroup is thawed after the end of trust, the kernel
-ends the work, but what has waited on a CPU can run meanwhile. It is counted, and bounded by this."""
+THAWED_FOR = 0.02
+"""Seconds. When a whole cgroup is thawed after the end of trust, the reaper dies by its kernel timer and the work with
+it; until the reaper got a CPU to die on, the work can run on another one: a slice of the scheduler on a busy machine
+(research, E7: 0.37 ms; here 2.4, 3.6 and, with five worlds on two cores, a little over 5 ms, seed 5005). It is counted, and bounded
+by this; docs/reliability.md, assumption 5."""
 
 
 def now() -> float:
