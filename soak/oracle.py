@@ -13,8 +13,8 @@ from pathlib import Path
 THAWED_FOR = 0.02
 """Seconds. When a whole cgroup is thawed after the end of trust, the reaper dies by its kernel timer and the work with
 it; until the reaper got a CPU to die on, the work can run on another one: a slice of the scheduler on a busy machine
-(research, E7: 0.37 ms; here 2.4, 3.6 and, with five worlds on two cores, a little over 5 ms, seed 5005). It is counted, and bounded
-by this; docs/reliability.md, assumption 5."""
+(research, E7: 0.37 ms; here 2.4, 3.6 and, with five worlds on two cores, a little over 5 ms, seed 5005). It is counted,
+and bounded by this; docs/reliability.md, assumption 5."""
 
 
 def now() -> float:
