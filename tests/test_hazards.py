@@ -37,6 +37,7 @@ def at_a_terminal(world: World, *wrap: str) -> tuple[subprocess.Popen[bytes], in
     process = subprocess.Popen(
         [*wrap, *BOTLEASE, "run", "--ttl", "1.5", "--take-over", "--", *world.bot()],
         env=clean_env(BOTLEASE_DATABASE_URL=world.url),
+        cwd=world.folder,  # where nohup writes what it takes away from the terminal
         stdin=slave,
         stdout=slave,
         stderr=slave,
