@@ -70,7 +70,7 @@ class Keeper:
         self.say = say
         self.state: State = core.start(candidate, timing, clock.now())
         self._waits_for: str | None = None
-        self._refused = ""
+        self._refused: dict[Verb, str] = {}  # what was said of a verb that the database refuses
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._ended: asyncio.Future[Reason] = self._loop.create_future()
@@ -184,18 +184,17 @@ class Keeper:
             why = safe(e) or type(e).__name__
             if isinstance(e, StoreRefused):
                 # One thing is refused while the others go well: said once, and not at every try.
-                if why != self._refused:
+                if self._refused.get(q.verb) != why:
                     self.say(why)
-                self._refused = why
+                self._refused[q.verb] = why
             elif not self.state.failures:
                 self.say(f"the database does not answer: {why}")
             log.debug("%s failed: %s", q.verb, why)
             event = Failed(q.serial, nonce)
         else:
+            self._refused.pop(q.verb, None)
             if self.state.failures and not self._refused:
                 self.say("the database answers again")
-            if q.verb is Verb.ACQUIRE:
-                self._refused = ""
         if isinstance(event, Registered | Seen) and event.view.lease is not None:
             # Before the view itself: a second start must not be refused because of a holder that is dead.
             lease = event.view.lease
