@@ -897,6 +897,8 @@ NO_URL: Final = (
 def _explain(e: Exception, url: str) -> StoreError:
     try:
         parts = urlsplit(url)
+        if "@" in parts.path:  # what stands before it was a password with a slash in it
+            raise ValueError
         where = clean(f"{parts.hostname or 'localhost'}:{parts.port or 5432}{parts.path}")
     except ValueError:
         return StoreRefused(NO_URL)
@@ -923,4 +925,4 @@ def _first(e: Exception, url: str) -> str:
     text = str(e)
     for secret in passwords(url):  # a pooler may quote what it was sent
         text = text.replace(secret, "***")
-    return re.sub(r"\s+", " ", safe(text)).strip().split(" HINT")[0] or type(e).__name__
+    return safe(re.sub(r"\s+", " ", text)).strip().split(" HINT")[0] or type(e).__name__
