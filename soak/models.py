@@ -121,7 +121,7 @@ def _states(output: str) -> int:
 def run(full: bool, workers: int) -> Report:
     report = Report("models")
     total = 0
-    limit = 3 * 3600.0 if full else 900.0
+    limit = 3 * 3600.0 if full else 1500.0
     try:
         for size in LARGE if full else SMALL:
             report.progress(f"TLC, {size}", now=True)
