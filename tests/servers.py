@@ -5,8 +5,10 @@ Looked for in this order: $PG_BINDIR, the system's packages, the wheel ``embedde
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
+import random
 import shutil
 import socket
 import subprocess
@@ -18,9 +20,13 @@ from pathlib import Path
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """One on 127.0.0.1 that nobody listens on. Below the range that the kernel hands out by itself (from 32768 up):
+    there every client takes ports, and between this call and the server's start one of them would take this one."""
+    while True:
+        port = random.randrange(10_240, 32_768)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def postgres_bindir() -> Path:
@@ -57,6 +63,7 @@ class Postgres:
         self.folder = Path(tempfile.mkdtemp(prefix="botlease-pg-"))
         self.data = self.folder / "data"
         self.port = free_port()
+        self._known = False  # once it has run, others know its port
         self.process: subprocess.Popen[bytes] | None = None
         self.user: str | None = None
         self.env: dict[str, str] | None = None
@@ -102,6 +109,7 @@ class Postgres:
                 try:
                     socket.create_connection(("127.0.0.1", self.port), 1).close()
                     if self._answers():
+                        self._known = True
                         return self
                 except OSError:
                     pass
@@ -110,6 +118,8 @@ class Postgres:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"postgres did not start (exit code {self.process.poll()})")
             time.sleep(0.1)
+            if not self._known:
+                self.port = free_port()
 
     def signal(self, number: int) -> None:
         """To the server and all of its processes: SIGSTOP, SIGCONT, SIGKILL."""
@@ -152,8 +162,10 @@ class Postgres:
                 connection = await asyncpg.connect(self.url("postgres"), timeout=2)
             except (asyncpg.PostgresError, OSError):
                 return False
+            # Another server may have been quicker to take the port; ours then ends, but somebody does answer.
+            ours = await connection.fetchval("SHOW data_directory") == str(self.data)
             await connection.close()
-            return True
+            return ours
 
         # in a thread: the caller may be inside a running loop
         with ThreadPoolExecutor(1) as pool:

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -20,15 +19,10 @@ from dataclasses import dataclass, field
 
 import pytest
 from harness import BOTLEASE, Run, World, clean_env, until
+from servers import free_port
 
 LATE = 4.0
 PROBATION = "1"
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @dataclass

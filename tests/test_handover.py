@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from harness import World, until
+from servers import free_port
 
 LONG = "30"
 
@@ -24,14 +25,6 @@ def get(port: int, path: str) -> tuple[int, dict[str, object]]:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as e:
         return e.code, json.load(e)
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 # Probation ---------------------------------------------------------------------------------------------------------

@@ -50,6 +50,27 @@ async def test_one_body_at_a_time_and_terms_rise(any_url: str) -> None:
     assert terms == sorted(set(terms)) and len(terms) == 4
 
 
+async def test_a_term_that_is_over_before_its_body_begins_raises_lease_lost(
+    any_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a bare cancellation, which would end the program that goes round in a loop for its next turn."""
+    from botlease import inside
+    from botlease.model import Reason
+
+    class Short(inside.BodyWork):
+        def start(self, term: int, nonce: str, until: float, guard_fd: int | None) -> None:
+            super().start(term, nonce, until, guard_fd)
+            self.drain(until, Reason.SUPERSEDED)  # as if the next event of the same moment were a newer deployment
+
+    monkeypatch.setattr(inside, "BodyWork", Short)
+    with pytest.raises(botlease.LeaseLost, match="superseded"):
+        async with botlease.active("b", database=any_url, ttl=2.0):
+            pytest.fail("the body began")
+    monkeypatch.undo()
+    async with botlease.active("b", database=any_url, ttl=2.0) as term:  # it was given back
+        assert term.number == 2
+
+
 async def test_a_take_over_cancels_the_body_and_raises_lease_lost(any_url: str) -> None:
     entered = asyncio.Event()
     cleaned = []

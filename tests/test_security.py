@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from harness import BOTLEASE, World, clean_env, until
+from servers import free_port
 from test_gateway import BOT, TOKEN, House, opened
 
 from botlease import http, procfs
@@ -269,9 +270,7 @@ async def test_the_health_server_takes_in_no_bodies(tmp_path: Path) -> None:
 
 
 def test_slow_clients_of_the_health_port_do_not_cost_the_bot_its_lease(sqlite_world: World) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     limited = ("sh", "-c", "sleep 60")
     log = sqlite_world.folder / "log"
     with log.open("w") as out:

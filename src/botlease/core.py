@@ -672,7 +672,7 @@ def _touch(s: State, now: float, out: list[Action]) -> State:
 
 def _vacancy(s: State, lease: Lease, now: float) -> How | None:
     """Rule R3: the evidence that nobody can be working under this row, or None."""
-    if lease.holder is None and not lease.proof and not s.doubted:  # with the proof still there, it was typed by hand
+    if lease.holder is None and not lease.proof and not s.doubted:  # only a release clears both: a hand clears one
         return How.RELEASED
     if lease.holder is not None and s.proved == (lease.term, lease.nonce) and not s.doubted:
         return How.DIED

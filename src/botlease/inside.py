@@ -164,8 +164,10 @@ class active:
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if not begun.done():
                 raise LeaseLost(f"stopped before its turn came: {self._running.result()}")
-        except BaseException:
+        except BaseException as e:
             await self._finish()
+            if self._cancelled_by_us(e):  # its turn came, and was over before the body began
+                raise LeaseLost(f"the term of {self._session.settings.bot} ended: {self._why}") from e
             raise
         s = self._session.settings
         self.term = Term(begun.result(), s.bot, s.instance_id, self._work, s.database)
@@ -196,10 +198,13 @@ class active:
     ) -> None:
         self.term._over = True
         await self._finish(done=e is None)
-        # Like asyncio.timeout: our own cancellation becomes our own exception, a user's stays what it is.
-        ours = self._why is not None and self._task is not None and self._task.uncancel() <= 0
-        if ours and kind is asyncio.CancelledError:
+        if self._cancelled_by_us(e):
             raise LeaseLost(f"term {self.term.number} of {self.term.bot} ended: {self._why}") from e
+
+    def _cancelled_by_us(self, e: BaseException | None) -> bool:
+        """Like asyncio.timeout: our own cancellation becomes our own exception, a user's stays what it is."""
+        ours = self._why is not None and self._task is not None and self._task.uncancel() <= 0
+        return ours and isinstance(e, asyncio.CancelledError)
 
 
 def exclusive(

@@ -283,6 +283,8 @@ class StoreContract:
         view = await a.register(registration("a"), DEADLINE)
 
         assert lease_of(view).holder is not None and lease_of(view).term >= grant.term
+        # Only a release clears the proof: should the holder be typed out of this row, it must not look like one.
+        assert lease_of(view).proof
 
     async def test_the_operators_statements_keep_at_most_one_active(
         self, stores: Sequence[Store], execute: Callable[[str], Any]

@@ -259,7 +259,9 @@ WITH deployed AS (
                                               THEN 0 ELSE {era} END),
          0, $8, CASE WHEN max(term) IS NULL AND $7 || {timeline} = (SELECT origin FROM botlease_schema)
                 THEN NULL ELSE 'unknown' END,
-         greatest($9, max(ttl) FILTER (WHERE released_at IS NULL)), $7 || {timeline}, '', 0, clock_timestamp()
+         greatest($9, max(ttl) FILTER (WHERE released_at IS NULL)), $7 || {timeline},
+         CASE WHEN max(term) IS NULL AND $7 || {timeline} = (SELECT origin FROM botlease_schema)
+         THEN '' ELSE '-' END, 0, clock_timestamp()
   FROM bot_terms WHERE bot = $1
   ON CONFLICT (bot) DO NOTHING
 ), old_instances AS (

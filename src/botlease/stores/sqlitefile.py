@@ -155,7 +155,8 @@ INSERT INTO bot_leases (bot, term, beat, nonce, holder, ttl, origin, proof, serv
 SELECT :bot, max(coalesce(max(term), 0), CASE WHEN :origin = (SELECT origin FROM botlease_schema) THEN 0 ELSE :era END),
        0, :nonce,
        CASE WHEN max(term) IS NULL AND :origin = (SELECT origin FROM botlease_schema) THEN NULL ELSE 'unknown' END,
-       max(:ttl, coalesce(max(CASE WHEN released_at IS NULL THEN ttl END), 0)), :origin, '', 0, :now
+       max(:ttl, coalesce(max(CASE WHEN released_at IS NULL THEN ttl END), 0)), :origin,
+       CASE WHEN max(term) IS NULL AND :origin = (SELECT origin FROM botlease_schema) THEN '' ELSE '-' END, 0, :now
 FROM bot_terms WHERE bot = :bot
 ON CONFLICT DO NOTHING
 """

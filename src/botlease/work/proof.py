@@ -31,10 +31,11 @@ OWNER = re.compile(r"([1-9][0-9]{0,8})@([0-9]{1,19})")  # a pid has at most 22 b
 
 
 def make(pids: Iterable[int]) -> str:
-    """The proof string for these processes of ours; empty where the kernel has no /proc."""
+    """The proof string for these processes of ours. Where the kernel has no /proc it proves nothing, but it is not
+    empty: an empty one beside no holder is what a release writes, and nobody else."""
     host = procfs.host()
     if not host:
-        return ""
+        return "-"
     owners = [f"{pid}@{procfs.start_time(pid)}" for pid in pids]
     return " ".join([host, str(os.geteuid()), *owners])
 
