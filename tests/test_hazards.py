@@ -187,3 +187,96 @@ async def test_a_file_whose_time_lies_in_the_future_is_one_sign_of_life_and_not_
         assert isinstance(await asyncio.wait_for(heard.get(), 5), Healthy)
     finally:
         pulse.end()
+
+
+FORKS = """
+import asyncio, multiprocessing, os, sys, time, botlease
+fork = multiprocessing.get_context("fork")
+
+def worker(term, says):
+    try:
+        term.check()
+        says.put("may act")
+    except botlease.LeaseLost:
+        says.put("may not")
+    time.sleep(60)
+
+async def main():
+    async with botlease.active("b", database=sys.argv[1], ttl=3.0) as term:
+        says = fork.Queue()
+        process = fork.Process(target=worker, args=(term, says))
+        process.start()
+        print(await asyncio.to_thread(says.get, timeout=10), flush=True)
+        process.terminate()
+        process.join(10)
+        await asyncio.sleep(0.1)  # a signal that came to us by mistake would be heeded by now
+        term.check()
+        print("worker ended by", process.exitcode, flush=True)
+
+asyncio.run(main())
+"""
+
+
+def test_a_worker_that_a_program_forks_has_no_term_and_its_signals_do_not_stop_the_program(
+    tmp_path: Path, any_url: str
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(FORKS)
+    done = subprocess.run(
+        [sys.executable, program, any_url], env=clean_env(), capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout.split("\n")[:2]) == (0, ["may not", "worker ended by -15"]), done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
+def test_a_database_file_that_is_mounted_by_itself_is_refused_and_its_folder_is_not(tmp_path: Path) -> None:
+    home, container = tmp_path / "home", tmp_path / "in a container"
+    for folder in (home, container):
+        folder.mkdir(mode=0o700)
+        (folder / "lease.db").touch(0o600)
+    script = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
+    command = (*BOTLEASE, "run", "--", "true")
+    for what, code in (("lease.db", 78), ("", 0)):
+        paths = (home / what, container / what)
+        done = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", script, "sh", *paths, *command],
+            env=clean_env(BOTLEASE_DATABASE_URL=f"sqlite:///{container}/lease.db"),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        if "unshare" in done.stderr or "mount:" in done.stderr:
+            pytest.skip(f"no mounts here: {done.stderr}")
+        assert done.returncode == code, done.stderr
+        assert ("mount the folder" in done.stderr) is bool(what)
+
+
+def test_a_bot_that_dumps_a_large_core_when_told_to_stop_is_gone_before_the_next_one_begins(
+    sqlite_world: World,
+) -> None:
+    cores = sqlite_world.folder / "cores"
+    cores.mkdir()
+    script = f"""if 1:
+        import os, signal, sys
+        os.chdir({str(cores)!r})
+        memory = bytearray(200 << 20)
+        for at in range(0, len(memory), 4096):
+            memory[at] = 1
+        signal.signal(signal.SIGTERM, lambda *_: os.abort())
+        print("large", os.getpid(), flush=True)
+        while True:
+            signal.pause()
+    """
+    old = sqlite_world.run(
+        *("--deployment", "v1", "--stop-grace", "20"),
+        bot=("prlimit", "--core=unlimited:unlimited", sys.executable, "-c", script),
+        ttl="30",
+    )
+    old.says("large")
+    pid = int(old.text().split("large ")[1].split()[0])
+    sqlite_world.run("--deployment", "v2", ttl="30")
+    until(lambda: sqlite_world.stamps() or procfs.start_time(pid) is None, 60)
+    assert procfs.start_time(pid) is None  # dumped, and reaped, before anybody else
+    sqlite_world.works(1, 60)
+    if Path("/proc/sys/kernel/core_pattern").read_text().startswith("core"):
+        assert max(core.stat().st_size for core in cores.iterdir()) > 150 << 20

@@ -43,16 +43,20 @@ class Term:
         self.work = work
         """For the parts of botlease that serve this term."""
         self._over = False
+        self._pid = os.getpid()
 
     @property
     def remaining(self) -> float:
-        """Seconds for which the term can be trusted if no further renewal succeeds; 0 when it is over."""
-        return 0.0 if self._over else max(0.0, self.work.until - clock.now())
+        """Seconds for which the term can be trusted if no further renewal succeeds; 0 when it is over, and in every
+        process that this one forks: nobody renews there, and no fence of the kernel ends it."""
+        if self._over or os.getpid() != self._pid:
+            return 0.0
+        return max(0.0, self.work.until - clock.now())
 
     @property
     def in_danger(self) -> bool:
         """True while renewals fail and the end of trust comes nearer: open nothing new, finish what is open."""
-        return self._over or self.work.in_danger
+        return self.remaining <= 0 or self.work.in_danger
 
     def check(self) -> None:
         """Raise :class:`LeaseLost` if the term is over. Synchronous and cheap (no I/O): call it before each
@@ -123,6 +127,21 @@ def _stop_signals(stop: Callable[[], None]) -> Iterator[None]:
 def _stop_all() -> None:
     for stop in list(_stops):
         stop()
+
+
+def _forked() -> None:
+    """In a child that the program forked (the workers of ``multiprocessing`` are some). Up to Python 3.11 its signals
+    would go down the pipe to the parent's loop: whoever terminates a worker would stop the instance, and the worker
+    would not hear it."""
+    if _stops:
+        signal.set_wakeup_fd(-1)
+        for number, handler in _former.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        _stops.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forked)
 
 
 class active:

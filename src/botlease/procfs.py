@@ -20,6 +20,18 @@ def host() -> str:
     return f"{boot}/{space}"
 
 
+def is_mounted(path: Path) -> bool:
+    """Whether something was mounted on this very path: one file of a host, given to a container alone."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    escaped = os.fsencode(path)
+    for odd in (b"\\", b" ", b"\t", b"\n"):  # as the kernel writes them there; the backslash first
+        escaped = escaped.replace(odd, b"\\%03o" % odd[0])
+    return any(line.split(b" ")[4] == escaped for line in lines)
+
+
 def stat(pid: int) -> list[bytes] | None:
     """The fields of ``/proc/PID/stat`` after the command's name, which may hold anything."""
     try:

@@ -232,8 +232,8 @@ SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, co
        (SELECT count(*) FROM bot_instances o
           LEFT JOIN failed f ON f.deployment = o.deployment
         WHERE o.bot = $1 AND o.ended_at IS NULL AND NOT o.is_active AND o.instance_id <> $2
-          AND (coalesce(f.failures, 0) >= {tries}, -coalesce(o.generation, 0), o.started_at)
-              < (coalesce(mine.failures, 0) >= {tries}, -me.generation, me.started_at)
+          AND (coalesce(f.failures, 0) >= {tries}, -coalesce(o.generation, 0), o.started_at, o.instance_id)
+              < (coalesce(mine.failures, 0) >= {tries}, -me.generation, me.started_at, me.instance_id)
           AND extract(epoch FROM clock_timestamp() - o.last_heartbeat)::float8 < 3 * coalesce(l.ttl, 10)) AS ahead
 FROM (SELECT 1) x LEFT JOIN bot_leases l ON l.bot = $1
      LEFT JOIN bot_instances a ON a.bot = $1 AND a.is_active
@@ -458,13 +458,17 @@ class PostgresStore:
 
     # Connection --------------------------------------------------------------------------------------------------
 
-    async def call(self, deadline: float, call: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
+    async def call(
+        self, deadline: float, call: Callable[[asyncpg.Connection], Awaitable[T]], connecting: float = 0.25
+    ) -> T:
+        """``connecting``: the part of the deadline after which a connection that was just made is left for the next
+        attempt, as a statement begun so late would be cut off, and the new connection with it."""
+
         async def work() -> T:
             connection = self._connection
             if connection is None or connection.is_closed():
                 connection = await self._connected()
-                if clock.now() - began > deadline / 4:
-                    # Begun now, the statement would be cut off, and the new connection with it.
+                if clock.now() - began > deadline * connecting:
                     raise StoreError("connected; too late to ask within this attempt")
             await self._limit(connection, deadline)
             return await call(connection)
@@ -585,7 +589,8 @@ class PostgresStore:
 
             await connection.execute("SELECT 1 FROM bot_failures LIMIT 0")  # a role without it could not read a lease
 
-        await self.call(deadline, work)
+        # Nothing was asked yet, and the deadline is long: a server against which a hundred start is slow to connect.
+        await self.call(deadline, work, connecting=0.8)
 
     async def aclose(self) -> None:
         self.on_change = None

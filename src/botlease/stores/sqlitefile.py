@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from botlease import clock
+from botlease import clock, procfs
 from botlease.model import TRIES, Held, How, Probation, Reason, View
 from botlease.presence import private_folder
 from botlease.stores import (
@@ -127,8 +127,8 @@ SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, co
        (SELECT count(*) FROM bot_instances o
           LEFT JOIN failed f ON f.deployment = o.deployment
         WHERE o.bot = :bot AND o.ended_at IS NULL AND NOT o.is_active AND o.instance_id <> :me
-          AND (coalesce(f.failures, 0) >= {tries}, -coalesce(o.generation, 0), o.started_at)
-              < (coalesce(mine.failures, 0) >= {tries}, -me.generation, me.started_at)
+          AND (coalesce(f.failures, 0) >= {tries}, -coalesce(o.generation, 0), o.started_at, o.instance_id)
+              < (coalesce(mine.failures, 0) >= {tries}, -me.generation, me.started_at, me.instance_id)
           AND (julianday(:now) - julianday(o.last_heartbeat)) * 86400.0 < 3 * coalesce(l.ttl, 10)) AS ahead
 FROM (SELECT 1) LEFT JOIN bot_leases l ON l.bot = :bot
      LEFT JOIN bot_instances a ON a.bot = :bot AND a.is_active
@@ -683,6 +683,11 @@ def prepare(path: str) -> None:
         if found.st_nlink > 1:
             raise StoreRefused(
                 f"{path} has a second name (a hard link), which has locks of its own: delete one of them"
+            )
+        if procfs.is_mounted(file.resolve()):
+            raise StoreRefused(
+                f"{path} is mounted by itself, so that its journal and its locks lie elsewhere for others: "
+                "mount the folder that it is in"
             )
         if found.st_uid not in (0, os.geteuid()):
             raise StoreRefused(f"{path} belongs to another user: run as the same one, or name a file of your own")

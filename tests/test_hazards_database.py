@@ -1,0 +1,255 @@
+"""What the table of hazards (docs/reliability.md) says of the database: one test a hazard, on real servers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime as dt
+import re
+import signal
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import asyncpg
+import harness
+import pytest
+from harness import BOTLEASE, clean_env, until
+from proxy import Proxy
+from servers import PgBouncer, Postgres, has_pgbouncer
+from simulation import Node, Plan
+from simulation import World as Simulated
+
+from botlease import clock, core
+from botlease.model import Timing
+
+TIMING = Timing.for_ttl(3.0)
+SECRETS = ("first-secret", "second-secret")
+
+
+@contextlib.contextmanager
+def with_passwords() -> Iterator[Postgres]:
+    """A server on which the role ``runner`` must give a password, and owns the database ``bots``."""
+    server = Postgres()
+    hba = server.data / "pg_hba.conf"
+    hba.write_text("host all runner 127.0.0.1/32 scram-sha-256\n" + hba.read_text())
+    try:
+        server.start()
+        admin(server, f"CREATE ROLE runner LOGIN PASSWORD '{SECRETS[0]}'", "CREATE DATABASE bots OWNER runner")
+        yield server
+    finally:
+        server.stop()
+
+
+def admin(server: Postgres, *statements: str) -> None:
+    async def run() -> None:
+        connection = await asyncpg.connect(server.url())
+        for statement in statements:
+            await connection.execute(statement)
+        await connection.close()
+
+    asyncio.run(run())
+
+
+def url(server: Postgres, secret: str) -> str:
+    return f"postgresql://runner:{secret}@127.0.0.1:{server.port}/bots"
+
+
+def test_a_password_that_is_changed_under_a_holder_costs_it_nothing_and_the_next_deployment_takes_over(
+    tmp_path: Path,
+) -> None:
+    with with_passwords() as server:
+        for world in harness.world(tmp_path, url(server, SECRETS[0])):
+            world.run("--deployment", "v1")
+            world.works(1)
+            admin(server, f"ALTER ROLE runner PASSWORD '{SECRETS[1]}'")
+            late = world.run("--deployment", "v1")
+            assert late.wait() == 78
+            assert "refused the login" in late.text() and not any(secret in late.text() for secret in SECRETS)
+            world.url = url(server, SECRETS[1])
+            world.run("--deployment", "v2")
+            world.works(2)
+            assert world.overlap() == 0 and world.gap(2) < 1.5  # handed over, and not waited out
+            world.close()
+
+
+def test_with_no_connection_left_the_holder_goes_on_and_who_comes_late_waits_for_one(tmp_path: Path) -> None:
+    with with_passwords() as server:
+        admin(server, "ALTER ROLE runner CONNECTION LIMIT 1")
+        for world in harness.world(tmp_path, url(server, SECRETS[0])):
+            first = world.run("--deployment", "v1")
+            world.works(1)
+            refused = world.run("--deployment", "v2", "--wait-database", "1")
+            assert refused.wait() == 69 and "too many connections" in refused.text()
+            patient = world.run("--deployment", "v3", "--wait-database", "30")
+            patient.says("too many connections")
+            assert len(world.stamps()) == 1
+            first.signal(signal.SIGTERM)
+            world.works(2)
+            assert world.overlap() == 0
+            world.close()
+
+
+def test_times_are_right_whatever_zone_and_style_the_database_has(tmp_path: Path, postgres_url: str) -> None:
+    for world in harness.world(tmp_path, postgres_url):
+        name = postgres_url.rpartition("/")[2]
+        world.sql(f"ALTER DATABASE {name} SET timezone TO 'Pacific/Kiritimati'")
+        world.sql(f"ALTER DATABASE {name} SET datestyle TO 'German, DMY'")
+        world.sql(f"ALTER DATABASE {name} SET intervalstyle TO 'iso_8601'")
+        world.run("--deployment", "v1")
+        world.works(1)
+        world.run("--deployment", "v2")
+        world.works(2)
+        for command in ("history", "status"):
+            done = subprocess.run(
+                [*BOTLEASE, command, "--json"],
+                env=clean_env(BOTLEASE_DATABASE_URL=postgres_url, TZ="America/St_Johns"),
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            times = [text for line in done.stdout.splitlines() for text in re.findall(r'"(20\d\d-[^"]+)"', line)]
+            assert times
+            for text in times:
+                at = dt.datetime.fromisoformat(text)
+                assert abs(clock.wall() - (at if at.tzinfo else at.replace(tzinfo=dt.UTC)).timestamp()) < 60, text
+        world.close()
+
+
+async def test_an_old_primary_that_lives_on_beside_the_new_one_lets_nobody_work_twice_as_long_as_all_see_the_same_one(
+    tmp_path: Path,
+) -> None:
+    """Two that see different ones cannot be told apart from inside: assumption 3."""
+    old = Postgres().start()
+    new = None
+    try:
+        async with Proxy(old.port) as proxy:
+            loop = asyncio.get_running_loop()
+            for world in harness.world(tmp_path, f"postgresql://postgres@127.0.0.1:{proxy.port}/postgres"):
+                for deployment in ("v1", "v1"):
+                    world.run("--deployment", deployment)
+                await loop.run_in_executor(None, world.works, 1)
+                new = await loop.run_in_executor(None, lambda: Postgres(copy_of=old).start())
+                await loop.run_in_executor(None, new.promote)
+                for server in (new, old):  # there, and back again: what was committed at the other one is lost
+                    terms = len(world.terms())
+                    proxy.target = server.port
+                    proxy.reset()
+                    await loop.run_in_executor(None, until, _grows(world, terms), 30)
+                stamps = sorted(world.stamps().items(), key=lambda kv: kv[1])
+                assert world.overlap() == 0
+                assert [term for (_, term), _ in stamps] == sorted({term for (_, term), _ in stamps})
+                await loop.run_in_executor(None, world.close)
+    finally:
+        for server in (old, new):
+            if server is not None:
+                server.stop()
+
+
+def _grows(world: harness.World, terms: int) -> Callable[[], bool]:
+    return lambda: len(world.terms()) > terms
+
+
+def _stamps_after(world: harness.World, moment: float) -> Callable[[], bool]:
+    return lambda: max(to for _, to in world.stamps().values()) > moment
+
+
+def test_forged_notifications_make_nobody_act(tmp_path: Path, postgres_url: str) -> None:
+    for world in harness.world(tmp_path, postgres_url):
+        world.run("--deployment", "v1", ttl="3")
+        world.works(1)
+        world.run("--deployment", "v2", "--standby", ttl="3").says("standby")
+        for payload in ("drain", "v2", '{"holder": null}', "x" * 7_000):
+            # each with a text of its own: the same one twice in a transaction is sent once
+            world.sql(f"SELECT pg_notify('botlease', $${payload}$$ || n) FROM generate_series(1, 50) n")
+        last = max(at for _, at in world.stamps().values())
+        until(_stamps_after(world, last + 3))  # a whole ttl later
+        assert world.terms() == [1] and len(world.stamps()) == 1
+        world.close()
+
+
+def quiet(nodes: int, *, same_host: bool = False) -> Simulated:
+    """A world of the simulation (the core and the store statements as they are, virtual time) without faults."""
+    none = {name: False for name, kind in Plan.__annotations__.items() if kind == "bool"}
+    plan = Plan(nodes=nodes, length=0, timings=[TIMING], loss=0, late=0, ambush=0, **none | {"same_host": same_host})
+    world = Simulated(1, plan)
+    world.calm = True
+    for _ in range(nodes):
+        world.deploy("d1")
+    world.run_until(world.time + 30)
+    assert len(world.running) == 1
+    return world
+
+
+@pytest.mark.parametrize("same_host", [False, True])
+def test_of_a_hundred_candidates_one_follows_a_dead_holder_and_the_others_write_next_to_nothing(
+    same_host: bool,
+) -> None:
+    world = quiet(100, same_host=same_host)
+    dead = next(iter(world.running)).node
+    written: Counter[core.Verb] = Counter()
+    serve = world.serve
+
+    def counted(node: Node, q: core.Question) -> None:
+        written[q.verb] += 1
+        serve(node, q)
+
+    world.serve = counted  # type: ignore[method-assign]
+    died = world.time
+    world.crash(dead)
+    # it saw the last renewal when it looked next
+    waited_out = TIMING.patience(TIMING.ttl) + TIMING.lock_delay + 2 * TIMING.renew_every
+    world.run_until(died + (1 if same_host else waited_out))
+    assert [w.term for w in world.running] == [2]  # the world itself cries out at two
+    world.run_until(died + 3 * TIMING.ttl)
+    assert [w.term for w in world.running] == [2]
+    assert written[core.Verb.ACQUIRE] == 1 and written[core.Verb.CLAIM] <= 3
+    # heartbeats: each standby once in its ttl
+    assert written[core.Verb.TOUCH] <= 101 * 4
+
+
+def test_an_hour_without_a_database_is_asked_after_gently_and_over_at_once() -> None:
+    """In virtual time: how often it is asked, and how soon somebody works when it is back."""
+    world = quiet(2)
+    there, asked = True, 0
+    delay = world.delay
+
+    def lost(node: Node, *, answer: bool = False) -> float | None:
+        nonlocal asked
+        asked += not answer
+        return delay(node, answer=answer) if there else None
+
+    world.delay = lost  # type: ignore[method-assign]
+    there = False
+    world.run_until(world.time + 3600)
+    assert not world.running
+    # each waits for an answer, and then for its next turn
+    assert asked <= 2 * 3600 / (TIMING.attempt + TIMING.renew_every) * 1.1
+    there, back = True, world.time
+    while not world.running:
+        world.run_until(world.time + 0.05)
+    assert world.time - back <= 2 * TIMING.renew_every + TIMING.attempt
+
+
+@pytest.mark.skipif(not has_pgbouncer(), reason="no pgbouncer (Debian: apt-get install pgbouncer)")
+@pytest.mark.parametrize("size", [1, 2])
+def test_whole_deployments_change_places_and_die_through_a_transaction_pooler(
+    tmp_path: Path, postgres_server: Postgres, postgres_url: str, size: int
+) -> None:
+    pooler = PgBouncer(postgres_server.port, size)
+    try:
+        for world in harness.world(tmp_path, postgres_url.replace(str(postgres_server.port), str(pooler.port), 1)):
+            old = world.run("--deployment", "v1")
+            world.works(1)
+            new = world.run("--deployment", "v2")
+            world.works(2)
+            old.says("passive")
+            new.signal(signal.SIGKILL)
+            world.works(3)
+            world.run("--deployment", "v3")
+            world.works(4)
+            assert world.overlap() == 0 and world.terms() == [1, 2, 3, 4]
+            world.close()
+    finally:
+        pooler.stop()
