@@ -99,8 +99,9 @@ def _all(parts: list[str], options: dict[str, object]) -> int:
         for part in parts
     }
     try:
-        codes = [process.wait() for process in running.values()]
-        return 1 if any(codes) else 0
+        failed = [part for part, process in running.items() if process.wait()]
+        print(f"soak: FAILED: {', '.join(failed)}" if failed else "soak: ok", flush=True)
+        return 1 if failed else 0
     except KeyboardInterrupt:
         for process in running.values():
             with contextlib.suppress(ProcessLookupError):

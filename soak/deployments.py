@@ -133,6 +133,11 @@ class Traits:
     rate: float = 1.0
     fake_time: bool = False
 
+    @property
+    def escapes(self) -> bool:
+        """Something of it has no death signal: supervisor and reaper kill it, or its successor on the same host."""
+        return self.user or self.daemon or self.spawns > 0
+
     @classmethod
     def draw(cls, rng: random.Random, *, fake_time: bool, own_pids: bool) -> Traits:
         kind = rng.choice(["plain", "daemon", "deaf", "slow", "spawns", "warm", "inside", "user", "plain"])
@@ -168,7 +173,7 @@ class Deployment:
     keeper: asyncio.Task[None] | None = None
 
     def __str__(self) -> str:
-        odd = [k for k, v in vars(self.traits).items() if v not in (False, 0.0, 1.0)]
+        odd = [k for k, v in vars(self.traits).items() if v != getattr(Traits, k)]
         return f"{self.key}@{self.host.number}({' '.join(odd)})"
 
     @property
@@ -323,6 +328,11 @@ class World:
         self.fake_time = self.library is not None
 
     @property
+    def several_hosts(self) -> bool:
+        """Some deployments have a pid namespace of their own: a successor elsewhere cannot see what is left of them."""
+        return self.store == "postgres"
+
+    @property
     def witness(self) -> Path:
         return self.folder / "witness.txt"
 
@@ -370,7 +380,7 @@ class World:
             self.deploy(host, "v0")
 
     def deploy(self, host: Host, key: str, **odd: object) -> Deployment:
-        traits = Traits.draw(self.rng, fake_time=self.fake_time, own_pids=self.store == "postgres")
+        traits = Traits.draw(self.rng, fake_time=self.fake_time, own_pids=self.several_hosts)
         for name, value in odd.items():
             setattr(traits, name, value)
         new = Deployment(self, host, key, traits, self.count)

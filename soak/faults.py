@@ -123,8 +123,8 @@ class Scene:
 
 async def _stop(s: Scene, part: str) -> None:
     d = s.whom()
-    if d.traits.user and part == "everything":
-        part = "supervisor"  # see docs/reliability.md: who drops its user has no death signal
+    if d.traits.escapes and s.world.several_hosts and part == "everything":
+        part = "supervisor"  # see docs/reliability.md, assumption 5
     d.send(part, signal.SIGSTOP)
     await s.wait()
     pids = d.part(part)
@@ -197,7 +197,7 @@ async def terminate(s: Scene) -> None:
 async def freeze(s: Scene) -> None:
     """As ``docker pause`` does it. On thawing everything runs at once, the late and the fence."""
     d = s.whom()
-    if d.cgroup is None or d.traits.user:
+    if d.cgroup is None or (d.traits.escapes and s.world.several_hosts):
         return
     d.cgroup.freeze(True)
     await s.wait()
@@ -207,7 +207,8 @@ async def freeze(s: Scene) -> None:
 
 @fault(cgroups)
 async def freeze_all(s: Scene) -> None:
-    frozen = [d.cgroup for d in s.world.deployments if d.cgroup is not None and not d.traits.user]
+    escapes = [d.traits.escapes and s.world.several_hosts for d in s.world.deployments]
+    frozen = [d.cgroup for d, e in zip(s.world.deployments, escapes, strict=True) if d.cgroup is not None and not e]
     for cgroup in frozen:
         cgroup.freeze(True)
     await s.wait()
@@ -589,7 +590,9 @@ async def _promote(s: Scene) -> None:
         if living:
             chosen = s.rng.choice(living)
             await s.sql(f"UPDATE bot_instances SET is_active = TRUE WHERE instance_id = '{chosen}'")
-            return
+            # A supervisor that is stopped in the middle of a transaction can keep the file locked.
+            if await s.sql("SELECT 1 FROM bot_instances WHERE is_active"):
+                return
         await asyncio.sleep(0.1)
 
 

@@ -28,7 +28,8 @@ class Work:
     first: float
     last: float
     margin: float | None = None
-    """Seconds in which nobody worked before it began; None for the first one."""
+    """Seconds in which nobody worked before it began, stamps at a thaw apart; None for the first one."""
+    before_thaws: float = 0.0
 
 
 class Oracle:
@@ -63,16 +64,21 @@ class Oracle:
         if work is None:
             self._begin(key, term, at)
         elif self._latest is not work and self._latest is not None and at > self._latest.first:
-            if any(0 <= at - thaw <= THAWED_FOR for thaw in self.thaws):
+            if self._thawed(at):
                 self.residue.append(min(at - thaw for thaw in self.thaws if at >= thaw))
             else:
                 self._overlap(work, self._latest, at - self._latest.first)
         else:
             work.last = max(work.last, at)
+            if not self._thawed(at):
+                work.before_thaws = work.last
         self.last = max(self.last, at)
 
+    def _thawed(self, at: float) -> bool:
+        return any(0 <= at - thaw <= THAWED_FOR for thaw in self.thaws)
+
     def _begin(self, key: str, term: int, at: float) -> None:
-        new = Work(key, term, at, at)
+        new = Work(key, term, at, at, before_thaws=at)
         instance = key.partition("/")[0]
         for other in self.works.values():
             if other.last >= at:
@@ -82,7 +88,7 @@ class Oracle:
             if other.term > term:
                 self.findings.append(f"term {term} of {key} began after term {other.term} of {other.who}")
         if self._latest is not None:
-            new.margin = at - max(w.last for w in self.works.values())
+            new.margin = at - max(w.before_thaws for w in self.works.values())
         self.works[key] = self._latest = new
 
     def _overlap(self, old: Work, new: Work, by: float) -> None:

@@ -37,3 +37,5 @@ class Report:
         self.figures["took"] = f"{self.seconds:.0f} s"
         figures = ", ".join(f"{name} {value}" for name, value in self.figures.items())
         print(f"{self.part}: {'FAILED' if self.failures else 'ok'}: {figures}", flush=True)
+        for text in self.failures[:5]:  # once more: a log shows its end, and much may have been printed since
+            print(f"{self.part}: found: {text[:500]}", flush=True)

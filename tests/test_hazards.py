@@ -101,6 +101,30 @@ def test_a_holder_taken_out_of_the_lease_by_hand_while_its_supervisor_is_stopped
     assert world.overlap() == 0
 
 
+def test_what_daemonised_beside_a_stopped_supervisor_is_dead_before_its_successor_on_this_host_begins(
+    world: World,
+) -> None:
+    """It has no death signal, and nobody is left to sweep: continued a day later it would work on."""
+    old = world.run("--deployment", "v1", bot=world.bot(who=1, spawn=0.1))
+    until(lambda: len(old.children()) >= 4)  # reaper, bot, and what that made a daemon of
+    world.run("--deployment", "v2", "--standby", bot=world.bot(who=1)).says("standby")
+
+    def latest() -> dict[str, float]:
+        """Who works -> its last moment. One write of many can be seen half done."""
+        lines = (line.split() for line in world.witness.read_text().rpartition("\n")[0].splitlines())
+        return {who: float(at) for who, _, at in lines}
+
+    (before,) = latest()
+    for pid in (old.pid, *old.children()):
+        os.kill(pid, signal.SIGSTOP)
+    (after,) = until(lambda: {*latest()} - {before}, 30)
+    begun = now()
+    for pid in old.children():
+        os.kill(pid, signal.SIGCONT)
+    wait_until(begun + 0.5)
+    assert latest()[before] < begun < latest()[after]
+
+
 @pytest.mark.parametrize("second", [signal.SIGSTOP, signal.SIGKILL])
 @pytest.mark.parametrize("first", [signal.SIGSTOP, signal.SIGKILL])
 @pytest.mark.parametrize("pair", [("supervisor", "reaper"), ("supervisor", "bot"), ("reaper", "bot")])

@@ -27,6 +27,7 @@ from botlease.model import (
     Failed,
     Granted,
     HolderDied,
+    How,
     Kill,
     Lease,
     Question,
@@ -218,6 +219,7 @@ class Keeper:
             case Verb.ACQUIRE:
                 assert q.key is not None
                 proved = self.work.proof
+                before = self.state.view.lease if self.state.view is not None else None
                 grant = await store.acquire(
                     me.bot,
                     me.instance_id,
@@ -233,6 +235,8 @@ class Keeper:
                 )
                 if grant is not None and proved != self.work.proof:
                     return Failed(q.serial, nonce)  # the row names an owner that is gone: it is given back
+                if grant is not None and q.how is How.EXPIRED and before is not None and before.holder is not None:
+                    proof.sweep(before.proof, before.holder)
                 return Granted(q.serial, grant.term, nonce, grant.origin) if grant else Denied(q.serial)
             case Verb.RENEW:
                 assert q.held is not None

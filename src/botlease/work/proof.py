@@ -4,6 +4,8 @@ The lease names who owns the work: boot id, pid namespace, user, and pid with st
 and of its reaper. Another instance on the same boot, in the same pid namespace and of the same user (or root)
 can then tell beyond doubt that both are dead; whatever is left of their work it finds by the instance id
 in its environment, kills it, and waits until it is gone. Anything else proves nothing.
+
+The same mark serves the successor after a lease that ran out: see :func:`sweep`.
 """
 
 from __future__ import annotations
@@ -75,6 +77,25 @@ def gone(proof: str, instance_id: str, wait: float = 0.5) -> bool:
             return False
         with contextlib.suppress(OSError):
             select.select([], [], [], 0.002)
+
+
+def sweep(proof: str, instance_id: str) -> None:
+    """Kill what is left on this host of a work whose lease ran out, before its successor begins.
+
+    Its owners need not be dead: they may be stopped or frozen, and a process without a death signal (it daemonised, or
+    dropped its user) then works on when it is continued. One that is frozen dies when it is thawed, before it returns
+    to its program. What the instance has warmed up meanwhile dies as well, and is warmed up anew.
+    """
+    those = owners(proof)
+    mark = f"BOTLEASE_INSTANCE_ID={instance_id}".encode()
+    killed: set[int] = set()
+    while those:
+        left = {*_marked(mark, 0)[0]} - killed
+        if not left:
+            return
+        for pid in left:  # once more afterwards: one may have forked before its end
+            _kill(pid, mark)
+        killed |= left
 
 
 def _marked(mark: bytes, since: int) -> tuple[list[int], bool]:
