@@ -304,3 +304,31 @@ def test_a_bot_that_dumps_a_large_core_when_told_to_stop_is_gone_before_the_next
     sqlite_world.works(1, 60)
     if Path("/proc/sys/kernel/core_pattern").read_text().startswith("core"):
         assert max(core.stat().st_size for core in cores.iterdir()) > 150 << 20
+
+
+def test_a_supervisor_whose_log_nobody_reads_goes_on_renewing_and_hands_over(sqlite_world: World) -> None:
+    reader, writer = os.pipe()
+    bot = sqlite_world.bot()
+    old = subprocess.Popen(
+        [*BOTLEASE, "run", "--ttl", "2", "--deployment", "v1", "--", "sh", "-c", 'exec "$@" 2>&-', "sh", *bot],
+        env=clean_env(BOTLEASE_DATABASE_URL=sqlite_world.url),
+        stderr=writer,
+    )
+    try:
+        sqlite_world.works(1)
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"x" * 4096)
+        os.set_blocking(writer, True)  # it is the supervisor's as well
+        sqlite_world.run("--deployment", "v2", ttl="2")
+        sqlite_world.works(2)
+        assert sqlite_world.overlap() == 0 and sqlite_world.gap(2) < 1.5  # asked for and handed over, not waited out
+        old.terminate()
+        until(lambda: b"x" not in os.read(reader, 65536))  # somebody reads again
+        assert old.wait(10) == 0
+    finally:
+        old.kill()
+        old.wait()
+        for fd in (reader, writer):
+            os.close(fd)

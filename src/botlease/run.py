@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import socket
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -61,11 +61,25 @@ class Options:
     delete_webhook: bool = False
 
 
+_unsaid = 0
+
+
 def say(text: str) -> None:
-    """One line of ours on standard error; the bot's own output is inherited and never passes through us."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(f"botlease: {safe(text)}\n")
-        sys.stderr.flush()
+    """One line of ours on standard error; the bot's own output is inherited and never passes through us. Where nobody
+    reads it any more (a pipe that is full) it is left out and counted: whoever waits for a log renews no lease."""
+    global _unsaid
+    if _unsaid:
+        text = f"({_unsaid} lines before this one could not be written) {text}"
+    # A pipe with room takes this much in one piece, without waiting (pipe(7): PIPE_BUF).
+    line = f"botlease: {safe(text)}"[:2000].encode(errors="replace")[: select.PIPE_BUF - 1] + b"\n"
+    with contextlib.suppress(OSError):
+        poll = select.poll()
+        poll.register(2, select.POLLOUT)
+        if poll.poll(0):
+            os.write(2, line)
+            _unsaid = 0
+        else:
+            _unsaid += 1
 
 
 def has_terminal() -> bool:
