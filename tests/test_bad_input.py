@@ -148,3 +148,27 @@ def test_every_command_has_help(command: list[str], tmp_path: Path) -> None:
     result = run([*command, "--help"], tmp_path)
     assert result.returncode == 0 and "Usage:" in result.stdout
     assert all(len(line) <= 100 for line in result.stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("edit", "says", "verbs"),
+    [
+        ("UPDATE bot_leases SET term = 'many'", "term is 'many', where a number must be", ("verify", "status", "run")),
+        ("UPDATE bot_leases SET ttl = 'long'", "ttl is 'long', where a number must be", ("status", "run")),
+        ("UPDATE bot_terms SET term = 'x'", "term is 'x', where a number must be", ("verify", "history")),
+    ],
+)
+def test_a_word_where_a_number_must_be_is_named(
+    sqlite_world: World, tmp_path: Path, edit: str, says: str, verbs: tuple[str, ...]
+) -> None:
+    world = {"BOTLEASE_DATABASE_URL": sqlite_world.url}
+    assert run(["run", "--", "true"], tmp_path, **world).returncode == 0
+    sqlite_world.sql(edit)
+    for verb in verbs:
+        if verb == "run":
+            started = sqlite_world.run()
+            started.says(says)
+            assert "Traceback" not in started.text()
+            continue
+        done = run([verb], tmp_path, **world)
+        assert says in done.stderr and "Traceback" not in done.stderr and done.returncode in (69, 78), (verb, done)
