@@ -202,7 +202,7 @@ def no_lock_delay_after_a_death_that_followed_an_expiry() -> Iterator[None]:
 
 @bug
 def a_missing_row_is_free() -> Iterator[None]:
-    with sql("ADD_LEASE", "ELSE 'unknown' END", "ELSE NULL END"):
+    with sql("ADD_LEASE", "ELSE 'unknown' END", "ELSE NULL END"), sql("ADD_LEASE", "ELSE '-' END", "ELSE '' END"):
         yield
 
 

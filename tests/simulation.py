@@ -103,7 +103,7 @@ class Plan:
             timings.append(replace(other, lock_delay=timings[0].lock_delay))  # it is the taker's own wait
         return cls(
             nodes=rng.choice([2, 3, 3, 4]),
-            length=rng.choice([1, 2, 4, 8, 16]) * ttl,
+            length=rng.choice([2, 4, 6, 10, 16]) * ttl,
             timings=timings,
             loss=rng.choice([0.0, 0.1, 0.4]),
             late=rng.choice([0.0, 0.2, 0.5]),

@@ -14,8 +14,12 @@ HUNT = 2500
 BEGIN = {
     # Few worlds show these: the hunt begins near one that does. Whoever changes what the world draws may have to find
     # another: World(seed).run() over many, with the bug planted.
-    "a_lost_lease_comes_back_with_the_ttl_of_whoever_puts_it_back": 3900,
-    "no_lock_delay_after_a_death_that_followed_an_expiry": 2900,
+    "a_lost_lease_comes_back_with_the_ttl_of_whoever_puts_it_back": 5060,
+    "copies_of_one_holder_renew_for_one_another": 1340,
+    "in_an_emptied_database_nobody_begins": 380,
+    "no_lock_delay_after_a_death_that_followed_an_expiry": 250,
+    "no_margin_for_clock_rates": 200,
+    "quarantine_is_forgotten": 350,
 }
 
 
