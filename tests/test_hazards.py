@@ -105,7 +105,9 @@ def test_what_daemonised_beside_a_stopped_supervisor_is_dead_before_its_successo
     world: World,
 ) -> None:
     """It has no death signal, and nobody is left to sweep: continued a day later it would work on."""
-    old = world.run("--deployment", "v1", bot=world.bot(who=1, spawn=0.1))
+    setting = {"BOTLEASE_INSTANCE_ID": "chosen-by-the-user"}  # which others of his have in their environment, too
+    bystander = subprocess.Popen(["sleep", "600"], env=clean_env(**setting))
+    old = world.run("--deployment", "v1", bot=world.bot(who=1, spawn=0.1), env=setting)
     until(lambda: len(old.children()) >= 4)  # reaper, bot, and what that made a daemon of
     world.run("--deployment", "v2", "--standby", bot=world.bot(who=1)).says("standby")
 
@@ -123,6 +125,9 @@ def test_what_daemonised_beside_a_stopped_supervisor_is_dead_before_its_successo
         os.kill(pid, signal.SIGCONT)
     wait_until(begun + 0.5)
     assert latest()[before] < begun < latest()[after]
+    assert bystander.poll() is None and old.process.poll() is None
+    bystander.kill()
+    bystander.wait()
 
 
 @pytest.mark.parametrize("second", [signal.SIGSTOP, signal.SIGKILL])

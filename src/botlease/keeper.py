@@ -200,7 +200,7 @@ class Keeper:
             # Before the view itself: a second start must not be refused because of a holder that is dead.
             lease = event.view.lease
             if lease.holder not in (None, self.registration.instance_id) and proof.gone(
-                lease.proof, lease.holder or ""
+                lease.proof, self.registration.bot, lease.holder or ""
             ):
                 self.feed(HolderDied(lease.term, lease.nonce))
         self.feed(event)
@@ -236,7 +236,7 @@ class Keeper:
                 if grant is not None and proved != self.work.proof:
                     return Failed(q.serial, nonce)  # the row names an owner that is gone: it is given back
                 if grant is not None and q.how is How.EXPIRED and before is not None and before.holder is not None:
-                    proof.sweep(before.proof, before.holder)
+                    proof.sweep(before.proof, me.bot, before.holder)
                 return Granted(q.serial, grant.term, nonce, grant.origin) if grant else Denied(q.serial)
             case Verb.RENEW:
                 assert q.held is not None
@@ -286,7 +286,7 @@ class Keeper:
         self._loop.remove_reader(fd)
         lease, _ = self._watched.pop(fd)
         os.close(fd)
-        if not self._watched and proof.gone(lease.proof, lease.holder or ""):
+        if not self._watched and proof.gone(lease.proof, self.registration.bot, lease.holder or ""):
             self.feed(HolderDied(lease.term, lease.nonce))
 
     def _unwatch(self) -> None:

@@ -59,18 +59,24 @@ def alive(owner: Owner) -> bool:
     return procfs.start_time(owner.pid) == owner.start
 
 
-def gone(proof: str, instance_id: str, wait: float = 0.5) -> bool:
+def _marks(bot: str, instance_id: str) -> frozenset[bytes]:
+    """What the environment of a work holds (``child``). Both: an id alone may be a setting of the user's, which his
+    shell and our supervisor carry as well."""
+    return frozenset({f"BOTLEASE_BOT={bot}".encode(), f"BOTLEASE_INSTANCE_ID={instance_id}".encode()})
+
+
+def gone(proof: str, bot: str, instance_id: str, wait: float = 0.5) -> bool:
     """True if the owners are proved dead and nothing of their work is left, after killing what was."""
     those = owners(proof)
     if not those or any(alive(o) for o in those):
         return False
     give_up = clock.now() + wait
     since = min(int(o.start) for o in those)
-    mark = f"BOTLEASE_INSTANCE_ID={instance_id}".encode()
+    marks = _marks(bot, instance_id)
     while True:
-        left, unreadable = _marked(mark, since)
+        left, unreadable = _marked(marks, since)
         for pid in left:
-            _kill(pid, mark)
+            _kill(pid, marks)
         if not left:
             return not unreadable
         if clock.now() > give_up:
@@ -79,7 +85,7 @@ def gone(proof: str, instance_id: str, wait: float = 0.5) -> bool:
             select.select([], [], [], 0.002)
 
 
-def sweep(proof: str, instance_id: str) -> None:
+def sweep(proof: str, bot: str, instance_id: str) -> None:
     """Kill what is left on this host of a work whose lease ran out, before its successor begins.
 
     Its owners need not be dead: they may be stopped or frozen, and a process without a death signal (it daemonised, or
@@ -87,19 +93,19 @@ def sweep(proof: str, instance_id: str) -> None:
     to its program. What the instance has warmed up meanwhile dies as well, and is warmed up anew.
     """
     those = owners(proof)
-    mark = f"BOTLEASE_INSTANCE_ID={instance_id}".encode()
-    killed: set[int] = set()
+    marks = _marks(bot, instance_id)
+    spared = {o.pid for o in those if alive(o)}  # a standby now, which may have been started from inside a bot
     while those:
-        left = {*_marked(mark, 0)[0]} - killed
+        left = {*_marked(marks, 0)[0]} - spared
         if not left:
             return
         for pid in left:  # once more afterwards: one may have forked before its end
-            _kill(pid, mark)
-        killed |= left
+            _kill(pid, marks)
+        spared |= left
 
 
-def _marked(mark: bytes, since: int) -> tuple[list[int], bool]:
-    """Who carries the mark, and whether a process of our user from after ``since`` would not let us look; not we
+def _marked(marks: frozenset[bytes], since: int) -> tuple[list[int], bool]:
+    """Who carries the marks, and whether a process of our user from after ``since`` would not let us look; not we
     ourselves, should we have been started from inside that bot."""
     ours = {os.getpid(), *tree.descendants(os.getpid())}
     names = os.listdir("/proc")  # noqa: PTH208
@@ -107,7 +113,7 @@ def _marked(mark: bytes, since: int) -> tuple[list[int], bool]:
     for pid in (int(n) for n in names if n.isdigit()):
         if pid in ours:
             continue
-        has = _has(pid, mark)
+        has = _has(pid, marks)
         if has is None:
             start = procfs.start_time(pid)
             unreadable = unreadable or (start is not None and int(start) >= since)
@@ -116,11 +122,11 @@ def _marked(mark: bytes, since: int) -> tuple[list[int], bool]:
     return found, unreadable
 
 
-def _has(pid: int, mark: bytes) -> bool | None:
+def _has(pid: int, marks: frozenset[bytes]) -> bool | None:
     """None: a process of our user that we may not look into (it made itself undumpable)."""
     try:
         with open(f"/proc/{pid}/environ", "rb") as f:  # noqa: PTH123
-            return mark in f.read().split(b"\0")
+            return marks.issubset(f.read().split(b"\0"))
     except PermissionError:
         try:
             uids = Path(f"/proc/{pid}/status").read_text().split("Uid:")[1].split()[:2]
@@ -131,14 +137,14 @@ def _has(pid: int, mark: bytes) -> bool | None:
         return False
 
 
-def _kill(pid: int, mark: bytes) -> None:
+def _kill(pid: int, marks: frozenset[bytes]) -> None:
     """Through a pidfd, checked again after opening it: a reused pid must not be hit."""
     try:
         fd = os.pidfd_open(pid)
     except OSError:
         return
     try:
-        if _has(pid, mark):
+        if _has(pid, marks):
             signal.pidfd_send_signal(fd, signal.SIGKILL)
     except OSError:
         pass
