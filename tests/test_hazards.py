@@ -8,6 +8,7 @@ import fcntl
 import os
 import pty
 import signal
+import sqlite3
 import subprocess
 import sys
 import termios
@@ -329,11 +330,120 @@ def test_a_supervisor_whose_log_nobody_reads_goes_on_renewing_and_hands_over(sql
         sqlite_world.run("--deployment", "v2", ttl="2")
         sqlite_world.works(2)
         assert sqlite_world.overlap() == 0 and sqlite_world.gap(2) < 1.5  # asked for and handed over, not waited out
+        os.set_blocking(reader, False)
+        read = b""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                read += os.read(reader, 65536)
         old.terminate()
-        until(lambda: b"x" not in os.read(reader, 65536))  # somebody reads again
         assert old.wait(10) == 0
+        said = os.read(reader, 65536).decode()  # somebody reads again
+        assert "lines before this one could not be written) SIGTERM: stopping" in said
     finally:
         old.kill()
         old.wait()
         for fd in (reader, writer):
             os.close(fd)
+
+
+def test_with_its_standard_descriptors_closed_the_bot_works_and_can_be_stopped(sqlite_world: World) -> None:
+    command = [*BOTLEASE, "run", "--ttl", "2", "--", *sqlite_world.bot()]
+    process = subprocess.Popen(
+        ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command], env=clean_env(BOTLEASE_DATABASE_URL=sqlite_world.url)
+    )
+    try:
+        sqlite_world.works(1)
+        begun = now()
+        until(lambda: max(last for _, last in sqlite_world.stamps().values()) > begun + 2.5)  # beyond one ttl
+        assert len(sqlite_world.stamps()) == 1
+        process.terminate()
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_terminal_that_nobody_reads_holds_nobody_up(sqlite_world: World) -> None:
+    process, master = at_a_terminal(sqlite_world)
+    try:
+        sqlite_world.works(1)
+        again = os.open(f"/proc/{process.pid}/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(again, b"x" * 64)
+        os.close(again)
+        sqlite_world.run("--deployment", "another", ttl="1.5")
+        sqlite_world.works(2)
+        assert sqlite_world.overlap() == 0 and sqlite_world.gap(2) < 1  # handed over
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+
+
+LOSES_AN_ANSWER = """
+import asyncio, sys, botlease
+from botlease.stores import StoreError
+from botlease.stores.sqlite import SqliteStore
+
+real, lost = SqliteStore.acquire, []
+
+async def acquire(self, *args, **options):
+    grant = await real(self, *args, **options)
+    if grant is not None and not lost:
+        lost.append(grant)
+        raise StoreError("the answer was lost")
+    return grant
+
+SqliteStore.acquire = acquire
+
+async def main():
+    async with botlease.active("bot", database=sys.argv[1], ttl=1.5, deployment="v2", standby=True) as term:
+        print("works", term.number, flush=True)
+        await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+def test_what_was_left_is_killed_though_the_answer_to_the_acquire_was_lost(sqlite_world: World, tmp_path: Path) -> None:
+    """The lease is given back then, and the term that begins is another one, which was not taken after an expiry."""
+    old = sqlite_world.run("--deployment", "v1", bot=sqlite_world.bot(spawn=0.1))
+    until(lambda: len(old.children()) >= 4)
+    program = tmp_path / "program.py"
+    program.write_text(LOSES_AN_ANSWER)
+    new = subprocess.Popen(
+        [sys.executable, program, sqlite_world.url], env=clean_env(), stdout=subprocess.PIPE, text=True
+    )
+    try:
+        with contextlib.closing(sqlite3.connect(sqlite_world.url.removeprefix("sqlite:///"))) as db:
+            until(lambda: db.execute("SELECT count(*) FROM bot_instances").fetchone()[0] == 2)
+            beat = db.execute("SELECT beat FROM bot_leases").fetchone()[0]
+            until(lambda: db.execute("SELECT beat FROM bot_leases").fetchone()[0] > beat + 2**21)  # it has been seen
+        for pid in (old.pid, *old.children()):
+            os.kill(pid, signal.SIGSTOP)
+        left = old.children()
+        assert new.stdout is not None and new.stdout.readline() == "works 3\n"
+        assert not [pid for pid in left if procfs.start_time(pid) is not None]
+    finally:
+        new.kill()
+        new.wait()
+        new.stdout.close()  # type: ignore[union-attr]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can look as somebody else")
+def test_a_name_that_is_cut_in_the_middle_of_a_character_stops_no_search_for_what_is_left(tmp_path: Path) -> None:
+    from botlease.work import proof
+
+    named = tmp_path / "телеграмбот"
+    named.write_bytes(Path("/bin/sleep").read_bytes())
+    named.chmod(0o755)
+    with subprocess.Popen([named, "60"]) as process:
+        until(lambda: "телегра".encode() in Path(f"/proc/{process.pid}/comm").read_bytes())
+        os.seteuid(65534)
+        try:
+            found, _ = proof._marked(frozenset({b"NOBODY=HAS_THIS"}), 0)
+        finally:
+            os.seteuid(0)
+            process.kill()
+    assert found == []

@@ -18,8 +18,10 @@ _reaper: tuple[int, socket.socket] | None = None
 def fork_reaper() -> None:
     """Fork it now, for :func:`take_reaper` to find: the earlier, the smaller."""
     global _reaper
+    from botlease.stderr import open_standard_descriptors
     from botlease.work import reaper
 
+    open_standard_descriptors()
     _reaper = reaper.fork()
 
 

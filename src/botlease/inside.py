@@ -167,10 +167,12 @@ class active:
         self._session = _Session(name, options)
         self._task: asyncio.Task[Any] | None = None
         self._why: Reason | None = None
+        self._cancelling = 0
         self._exit = contextlib.ExitStack()
 
     async def __aenter__(self) -> Term:
         self._task = asyncio.current_task()
+        self._cancelling = self._task.cancelling() if self._task is not None else 0
         begun: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._work = BodyWork(begun.set_result, self._cancel, self._session.warn)
         self._keeper = await self._session.open(self._work)
@@ -216,13 +218,15 @@ class active:
         self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
     ) -> None:
         self.term._over = True
+        if os.getpid() != self.term._pid:
+            return  # a fork leaves the body: what is given back here is the parent's
         await self._finish(done=e is None)
         if self._cancelled_by_us(e):
             raise LeaseLost(f"term {self.term.number} of {self.term.bot} ended: {self._why}") from e
 
     def _cancelled_by_us(self, e: BaseException | None) -> bool:
         """Like asyncio.timeout: our own cancellation becomes our own exception, a user's stays what it is."""
-        ours = self._why is not None and self._task is not None and self._task.uncancel() <= 0
+        ours = self._why is not None and self._task is not None and self._task.uncancel() <= self._cancelling
         return ours and isinstance(e, asyncio.CancelledError)
 
 

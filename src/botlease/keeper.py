@@ -77,6 +77,8 @@ class Keeper:
         self._ended: asyncio.Future[Reason] = self._loop.create_future()
         self._calls: set[asyncio.Task[None]] = set()
         self._watched: dict[int, tuple[Lease, proof.Owner]] = {}
+        self._owner: tuple[str, str] | None = None  # proof and instance of the last holder on this host that was seen
+        self._ran_out: set[tuple[str, str]] = set()  # of these the lease ran out: nothing of theirs may be left
         work.tell = self.feed
         store.on_change = lambda: self.feed(Woken())
 
@@ -135,6 +137,10 @@ class Keeper:
             case Arm(until=until):
                 self.work.arm(until)
             case Start(term=term, nonce=nonce, until=until):
+                # Here and not at the grant: its answer may have been lost, and the term that begins be another one.
+                for owner, holder in self._ran_out:
+                    proof.sweep(owner, self.registration.bot, holder)
+                self._ran_out.clear()
                 self.work.start(term, nonce, until, self.store.guard_fd(self.registration.bot))
             case Drain(until=until, reason=reason):
                 self.say(f"draining: term {self._term}: {_because(reason)}")
@@ -197,12 +203,12 @@ class Keeper:
             if self.state.failures and not self._refused:
                 self.say("the database answers again")
         if isinstance(event, Registered | Seen) and event.view.lease is not None:
-            # Before the view itself: a second start must not be refused because of a holder that is dead.
             lease = event.view.lease
-            if lease.holder not in (None, self.registration.instance_id) and proof.gone(
-                lease.proof, self.registration.bot, lease.holder or ""
-            ):
-                self.feed(HolderDied(lease.term, lease.nonce))
+            if lease.holder not in (None, self.registration.instance_id) and proof.owners(lease.proof):
+                self._owner = (lease.proof, lease.holder or "")
+                # Before the view itself: a second start must not be refused because of a holder that is dead.
+                if proof.gone(lease.proof, self.registration.bot, lease.holder or ""):
+                    self.feed(HolderDied(lease.term, lease.nonce))
         self.feed(event)
         if isinstance(event, Registered | Seen) and event.view.lease is not None and self.state.phase is Phase.STANDBY:
             self._standby(event.view.lease)
@@ -219,7 +225,8 @@ class Keeper:
             case Verb.ACQUIRE:
                 assert q.key is not None
                 proved = self.work.proof
-                before = self.state.view.lease if self.state.view is not None else None
+                if q.how is How.EXPIRED and self._owner is not None:
+                    self._ran_out.add(self._owner)
                 grant = await store.acquire(
                     me.bot,
                     me.instance_id,
@@ -235,8 +242,6 @@ class Keeper:
                 )
                 if grant is not None and proved != self.work.proof:
                     return Failed(q.serial, nonce)  # the row names an owner that is gone: it is given back
-                if grant is not None and q.how is How.EXPIRED and before is not None and before.holder is not None:
-                    proof.sweep(before.proof, me.bot, before.holder)
                 return Granted(q.serial, grant.term, nonce, grant.origin) if grant else Denied(q.serial)
             case Verb.RENEW:
                 assert q.held is not None

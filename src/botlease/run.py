@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import select
 import signal
 import socket
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from botlease.core import Candidate, Phase
 from botlease.keeper import Keeper
 from botlease.model import TRIES, Probation, Reason
 from botlease.settings import Settings
+from botlease.stderr import Lines
 from botlease.stores import Registration, Store, StoreError, StoreRefused, open_store
 from botlease.text import safe
 from botlease.work import tree
@@ -61,25 +61,14 @@ class Options:
     delete_webhook: bool = False
 
 
-_unsaid = 0
+_lines: Lines | None = None
 
 
 def say(text: str) -> None:
-    """One line of ours on standard error; the bot's own output is inherited and never passes through us. Where nobody
-    reads it any more (a pipe that is full) it is left out and counted: whoever waits for a log renews no lease."""
-    global _unsaid
-    if _unsaid:
-        text = f"({_unsaid} lines before this one could not be written) {text}"
-    # A pipe with room takes this much in one piece, without waiting (pipe(7): PIPE_BUF).
-    line = f"botlease: {safe(text)}"[:2000].encode(errors="replace")[: select.PIPE_BUF - 1] + b"\n"
-    with contextlib.suppress(OSError):
-        poll = select.poll()
-        poll.register(2, select.POLLOUT)
-        if poll.poll(0):
-            os.write(2, line)
-            _unsaid = 0
-        else:
-            _unsaid += 1
+    """One line of ours on standard error; the bot's own output is inherited and never passes through us."""
+    global _lines
+    _lines = _lines or Lines()
+    _lines.write(safe(text))
 
 
 def has_terminal() -> bool:

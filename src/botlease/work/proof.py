@@ -85,30 +85,40 @@ def gone(proof: str, bot: str, instance_id: str, wait: float = 0.5) -> bool:
             select.select([], [], [], 0.002)
 
 
-def sweep(proof: str, bot: str, instance_id: str) -> None:
+def sweep(proof: str, bot: str, instance_id: str, wait: float = 0.2) -> None:
     """Kill what is left on this host of a work whose lease ran out, before its successor begins.
 
     Its owners need not be dead: they may be stopped or frozen, and a process without a death signal (it daemonised, or
-    dropped its user) then works on when it is continued. One that is frozen dies when it is thawed, before it returns
-    to its program. What the instance has warmed up meanwhile dies as well, and is warmed up anew.
+    dropped its user) then works on when it is continued. Waits for their deaths for at most ``wait`` seconds: one that
+    is frozen dies when it is thawed, before it returns to its program. What the instance has warmed up meanwhile dies
+    as well, and is warmed up anew.
     """
     those = owners(proof)
     marks = _marks(bot, instance_id)
     spared = {o.pid for o in those if alive(o)}  # a standby now, which may have been started from inside a bot
-    while those:
-        left = {*_marked(marks, 0)[0]} - spared
-        if not left:
-            return
-        for pid in left:  # once more afterwards: one may have forked before its end
+    killed: set[int] = set()
+    give_up = clock.now() + wait
+    clean = 0
+    # Twice: one may have forked, and ended, while the first was looking.
+    while those and clean < 2 and clock.now() < give_up:
+        new = {*_marked(marks, 0)[0]} - spared - killed
+        clean = 0 if new else clean + 1
+        for pid in new:
             _kill(pid, marks)
-        spared |= left
+        killed |= new
+    while any(procfs.start_time(pid) for pid in killed) and clock.now() < give_up:
+        with contextlib.suppress(OSError):
+            select.select([], [], [], 0.002)
 
 
 def _marked(marks: frozenset[bytes], since: int) -> tuple[list[int], bool]:
     """Who carries the marks, and whether a process of our user from after ``since`` would not let us look; not we
     ourselves, should we have been started from inside that bot."""
-    ours = {os.getpid(), *tree.descendants(os.getpid())}
-    names = os.listdir("/proc")  # noqa: PTH208
+    try:
+        ours = {os.getpid(), *tree.descendants(os.getpid())}
+        names = os.listdir("/proc")  # noqa: PTH208
+    except OSError:  # out of descriptors
+        return [], True
     found, unreadable = [], False
     for pid in (int(n) for n in names if n.isdigit()):
         if pid in ours:
@@ -129,10 +139,11 @@ def _has(pid: int, marks: frozenset[bytes]) -> bool | None:
             return marks.issubset(f.read().split(b"\0"))
     except PermissionError:
         try:
-            uids = Path(f"/proc/{pid}/status").read_text().split("Uid:")[1].split()[:2]
+            # bytes: a name may be cut in the middle of a character
+            uids = Path(f"/proc/{pid}/status").read_bytes().split(b"Uid:")[1].split()[:2]
         except (OSError, IndexError):
             return False
-        return None if str(os.geteuid()) in uids else False
+        return None if str(os.geteuid()).encode() in uids else False
     except OSError:
         return False
 
