@@ -133,7 +133,7 @@ def test_status_shows_a_handover_on_its_way_and_a_deployment_in_quarantine(sqlit
     world = sqlite_world
     world.run("--deployment", "v1", bot=world.bot(slow=1.5), ttl="3")
     world.works(1)
-    warm = world.run("--deployment", "v2", "--warm", bot=world.bot(start=1.0, gate="fd"), ttl="3")
+    warm = world.run("--deployment", "v2", "--warm", bot=world.bot(start=4.0, gate="fd"), ttl="3")
     seen = []
 
     def step() -> bool:
