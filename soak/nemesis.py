@@ -9,6 +9,7 @@ import math
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -53,17 +54,19 @@ class Run:
         self.slowest = 0.0
         self.verified = 0
         self.margins: list[float] = []
+        self.damaged = False
 
     async def go(self) -> None:
         try:
             await self.world.open(3)
             await self.works(now(), "the start")
-            while sum(self.faults.values()) < self.quota and not self.broken():
+            while sum(self.faults.values()) < self.quota and not self.broken() and not self.damaged:
                 await self.one()
                 self.say({"faults": 1})
-            if not self.broken():
+            if not self.broken() and not self.damaged:
                 await self.works(now(), "the end")
-            await self.verify()
+            if not self.damaged:
+                await self.verify()
         except Exception as e:
             self.findings.append(f"the nemesis itself: {type(e).__name__}: {e}")
             raise
@@ -122,6 +125,9 @@ class Run:
             if self.oracle.last > since and now() - self.oracle.last < 0.3:
                 break
             if now() - since > limit:
+                self.damaged = self.is_damaged()
+                if self.damaged:
+                    return  # nobody may work on that, and every instance says so
                 self.findings.append(f"nobody at work {limit:.1f} s after {after}")
                 scene = Scene(self.world, self.oracle, self.rng)
                 for table in ("bot_instances", "bot_leases", "bot_deployments", "bot_terms ORDER BY term DESC LIMIT 5"):
@@ -130,6 +136,16 @@ class Run:
                 return
             await asyncio.sleep(0.05)
         self.slowest = max(self.slowest, (now() - since) / limit)
+
+    def is_damaged(self) -> bool:
+        """Faults that move the file of SQLite under a journal can roll it into another one: its own documentation."""
+        if self.world.store != "sqlite" or "lost" not in self.world.explains:
+            return False
+        with contextlib.closing(sqlite3.connect(f"file:{self.world.file}?mode=ro", uri=True)) as db:
+            try:
+                return bool(db.execute("PRAGMA integrity_check(1)").fetchone()[0] != "ok")
+            except sqlite3.DatabaseError as e:
+                return "malformed" in str(e)
 
     async def botlease(self, *args: str) -> tuple[int, list[Any]]:
         """What one of its commands says, line by line."""
@@ -182,6 +198,7 @@ class Run:
             "stamps": o.stamps,
             "slowest": self.slowest,
             "verified": self.verified,
+            "damaged": int(self.damaged),
             "margin": min(self.margins, default=None) if self.world.lock_delay else None,
             "margin without": min(self.margins, default=None) if not self.world.lock_delay else None,
             "waited out": len(self.margins),
@@ -232,7 +249,7 @@ async def _world(seed: int, kind: str, faults: int, plant: str) -> AsyncIterator
 async def _all(report: Report, first: int, faults: int, worlds: tuple[str, ...], at_once: int, plant: str) -> None:
     counts: Counter[str] = Counter()
     kinds = iter((first + i, worlds[i % len(worlds)]) for i in range(-(-faults // FAULTS_EACH)))
-    done = {"terms": 0, "stamps": 0, "verified": 0, "waited out": 0, "worlds": 0, "faults": 0}
+    done = {"terms": 0, "stamps": 0, "verified": 0, "waited out": 0, "damaged": 0, "worlds": 0, "faults": 0}
     slowest, residue = 0.0, []
     margins: dict[str, list[float]] = {"margin": [], "margin without": []}
 
@@ -251,7 +268,7 @@ async def _all(report: Report, first: int, faults: int, worlds: tuple[str, ...],
                     print(json.dumps(result, indent=1), file=sys.stderr)
                 counts.update(result.get("counts", {}))
                 done["worlds"] += 1
-                for name in ("terms", "stamps", "verified", "waited out"):
+                for name in ("terms", "stamps", "verified", "waited out", "damaged"):
                     done[name] += result.get(name, 0)
                 slowest = max(slowest, result.get("slowest", 0))
                 for name in margins:
@@ -268,6 +285,7 @@ async def _all(report: Report, first: int, faults: int, worlds: tuple[str, ...],
         "overlaps": str(sum("OVERLAP" in f for f in report.failures)),
         "slowest recovery": f"{slowest:.0%} of its bound",
         "verify agreed": f"{done['verified']} times",
+        "files damaged by what moved them": f"{done['damaged']}",
         "leases waited out": f"{done['waited out']:,}",
         "nobody at work before a takeover": f"{min(margins['margin'], default=math.nan):.2f} s at least",
         "without a lock-delay": f"{min(margins['margin without'], default=math.nan):.2f} s",

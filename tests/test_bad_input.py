@@ -172,3 +172,23 @@ def test_a_word_where_a_number_must_be_is_named(
             continue
         done = run([verb], tmp_path, **world)
         assert says in done.stderr and "Traceback" not in done.stderr and done.returncode in (69, 78), (verb, done)
+
+
+def test_a_damaged_database_is_named_and_left_alone(sqlite_world: World, tmp_path: Path) -> None:
+    world = {"BOTLEASE_DATABASE_URL": sqlite_world.url}
+    assert run(["run", "--", "true"], tmp_path, **world).returncode == 0
+    file = Path(sqlite_world.url.removeprefix("sqlite:///"))
+    db = sqlite3.connect(file)
+    (size,) = db.execute("PRAGMA page_size").fetchone()
+    (root,) = db.execute(
+        "SELECT rootpage FROM sqlite_master WHERE name = 'sqlite_autoindex_bot_instances_1'"
+    ).fetchone()
+    db.close()
+    with file.open("r+b") as f:  # the index has lost its rows: each of them could be inserted a second time
+        f.seek((root - 1) * size + 3)
+        f.write(b"\0\0")
+    before = file.read_bytes()
+    for verb in (["run", "--", "true"], ["status"]):
+        done = run(verb, tmp_path, **world)
+        assert done.returncode == 78 and "is damaged" in done.stderr and "Traceback" not in done.stderr, done
+    assert file.read_bytes() == before
