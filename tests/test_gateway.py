@@ -927,3 +927,29 @@ async def test_what_is_confirmed_after_a_stop_signal_counts_only_if_the_bot_ends
         after = await house.gateway(term=len(house.gateways) + 1)
         assert await after.poll(timeout=1) == left
         await after.gateway.close()
+
+
+async def test_a_connection_that_is_cancelled_while_its_answer_is_ready_ends() -> None:
+    """Swallowed, the cancellation would leave it waiting for a next request on a loop that closes."""
+    waits = asyncio.Event()
+
+    class Reader:
+        async def read(self, most: int) -> bytes:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                waits.set()
+                await asyncio.sleep(0)
+                raise
+            return b""
+
+    async def handler(request: http.Request) -> http.Response:
+        return http.Response(200, b"")
+
+    talk = http._Conversation(Reader(), None, handler, False, 1, 1.0, 1.0)  # type: ignore[arg-type]
+    talk.received.set()
+    task = asyncio.create_task(talk._answer(http.Request("GET", "/", {})))
+    await waits.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task

@@ -217,8 +217,7 @@ class _Conversation:
         finally:
             if not watch.done():
                 watch.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await watch
+                await asyncio.wait({watch})  # not `await watch`: a cancellation of ours would pass for its own
             elif task.done() and not request.gone.is_set() and not watch.cancelled() and not watch.exception():
                 self.connection.receive_data(watch.result())
 
