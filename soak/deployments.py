@@ -133,11 +133,6 @@ class Traits:
     rate: float = 1.0
     fake_time: bool = False
 
-    @property
-    def escapes(self) -> bool:
-        """Something of it has no death signal: supervisor and reaper kill it, or its successor on the same host."""
-        return self.user or self.daemon or self.spawns > 0
-
     @classmethod
     def draw(cls, rng: random.Random, *, fake_time: bool, own_pids: bool) -> Traits:
         kind = rng.choice(["plain", "daemon", "deaf", "slow", "spawns", "warm", "inside", "user", "plain"])
@@ -175,6 +170,13 @@ class Deployment:
     def __str__(self) -> str:
         odd = [k for k, v in vars(self.traits).items() if v != getattr(Traits, k)]
         return f"{self.key}@{self.host.number}({' '.join(odd)})"
+
+    @property
+    def escapes(self) -> bool:
+        """Something of it has no death signal, and its successor may be where it cannot kill it: with supervisor and
+        reaper stopped it would work on (docs/reliability.md, assumption 5)."""
+        t = self.traits
+        return self.world.several_hosts and (t.user or t.daemon or t.spawns > 0)
 
     @property
     def clock(self) -> Path:

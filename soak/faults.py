@@ -123,8 +123,8 @@ class Scene:
 
 async def _stop(s: Scene, part: str) -> None:
     d = s.whom()
-    if d.traits.escapes and s.world.several_hosts and part == "everything":
-        part = "supervisor"  # see docs/reliability.md, assumption 5
+    if d.escapes and part == "everything":
+        part = "supervisor"
     d.send(part, signal.SIGSTOP)
     await s.wait()
     pids = d.part(part)
@@ -197,7 +197,7 @@ async def terminate(s: Scene) -> None:
 async def freeze(s: Scene) -> None:
     """As ``docker pause`` does it. On thawing everything runs at once, the late and the fence."""
     d = s.whom()
-    if d.cgroup is None or (d.traits.escapes and s.world.several_hosts):
+    if d.cgroup is None or d.escapes:
         return
     d.cgroup.freeze(True)
     await s.wait()
@@ -207,8 +207,7 @@ async def freeze(s: Scene) -> None:
 
 @fault(cgroups)
 async def freeze_all(s: Scene) -> None:
-    escapes = [d.traits.escapes and s.world.several_hosts for d in s.world.deployments]
-    frozen = [d.cgroup for d, e in zip(s.world.deployments, escapes, strict=True) if d.cgroup is not None and not e]
+    frozen = [d.cgroup for d in s.world.deployments if d.cgroup is not None and not d.escapes]
     for cgroup in frozen:
         cgroup.freeze(True)
     await s.wait()

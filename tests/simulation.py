@@ -12,7 +12,7 @@ ones catch almost nothing.
 
 Invariants, checked as it runs: no two works of one bot at once; terms only rise; nothing begins after
 a stop signal; what a dead holder had in flight has landed before a successor works after an expiry.
-Afterwards: exactly one works within the bound, counted from the last fault.
+Afterwards, in three worlds of ten: exactly one works within the bound, counted from the last fault.
 """
 
 from __future__ import annotations

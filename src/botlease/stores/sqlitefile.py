@@ -295,7 +295,7 @@ NETWORK_FILE_SYSTEMS: Final = {
 
 
 CHECKED_PAGES: Final = 2000
-"""8 MB: some 10 ms; a lease's file has some 100 KB (under 1 ms)."""
+"""8 MB: 24 ms to read through (measured); a new lease's file has 15 pages (1 ms)."""
 DAMAGED: Final = (
     "is damaged, as SQLite files are that were renamed or copied over while in use: stop every instance, then restore "
     "it from a backup, or delete it together with its -journal"

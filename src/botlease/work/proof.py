@@ -2,10 +2,10 @@
 
 The lease names who owns the work: boot id, pid namespace, user, and pid with start time of the supervisor
 and of its reaper. Another instance on the same boot, in the same pid namespace and of the same user (or root)
-can then tell beyond doubt that both are dead; whatever is left of their work it finds by the instance id
+can then tell beyond doubt that both are dead; whatever is left of their work it finds by the bot and the instance
 in its environment, kills it, and waits until it is gone. Anything else proves nothing.
 
-The same mark serves the successor after a lease that ran out: see :func:`sweep`.
+The same marks serve the successor after a lease that ran out: see :func:`sweep`.
 """
 
 from __future__ import annotations
