@@ -12,7 +12,7 @@ ones catch almost nothing.
 
 Invariants, checked as it runs: no two works of one bot at once; terms only rise; nothing begins after
 a stop signal; what a dead holder had in flight has landed before a successor works after an expiry.
-Afterwards, in three worlds of ten: exactly one works within the bound, counted from the last fault.
+Afterwards, in one world of five: exactly one works within the bound, counted from the last fault.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ class Plan:
             timings.append(replace(other, lock_delay=timings[0].lock_delay))  # it is the taker's own wait
         return cls(
             nodes=rng.choice([2, 3, 3, 4]),
-            length=rng.choice([2, 4, 6, 10, 16]) * ttl,
+            # Longer ones found no more planted bugs in the same CPU time.
+            length=rng.choice([1, 2, 2, 4, 10]) * ttl,
             timings=timings,
             loss=rng.choice([0.0, 0.1, 0.4]),
             late=rng.choice([0.0, 0.2, 0.5]),
@@ -126,7 +127,7 @@ class Plan:
             sleeps=rng.random() < 0.3,
             snapshots=rng.random() < 0.1,
             # Waiting for one to work, and go on to, is half of what a world costs.
-            settles=rng.random() < 0.3,
+            settles=rng.random() < 0.2,
         )
 
 
@@ -531,7 +532,7 @@ class World:
                 node.feed(core.HolderDied(event.view.lease.term, event.view.lease.nonce))
         if isinstance(event, core.Renewed | core.Granted):
             node.renewed_at = self.time
-            if self.plan.vandal and node.timing.ttl > min(t.ttl for t in self.plan.timings) and self.rng.random() < 0.1:
+            if self.plan.vandal and node.timing.ttl > min(t.ttl for t in self.plan.timings) and self.rng.random() < 0.3:
                 self.hide_the_ttl(node)
             self.at(self.time + 1e-5, lambda: self.ambush(node))
         expired = isinstance(event, core.Granted) and node.hows.get(event.term) is How.EXPIRED

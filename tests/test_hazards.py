@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import pty
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -282,6 +283,27 @@ def test_a_database_file_that_is_mounted_by_itself_is_refused_and_its_folder_is_
         assert ("mount the folder" in done.stderr) is bool(what)
 
 
+def test_a_database_file_in_a_mounted_cloud_folder_is_refused(tmp_path: Path) -> None:
+    """What synchronises, encrypts or fetches files behind a path is FUSE: whose locks they are is its affair."""
+    real, mounted = tmp_path / "real", tmp_path / "mounted"
+    real.mkdir()
+    mounted.mkdir()
+    bindfs = shutil.which("bindfs")
+    if bindfs is None or subprocess.run([bindfs, real, mounted], capture_output=True).returncode:
+        pytest.skip("no FUSE here")
+    try:
+        done = subprocess.run(
+            [*BOTLEASE, "run", "--", "true"],
+            env=clean_env(BOTLEASE_DATABASE_URL=f"sqlite:///{mounted}/lease.db"),
+            capture_output=True,
+            text=True,
+        )
+    finally:
+        subprocess.run(["fusermount3", "-u", mounted], check=True)
+    assert done.returncode == 78 and "network file system (FUSE)" in done.stderr
+    assert list(real.iterdir()) == []
+
+
 def test_a_bot_that_dumps_a_large_core_when_told_to_stop_is_gone_before_the_next_one_begins(
     sqlite_world: World,
 ) -> None:
@@ -449,3 +471,47 @@ def test_a_name_that_is_cut_in_the_middle_of_a_character_stops_no_search_for_wha
             os.seteuid(0)
             process.kill()
     assert has is False
+
+
+# Processes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [(), ("--warm",)], ids=["cold", "warm"])
+def test_whoever_starts_the_bot_has_one_thread_whose_end_is_its_own(
+    sqlite_world: World, options: tuple[str, ...]
+) -> None:
+    """The death signal is sent when the thread that forked ends, and not when its process does."""
+    run = sqlite_world.run(*options)
+    sqlite_world.works(1)
+    ((bot, _),) = sqlite_world.stamps()
+    reaper = procfs.parent(bot)
+    assert procfs.parent(reaper) == run.pid
+    assert len(os.listdir(f"/proc/{reaper}/task")) == 1
+
+
+def test_of_thousands_of_orphans_none_is_left_unburied(sqlite_world: World, tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    run = sqlite_world.run(
+        bot=("sh", "-c", f"for n in $(seq 2000); do (true & exit); done; touch {done}; exec sleep 600")
+    )
+    until(done.exists, 60)
+
+    def zombies() -> list[int]:
+        states = {pid: procfs.stat(pid) for pid in run.children()}
+        return [pid for pid, fields in states.items() if fields is not None and fields[0] == b"Z"]
+
+    until(lambda: not zombies())
+    assert run.process.poll() is None
+
+
+def test_of_thirty_supervisors_that_start_at_once_one_works(sqlite_world: World) -> None:
+    runs = [sqlite_world.run("--standby", "--deployment", "v1", ttl="10") for _ in range(30)]
+    for run in runs:
+        until(lambda run=run: "standby" in run.text() or "active" in run.text(), 60)
+    sqlite_world.works(1)
+    (at_work,) = sqlite_world.stamps()
+    for run in runs:
+        if at_work[0] in run.children():
+            run.signal(signal.SIGTERM)
+    sqlite_world.works(2, 60)
+    assert sqlite_world.overlap() == 0 and sqlite_world.terms() == [1, 2]

@@ -7,7 +7,11 @@ import contextlib
 import datetime as dt
 import re
 import signal
+import sqlite3
+import statistics
 import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +27,9 @@ from simulation import World as Simulated
 
 from botlease import clock, core
 from botlease.model import Timing
+from botlease.stores import Held
+from botlease.stores.postgres import PostgresStore
+from botlease.testing import StoreContract
 
 TIMING = Timing.for_ttl(3.0)
 SECRETS = ("first-secret", "second-secret")
@@ -253,3 +260,145 @@ def test_whole_deployments_change_places_and_die_through_a_transaction_pooler(
             world.close()
     finally:
         pooler.stop()
+
+
+# Load -----------------------------------------------------------------------------------------------------------------
+
+
+async def test_beats_stay_fast_and_small_beside_a_transaction_that_nobody_ends(postgres_url: str) -> None:
+    """Whatever it might still see is kept for it: every beat leaves a dead row behind."""
+    store, idle = PostgresStore(postgres_url), await asyncpg.connect(postgres_url)
+    await store.open(5)
+    grant = await StoreContract().held(store)
+    beat = 0
+
+    async def beats(count: int) -> tuple[float, int]:
+        """How long the middle one took, and the size of the table then."""
+        nonlocal beat
+        took = []
+        for _ in range(count):
+            began = time.perf_counter()
+            held = Held(grant.term, "nonce-a", (beat,))
+            assert await store.renew("bot", "a", held, beat + 1, 5) is not None
+            took.append(time.perf_counter() - began)
+            beat += 1
+        return statistics.median(took), await idle.fetchval("SELECT pg_relation_size('bot_leases')")
+
+    async with idle.transaction(isolation="repeatable_read"):
+        await idle.fetchval("SELECT count(*) FROM bot_leases")
+        first, _ = await beats(1000)
+        last, size = await beats(1000)
+        assert size < 2000 * 200  # 141 B each, measured: a day of the default ttl is 4 MB
+        assert last < 2 * first
+    await idle.execute("VACUUM bot_leases")
+    _, after = await beats(1000)
+    assert after == size  # what was left behind is used again
+    await idle.close()
+    await store.aclose()
+
+
+WRITERS = """
+import asyncio, os, sys
+from botlease.stores.sqlite import SqliteStore
+from botlease.testing import registration
+
+async def writer(me):
+    store = SqliteStore(sys.argv[1])
+    await store.open(60)
+    await store.register(registration(me), 60)
+    for n in range(20):
+        await store.touch(me, f"state {n}", 60)
+    await store.aclose()
+
+pids = []
+for n in range(16):
+    pids.append(os.fork())
+    if not pids[-1]:
+        asyncio.run(writer(f"writer {n}"))
+        os._exit(0)
+print([os.waitpid(pid, 0)[1] for pid in pids])
+"""
+
+
+def test_of_sixteen_processes_that_write_into_one_file_without_pause_none_is_refused(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WRITERS, str(tmp_path / "lease.db")],
+        env=clean_env(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == f"{[0] * 16}\n", done.stderr
+    with contextlib.closing(sqlite3.connect(tmp_path / "lease.db")) as db:
+        assert db.execute("SELECT DISTINCT state FROM bot_instances").fetchall() == [("state 19",)]
+
+
+def test_a_notification_that_is_lost_with_its_session_costs_no_more_than_a_poll(
+    tmp_path: Path, postgres_url: str
+) -> None:
+    name = postgres_url.rpartition("/")[2]
+    throw_out = f"""SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                    WHERE datname = '{name}' AND pid <> pg_backend_pid() ORDER BY backend_start DESC LIMIT 1"""
+    for world in harness.world(tmp_path, postgres_url):
+        old = world.run("--deployment", "v1", ttl="10")
+        for n in range(1, 4):
+            world.works(n)
+            new = world.run("--standby", "--deployment", "v1", ttl="10")
+            new.says("standby")
+            old.signal(signal.SIGTERM)
+            while old.process.poll() is None:  # whoever listens is not there when it would be told
+                world.sql(throw_out)
+            world.works(n + 1)
+            assert world.gap(n + 1) < 5  # waited out, it would be more than the ttl
+            old = new
+        assert world.overlap() == 0
+        world.close()
+
+
+COLUMNS = {
+    "bot_deployments": {"generation", "bot", "deployment", "first_seen"},
+    "bot_failures": {"bot", "deployment", "failures"},
+    "bot_instances": {
+        *("instance_id", "started_at", "last_heartbeat", "is_active", "bot", "deployment", "generation", "host", "pid"),
+        *("state", "term", "version", "stop_reason", "beat", "ended_at"),
+    },
+    "bot_leases": {
+        *("bot", "term", "beat", "nonce", "holder", "ttl", "origin", "proof", "served", "renewed_at", "paused"),
+    },
+    "bot_terms": {
+        *("bot", "term", "instance_id", "deployment", "how", "acquired_at", "released_at", "reason", "probation"),
+        *("host", "last_beat", "ttl"),
+    },
+    "botlease_schema": {"version", "origin"},
+}
+THE_INBOX = {"bot_polls", "bot_updates"}  # holds messages, and says so: docs/telegram.md
+
+
+def test_the_tables_hold_these_columns_and_no_others(tmp_path: Path, any_url: str) -> None:
+    """Whoever may read the database of the bot reads them: a new one is thought about first."""
+    for world in harness.world(tmp_path, any_url):
+        world.run()
+        world.works(1)
+        world.close()
+    if any_url.startswith("sqlite"):
+        with contextlib.closing(sqlite3.connect(tmp_path / "lease.db")) as db:
+            rows = db.execute(
+                "SELECT m.name, c.name FROM sqlite_master m, pragma_table_info(m.name) c "
+                "WHERE m.type IN ('table', 'view') AND m.name NOT LIKE 'sqlite_%'"
+            ).fetchall()
+    else:
+        columns = "SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = 'public'"
+        rows = asyncio.run(query(any_url, columns))
+    tables: dict[str, set[str]] = {}
+    for table, column in rows:
+        tables.setdefault(table, set()).add(column)
+    if any_url.startswith("sqlite"):
+        assert tables["botlease_schema"] - COLUMNS["botlease_schema"] == {"store_id"}
+        tables["botlease_schema"] -= {"store_id"}
+    assert {name: found for name, found in tables.items() if name not in THE_INBOX} == COLUMNS
+
+
+async def query(url: str, statement: str) -> list[tuple[str, ...]]:
+    connection = await asyncpg.connect(url)
+    rows = await connection.fetch(statement)
+    await connection.close()
+    return [tuple(row) for row in rows]

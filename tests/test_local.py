@@ -61,6 +61,15 @@ def test_the_local_check_kills_what_ignores_sigterm(sqlite_world: World, monkeyp
     assert local.find(name) == []
 
 
+def test_a_bot_that_is_given_time_to_stop_gets_it_from_the_local_check(sqlite_world: World) -> None:
+    name = f"slow{os.getpid()}"
+    stopping = sqlite_world.bot(slow=13)  # what --force-kill gives one that does not say how long it takes: 12 s
+    run = sqlite_world.run("--name", name, "--stop-grace", "20", bot=stopping, ttl="10")
+    sqlite_world.works(1)
+    assert check("--name", name, "--force-kill").returncode == 0
+    assert run.wait() == 0  # it has released: it was not killed
+
+
 @pytest.mark.parametrize(
     ("argv", "is_bot"),
     [
@@ -304,18 +313,23 @@ def test_a_second_local_start_is_refused_with_the_first_ones_pid_start_time_and_
 
 def test_notes_are_private_and_a_folder_of_somebody_else_is_not_used(tmp_path: Path) -> None:
     env = {"XDG_RUNTIME_DIR": str(tmp_path), "XDG_STATE_HOME": str(tmp_path / "state")}
-    with presence.announced("b", "b-1", env) as path:
+    with presence.announced("b", "b-1", 10.0, env) as path:
         assert path is not None and path.parent == tmp_path / "botlease"
         assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
         assert [n.instance_id for n in presence.notes(env)] == ["b-1"]
     assert presence.notes(env) == []
     (tmp_path / "botlease").chmod(0o777)  # anybody could write notes about anybody here
-    with presence.announced("b", "b-2", env) as path:
+    with presence.announced("b", "b-2", 10.0, env) as path:
         assert path is not None and path.parent == tmp_path / "state" / "botlease" / "run"
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"pid": "1"}', "\0", '{"host": 1, "pid": 1, "start": "", "bot": "", "instance_id": ""}']
+    "text",
+    [
+        *("", "[]", "{}", '{"pid": "1"}', "\0"),
+        '{"host": 1, "pid": 1, "start": "", "bot": "", "instance_id": ""}',
+        '{"host": "", "pid": 1, "start": "", "bot": "", "instance_id": "", "stop_grace": NaN}',
+    ],
 )
 def test_a_note_that_cannot_be_read_is_passed_over(tmp_path: Path, text: str) -> None:
     env = {"XDG_RUNTIME_DIR": str(tmp_path)}
@@ -325,7 +339,7 @@ def test_a_note_that_cannot_be_read_is_passed_over(tmp_path: Path, text: str) ->
 
 
 def test_without_a_place_for_notes_an_instance_runs_all_the_same() -> None:
-    with presence.announced("b", "b-1", {"XDG_RUNTIME_DIR": "/proc"}) as path:
+    with presence.announced("b", "b-1", 10.0, {"XDG_RUNTIME_DIR": "/proc"}) as path:
         assert path is None
 
 
@@ -365,3 +379,53 @@ def test_the_bot_of_a_container_seen_from_the_host_is_not_ours_to_end(tmp_path: 
         finally:
             process.kill()
             process.wait()
+
+
+def test_the_zombie_of_a_bot_is_not_the_bot(tmp_path: Path) -> None:
+    name = f"zombie{os.getpid()}"
+    (tmp_path / "trading_bot.py").write_text("")
+    env = clean_env(BOTLEASE_NAME=name)
+    dead = subprocess.Popen([sys.executable, "trading_bot.py"], cwd=tmp_path, env=env)
+    until(lambda: (procfs.stat(dead.pid) or [b""])[0] == b"Z")
+    assert local.find(name) == []
+    dead.wait()
+
+
+FIND = """
+import subprocess, sys
+from botlease import local, settings
+bot = subprocess.Popen([sys.executable, sys.argv[1]], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+bot.stdout.readline()
+try:
+    print("found it" if [f.pid for f in local.find(sys.argv[2])] == [bot.pid] else "found something else")
+except settings.ConfigurationError as e:
+    print(e)
+bot.kill()
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="needs root, who mounts")
+@pytest.mark.parametrize(
+    ("mount", "says"),
+    [
+        ("-t proc -o hidepid=2 proc /proc", "found it\n"),
+        ("-t tmpfs none /proc", "the local check reads /proc, which is not there: it works on Linux alone\n"),
+    ],
+    ids=["processes of others are hidden", "there is no /proc"],
+)
+def test_the_local_check_finds_its_own_where_others_are_hidden_and_says_so_where_all_are(
+    tmp_path: Path, mount: str, says: str
+) -> None:
+    bot, name = tmp_path / "trading_bot.py", f"hidden{os.getpid()}"
+    bot.write_text("print('begun', flush=True)\ninput()\n")
+    # root without a capability: the others are hidden from him, too
+    shell = f'mount {mount} && exec setpriv --bounding-set=-all --inh-caps=-all "$@"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", shell, "sh", sys.executable, "-c", FIND, str(bot), name],
+        env=clean_env(BOTLEASE_NAME=name),
+        capture_output=True,
+        text=True,
+    )
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"nothing can be mounted here: {done.stderr}")
+    assert done.stdout == says, done.stderr

@@ -22,7 +22,7 @@ from harness import BOTLEASE, World, clean_env, until
 from servers import free_port
 from test_gateway import BOT, TOKEN, House, opened
 
-from botlease import http, procfs
+from botlease import http, procfs, settings
 from botlease.settings import ConfigurationError, bot_name
 from botlease.stores import Registration, open_store
 from botlease.text import passwords
@@ -476,3 +476,37 @@ def test_bytes_that_are_no_text_and_hosts_that_are_none_get_one_line(
 ) -> None:
     done = cli(*args, tmp_path=tmp_path, DATABASE_URL=f"sqlite:///{tmp_path}/x.db", **env)
     assert "Traceback" not in done.stderr
+
+
+ODD = {
+    "nothing": "",
+    "a NUL": "a\0b",
+    "an escape": "a\x1b[31mb",
+    "a line end": "a\nb",
+    "half of a character": "a\udc80b",
+    "turned around": "a\u202eb",
+    "a megabyte": "x" * 2**20,
+}
+QUOTES = "'\"; DROP TABLE bot_leases; -- $1 %s {0} \\ <b>🤖"
+
+
+@pytest.mark.parametrize("what", ["name", "deployment"])
+@pytest.mark.parametrize("odd", ODD)
+def test_what_cannot_be_a_name_is_refused_in_one_short_line(what: str, odd: str) -> None:
+    if (what, odd) == ("deployment", "nothing"):
+        return  # as if it were not given
+    with pytest.raises(settings.ConfigurationError) as refused:
+        settings.make({"HOME": "/nowhere"}, **{what: ODD[odd]})  # type: ignore[arg-type]
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 200
+
+
+def test_what_can_be_a_name_stays_as_it_is_through_store_and_command(world: World) -> None:
+    world.run("--deployment", QUOTES)
+    world.works(1)
+    done = subprocess.run(
+        [*BOTLEASE, "status", "--json"],
+        env=clean_env(BOTLEASE_DATABASE_URL=world.url),
+        capture_output=True,
+        text=True,
+    )
+    assert [i["deployment"] for i in json.loads(done.stdout)["instances"]] == [QUOTES]

@@ -636,7 +636,7 @@ async def test_network_file_systems_links_and_folders_are_refused(
         with pytest.raises(StoreRefused, match=says):
             await store.open(DEADLINE)
         await store.aclose()
-    # No network file system can be mounted here: the kernel's answer for this disk is declared to be one.
+    # NFS cannot be mounted here: the kernel's answer for this disk is declared to be that.
     import botlease.stores.sqlitefile as module
 
     monkeypatch.setitem(NETWORK_FILE_SYSTEMS, module._file_system(str(tmp_path)), "NFS")

@@ -400,10 +400,12 @@ def prune(database: str | None, name: str | None, older_than: float) -> None:
 @click.option("--name", metavar="N", help="Only this bot. Default: the one that the environment names, else all.")
 @click.option("--force-kill", is_flag=True, help="End what is found: SIGTERM, wait, SIGKILL.")
 @click.option(
-    "--grace", type=click.FloatRange(0, 3600), default=12.0, show_default=True, help="From SIGTERM to SIGKILL."
+    "--grace",
+    type=click.FloatRange(0, 3600),
+    help="Seconds from SIGTERM to SIGKILL. Default: the longest --stop-grace of what is found, and 2.",
 )
 @json_option("One JSON array.")
-def check(name: str | None, force_kill: bool, grace: float, as_json: bool) -> None:
+def check(name: str | None, force_kill: bool, grace: float | None, as_json: bool) -> None:
     """Look for instances on this machine. Exit code 0: none (left), 1: some are running.
 
     \b
@@ -416,7 +418,7 @@ def check(name: str | None, force_kill: bool, grace: float, as_json: bool) -> No
     sys.exit(local_check(name, force_kill, grace, as_json))
 
 
-def local_check(name: str | None, force_kill: bool, grace: float, as_json: bool) -> int:
+def local_check(name: str | None, force_kill: bool, grace: float | None, as_json: bool) -> int:
     """The seed's ``check_bot_running.py``."""
     from dataclasses import asdict
     from datetime import UTC, datetime

@@ -85,7 +85,8 @@ class _Session:
         self.store: Store = open_store(self.settings.database)
 
     def announced(self) -> contextlib.AbstractContextManager[object]:
-        return presence.announced(self.settings.bot, self.settings.instance_id, os.environ)
+        s = self.settings
+        return presence.announced(s.bot, s.instance_id, s.timing.stop_grace, os.environ)
 
     async def open(self, work: BodyWork) -> Keeper:
         s = self.settings

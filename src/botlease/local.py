@@ -47,6 +47,10 @@ _NOT_BOTS_SCRIPTS: Final = frozenset(
 )
 
 
+RELEASE: Final = 2.0
+"""Seconds that a supervisor has to kill what would not stop, and to write its release."""
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     pid: int
@@ -55,6 +59,8 @@ class Found:
     what: str
     """"supervisor", "bot", "script" (its command line says so), "same token" or "program" (an instance inside one)."""
     command: str
+    stop_grace: float = 10.0
+    """Seconds that it may take to stop; what said nothing of it gets the default of ``botlease run``."""
 
 
 def find(
@@ -71,26 +77,27 @@ def find(
     tokens = {v for name in TOKEN_VARIABLES if len(v := env.get(name, "")) > 20}
     found: dict[int, Found] = {}
 
-    def add(pid: int, what: str) -> None:
+    def add(pid: int, what: str, **more: float) -> None:
         known = found.get(pid)
-        entry = _describe(pid, what) if pid and pid not in us else None
-        if entry is not None and (known is None or what == "supervisor"):
+        entry = _describe(pid, what, **more) if pid and pid not in us else None
+        if entry is not None and (known is None or what == "supervisor" != known.what):
             found[pid] = entry
 
     for note in presence.notes(env):
         if bot in (None, note.bot):
-            add(note.pid, "supervisor" if _has_reaper(note.pid) else "program")
+            what = "supervisor" if _has_reaper(note.pid) else "program"
+            add(note.pid, what, stop_grace=note.stop_grace)
     for name in os.listdir("/proc"):  # noqa: PTH208
         if not name.isdigit() or int(name) in us:
             continue
         pid = int(name)
-        what = _recognise(pid, bot, scripts, modules, tokens)
-        if what is None:
+        kind = _recognise(pid, bot, scripts, modules, tokens)
+        if kind is None:
             continue
-        if what == "bot":
+        if kind == "bot":
             # a seed script is recognised by its name, and is a supervisor all the same
             add(_supervisor(pid), "supervisor")
-        add(pid, what)
+        add(pid, kind)
     return sorted(found.values(), key=lambda f: (f.what != "supervisor", f.pid))
 
 
@@ -245,7 +252,7 @@ def _ancestors(pid: int) -> set[int]:
     return out
 
 
-def _describe(pid: int, what: str) -> Found | None:
+def _describe(pid: int, what: str, **more: float) -> Found | None:
     fields = procfs.stat(pid)
     if fields is None or fields[0] in (b"Z", b"X"):
         return None
@@ -257,11 +264,16 @@ def _describe(pid: int, what: str) -> Found | None:
     started = clock.wall() - (clock.now() - ticks)  # for people's eyes
     words = " ".join(argv)
     shown = safe(words)[:80]
-    return Found(pid, fields[19].decode(), started, what, shown)
+    return Found(pid, fields[19].decode(), started, what, shown, **more)
 
 
-def force_kill(found: Sequence[Found], grace: float = 12.0, say: Callable[[str], None] = print) -> bool:
-    """SIGTERM, wait, SIGKILL; through pidfds, so that a reused pid is never hit. True if all are gone."""
+def force_kill(found: Sequence[Found], grace: float | None = None, say: Callable[[str], None] = print) -> bool:
+    """SIGTERM, wait, SIGKILL; through pidfds, so that a reused pid is never hit. True if all are gone.
+
+    ``grace``: seconds to wait; by default the longest that one of them may take to stop, and :data:`RELEASE`.
+    """
+    if grace is None:
+        grace = RELEASE + max((f.stop_grace for f in found), default=0.0)
     waiting: dict[int, Found] = {}
     for f in found:
         try:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from botlease import procfs
 
+_KINDS = {"host": str, "pid": int, "start": str, "bot": str, "instance_id": str, "stop_grace": int | float}
+
 
 @dataclass(frozen=True, slots=True)
 class Note:
@@ -23,6 +25,8 @@ class Note:
     start: str
     bot: str
     instance_id: str
+    stop_grace: float = 10.0  # what a note of version 0.2.0 does not tell
+    """Seconds that its work may take to stop."""
 
     @property
     def fits(self) -> bool:
@@ -62,9 +66,10 @@ def private_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def announced(bot: str, instance_id: str, env: Mapping[str, str]) -> Iterator[Path | None]:
+def announced(bot: str, instance_id: str, stop_grace: float, env: Mapping[str, str]) -> Iterator[Path | None]:
     """Leave a note while the block runs. None where no note can be left: that is no reason not to run."""
-    path = _write(Note(procfs.host(), os.getpid(), procfs.start_time(os.getpid()) or "", bot, instance_id), env)
+    start = procfs.start_time(os.getpid()) or ""
+    path = _write(Note(procfs.host(), os.getpid(), start, bot, instance_id, stop_grace), env)
     try:
         yield path
     finally:
@@ -109,8 +114,9 @@ def _read(path: Path) -> Note | None:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         with os.fdopen(fd) as f:
             values = json.loads(f.read(10_000))
-        if not all(isinstance(values[k], int if k == "pid" else str) for k in Note.__slots__):
+        note = Note(**values)
+        if not all(isinstance(getattr(note, k), kind) for k, kind in _KINDS.items()):
             return None
-        return Note(**values)
+        return note if 0 <= note.stop_grace <= 86400 else None
     except (OSError, ValueError, TypeError, KeyError):
         return None

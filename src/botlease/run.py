@@ -124,7 +124,7 @@ class Supervisor:
                 return Exit.OK
             from botlease.presence import announced
 
-            with announced(s.bot, s.instance_id, os.environ):
+            with announced(s.bot, s.instance_id, s.timing.stop_grace, os.environ):
                 return await self._with_store()
         finally:
             if server is not None:

@@ -695,6 +695,12 @@ def prepare(path: str) -> None:
     file = Path(path)
     try:
         private_folder(file.parent)
+        magic = _file_system(str(file.parent))
+        if magic in NETWORK_FILE_SYSTEMS:
+            raise StoreRefused(
+                f"{path} is on a network file system ({NETWORK_FILE_SYSTEMS[magic]}), where locks cannot be trusted: "
+                "use a local disk, or PostgreSQL for several hosts"
+            )
         if not os.path.lexists(path):
             with contextlib.suppress(FileExistsError):
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -721,16 +727,10 @@ def prepare(path: str) -> None:
             raise StoreRefused(f"{path} belongs to another user: run as the same one, or name a file of your own")
         if not os.access(path, os.R_OK | os.W_OK):
             raise StoreRefused(f"cannot write the database file {path}: check its permissions")
-        magic = _file_system(path)
     except OSError as e:
         raise StoreRefused(f"cannot write the database file {path}: {e.strerror or e}") from None
     except ValueError as e:
         raise StoreRefused(f"{path!a} cannot be the name of a database file: {e}") from None
-    if magic in NETWORK_FILE_SYSTEMS:
-        raise StoreRefused(
-            f"{path} is on a network file system ({NETWORK_FILE_SYSTEMS[magic]}), where locks cannot be trusted: "
-            "use a local disk, or PostgreSQL for several hosts"
-        )
 
 
 def _file_system(path: str) -> int:

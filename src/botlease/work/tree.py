@@ -26,19 +26,19 @@ def prctl(option: int, value: int | bytes) -> bool:
     return bool(call(option, argument, 0, 0, 0) == 0)
 
 
+def _parent(pid: int) -> int | None:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as f:  # noqa: PTH123 - the reaper does not pay for pathlib in each scan
+            # the command name may hold spaces and brackets: the fields go on after the last one
+            return int(f.read().rpartition(b")")[2].split()[1])
+    except OSError:
+        return None
+
+
 def parents() -> dict[int, int]:
     """pid -> parent, for every process that can be seen."""
-    found: dict[int, int] = {}
-    for name in os.listdir("/proc"):  # noqa: PTH208 - the reaper does not import pathlib's cost into each scan
-        if name.isdigit():
-            try:
-                with open(f"/proc/{name}/stat", "rb") as f:  # noqa: PTH123
-                    # the command name may hold spaces and brackets: the fields go on after the last one
-                    fields = f.read().rpartition(b")")[2].split()
-            except OSError:
-                continue
-            found[int(name)] = int(fields[1])
-    return found
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208
+    return {pid: parent for pid in pids if (parent := _parent(pid)) is not None}
 
 
 def descendants(root: int) -> list[int]:
@@ -55,8 +55,8 @@ def descendants(root: int) -> list[int]:
 
 
 def kill_below(root: int, group: int = 0) -> int:
-    """SIGKILL everything below ``root`` once; returns how many there were. A pid that is a descendant of ours
-    cannot be reused before it is reaped, and only we reap. Without /proc (macOS) the process ``group`` has to do."""
+    """SIGKILL everything below ``root`` once; returns how many there were. Without /proc (macOS) the process ``group``
+    has to do."""
     try:
         below = descendants(root)
     except OSError:
@@ -66,12 +66,33 @@ def kill_below(root: int, group: int = 0) -> int:
                 os.killpg(group, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
                 pass
+    family = {root, *below}
     for pid in below:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            continue
+        _kill(pid, family)
     return len(below)
+
+
+def _kill(pid: int, family: set[int]) -> None:
+    """Through a pidfd, if it still belongs to the family: a process below us may have died and been buried by its own
+    parent since we looked, and a stranger may have its number."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    except (OSError, AttributeError):  # Linux before 5.3, out of descriptors: rather by its number than not at all
+        fd = -1
+    try:
+        if _parent(pid) not in family:
+            return
+        if fd >= 0:
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+        else:
+            os.kill(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        return
+    finally:
+        if fd >= 0:
+            os.close(fd)
 
 
 def reap() -> tuple[list[tuple[int, int]], bool]:
