@@ -273,7 +273,7 @@ async def test_beats_stay_fast_and_small_beside_a_transaction_that_nobody_ends(p
     beat = 0
 
     async def beats(count: int) -> tuple[float, int]:
-        """How long the middle one took, and the size of the table then."""
+        """How long the quickest tenth took, which other loads disturb least, and the size of the table then."""
         nonlocal beat
         took = []
         for _ in range(count):
@@ -282,14 +282,14 @@ async def test_beats_stay_fast_and_small_beside_a_transaction_that_nobody_ends(p
             assert await store.renew("bot", "a", held, beat + 1, 5) is not None
             took.append(time.perf_counter() - began)
             beat += 1
-        return statistics.median(took), await idle.fetchval("SELECT pg_relation_size('bot_leases')")
+        return statistics.quantiles(took, n=10)[0], await idle.fetchval("SELECT pg_relation_size('bot_leases')")
 
     async with idle.transaction(isolation="repeatable_read"):
         await idle.fetchval("SELECT count(*) FROM bot_leases")
         first, _ = await beats(1000)
         last, size = await beats(1000)
         assert size < 2000 * 200  # 141 B each, measured: a day of the default ttl is 4 MB
-        assert last < 2 * first
+        assert last < 2 * first  # measured: the same
     await idle.execute("VACUUM bot_leases")
     _, after = await beats(1000)
     assert after == size  # what was left behind is used again

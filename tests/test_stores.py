@@ -36,7 +36,7 @@ from botlease.text import redact
 async def two(url: str) -> AsyncIterator[list[Store]]:
     stores = [open_store(url), open_store(url)]
     # both at once: creating the schema must survive that
-    await asyncio.gather(*(s.open(DEADLINE) for s in stores))
+    await asyncio.gather(*(s.open(30) for s in stores))
     yield stores
     for s in stores:
         await s.aclose()

@@ -100,7 +100,7 @@ class Supervisor:
         self.work: ChildWork | None = None
         self.stopping = asyncio.Event()
         self.began = clock.now()
-        self.last_holder: str | None = None
+        self.paused = False
         self.quarantined = False
 
     async def run(self) -> int:
@@ -269,9 +269,11 @@ class Supervisor:
             return Snapshot(word, barred, False, 0.0, self.stopping.is_set(), bot=self.settings.bot)
         state = k.state
         if state.view is not None and state.view.lease is not None:  # between two reads there is none
-            self.last_holder = state.view.lease.holder
+            self.paused = state.view.paused
             self.quarantined = state.view.failures >= TRIES
-        waits = state.phase is Phase.STANDBY and self.last_holder not in (None, self.settings.instance_id)
+        # Its turn is still to come, also when the lease is vacant already, or ours and the work not begun: a gate that
+        # opened for that moment would have the old one stopped, who may be needed again.
+        waits = state.phase in (Phase.STANDBY, Phase.HOLDING) and not state.was_active and not self.paused
         # Where the old one lives until we say that we are well, it lives until the probation is over.
         proving = state.phase is Phase.WORKING and state.probation is Probation.ON
         # The database is judged by the attempts that fail, not by how long ago it was asked: a standby asks rarely.
@@ -282,7 +284,7 @@ class Supervisor:
             phase=state.label,
             ready=ready,
             leading=state.phase is Phase.WORKING,
-            waiting_for=max(0.001, now - self.began) if proving or (waits and not state.was_active) else 0.0,
+            waiting_for=max(0.001, now - self.began) if proving or waits else 0.0,
             stopping=state.stopping,
             term=state.term.number if state.term else None,
             bot=self.settings.bot,

@@ -32,7 +32,7 @@ class Snapshot:
     phase: str  # booting, standby, passive, active, ...
     ready: bool  # registered, and the database answers
     leading: bool
-    waiting_for: float  # seconds since start for which a holder has not let go, or a probation goes on; 0: neither
+    waiting_for: float  # seconds since start for which its turn has not come, or a probation goes on; 0: neither
     stopping: bool = False
     term: int | None = None
     bot: str = ""
