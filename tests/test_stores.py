@@ -23,7 +23,17 @@ from proxy import Proxy
 from servers import PgBouncer, has_pgbouncer
 
 from botlease.model import Held, How, Probation, Reason
-from botlease.stores import Store, StoreEmpty, StoreError, StoreRefused, open_store, postgres, sqlitefile
+from botlease.stores import (
+    Store,
+    StoreEmpty,
+    StoreError,
+    StoreRefused,
+    open_store,
+    postgres,
+    postgresschema,
+    sqlitefile,
+    sqliteschema,
+)
 from botlease.stores.inbox import Changes, Holding, Update
 from botlease.stores.postgres import PostgresStore
 from botlease.stores.postgresinbox import PostgresInbox
@@ -192,7 +202,7 @@ async def test_a_database_of_the_first_version_is_upgraded_with_all_that_is_in_i
     any_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as old:
-        for module in (sqlitefile, postgres):
+        for module in (sqlitefile, sqliteschema, postgresschema):
             old.setattr(module, "SCHEMA_VERSION", 1)
         old_one: Any = open_store(any_url)
         if isinstance(old_one, PostgresStore):
@@ -235,7 +245,7 @@ async def test_an_upgrade_does_not_keep_renewals_waiting_behind_a_long_transacti
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as old:
-        old.setattr(postgres, "SCHEMA_VERSION", 1)
+        old.setattr(postgresschema, "SCHEMA_VERSION", 1)
         first = PostgresStore(postgres_url)
         await first.call(DEADLINE, first._migrate)
         await first.aclose()
@@ -681,39 +691,56 @@ async def test_the_side_car_lock_lasts_as_long_as_somebody_keeps_its_descriptor(
     await store.aclose()
 
 
-async def test_the_documented_privileges_are_enough_to_run(postgres_url: str) -> None:
+async def a_life(store: PostgresStore, me: str) -> None:
+    """Every statement of one that runs bots: a life of its lease, and the inbox of its gateway."""
+    view = await store.register(registration(me), DEADLINE)
+    assert await claim(store, me, view.assigned.instance_id if view.assigned else None)
+    grant = await acquire(store, me, lease_of(view), probation=Probation.ON)
+    held, inbox, holding = (
+        Held(grant.term, f"nonce-{me}"),
+        PostgresInbox(store),
+        Holding("bot", grant.term, f"nonce-{me}"),
+    )
+    assert await inbox.begin(holding, "1", DEADLINE) is not None
+    changes = Changes(received=[Update(2 * grant.term, "{}"), Update(2 * grant.term + 1, "{}")])
+    assert await inbox.save(holding, "1", changes, DEADLINE)
+    numbers = [u.update_id for u in changes.received]
+    assert await inbox.save(holding, "1", Changes(given=numbers, done=numbers, confirmed=numbers[0]), DEADLINE)
+    assert await store.renew("bot", me, held, 7, DEADLINE) is not None
+    held = held._replace(beats=(7,))
+    assert await store.passed("bot", me, held, DEADLINE)
+    await store.touch(me, "active", DEADLINE)
+    assert (await store.overview(DEADLINE))["leases"]
+    stopped: dict[str, Any] = {"reason": Reason.STOPPED, "pass_on": True, "leave": True}
+    assert await store.release("bot", me, held, deadline=DEADLINE, **stopped)
+
+
+async def test_the_documented_privileges_are_enough_to_run_and_each_of_them_is_needed(postgres_url: str) -> None:
     owner = PostgresStore(postgres_url)
     await owner.open(DEADLINE)
     await owner.aclose()
     role = f"runner_{os.getpid()}_{postgres_url.rsplit('_', 1)[-1]}"
-    await run_sql(
-        postgres_url,
-        f"CREATE ROLE {role} LOGIN",
-        f"GRANT SELECT, INSERT, UPDATE, DELETE ON bot_instances, bot_terms, bot_updates TO {role}",
-        f"GRANT SELECT, INSERT, UPDATE ON bot_leases, bot_deployments, bot_polls TO {role}",
-        f"GRANT SELECT ON bot_failures TO {role}",
-        f"GRANT SELECT ON botlease_schema TO {role}",
-    )
-    store = PostgresStore(postgres_url.replace("postgres@", f"{role}@"))
+    rights = [(right, table) for table, words in postgres.PRIVILEGES.items() for right in words.split()]
+    grants = [f"GRANT {right} ON {table} TO {role}" for right, table in rights]
+    await run_sql(postgres_url, f"CREATE ROLE {role} LOGIN", *grants)
+    url = postgres_url.replace("postgres@", f"{role}@")
+    store = PostgresStore(url)
     await store.open(DEADLINE)
-    grant = await StoreContract().held(store)
-    assert await store.renew("bot", "a", Held(grant.term, "nonce-a"), 7, DEADLINE) is not None
-    await store.touch("a", "active", DEADLINE)
-    assert await store.release(
-        "bot",
-        "a",
-        Held(grant.term, "nonce-a", (7,)),
-        reason=Reason.STOPPED,
-        pass_on=True,
-        leave=True,
-        deadline=DEADLINE,
-    )
-    assert (await store.overview(DEADLINE))["leases"]
-    inbox, holding = PostgresInbox(store), Holding("bot", grant.term, "nonce-a")
-    assert await inbox.begin(holding, "1", DEADLINE) is not None
-    changes = Changes(received=[Update(1, "{}"), Update(2, "{}")], offset=3)
-    assert await inbox.save(holding, "1", changes, DEADLINE)
-    assert await inbox.save(holding, "1", Changes(given=[1, 2], done=[1, 2], offset=3, confirmed=2), DEADLINE)
+    await a_life(store, "first")
+    needless = []
+    for n, (right, table) in enumerate(rights):
+        await run_sql(postgres_url, f"REVOKE {right} ON {table} FROM {role}")
+        fresh = PostgresStore(url)
+        try:
+            await fresh.open(DEADLINE)
+            await a_life(fresh, f"without-{n}")
+            needless.append(f"{right} on {table}")
+        except StoreRefused as e:
+            assert f"permission denied for {'view' if table == 'bot_failures' else 'table'} {table}" in str(e)
+        await fresh.aclose()
+        await run_sql(postgres_url, f"GRANT {right} ON {table} TO {role}")
+    assert needless == []
+    await a_life(store, "last")
     await store.aclose()
 
 
