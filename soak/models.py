@@ -37,7 +37,7 @@ class Size:
 
 
 SMALL = (Size(2, 2, 1, 1), Size(3, 2, 0, 1))
-LARGE = (*SMALL, Size(2, 3, 1, 1), Size(2, 2, 2, 1))
+LARGE = (*SMALL, Size(2, 3, 1, 1), Size(2, 2, 2, 1), Size(3, 2, 1, 1))
 MUTANT = Size(2, 2, 1, 1)
 
 

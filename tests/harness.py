@@ -74,14 +74,21 @@ class World:
     def witness(self) -> Path:
         return self.folder / "witness.txt"
 
-    def run(self, *options: str, bot: tuple[str, ...] = (), env: dict[str, str] | None = None, ttl: str = "1.5") -> Run:
+    def run(
+        self,
+        *options: str,
+        bot: tuple[str, ...] = (),
+        env: dict[str, str] | None = None,
+        ttl: str = "1.5",
+        wrap: tuple[str, ...] = (),
+    ) -> Run:
         """``botlease run`` of the witness (or of ``bot``) with the fastest timings."""
         log = self.folder / f"log{len(self.runs)}.txt"
         command = bot or (sys.executable, "-S", WITNESS, str(self.witness))
         with log.open("w") as out:
             process = subprocess.Popen(
-                [*BOTLEASE, "run", "--ttl", ttl, *options, "--", *command],
-                env=clean_env(BOTLEASE_DATABASE_URL=self.url, **(env or {})),
+                [*wrap, *BOTLEASE, "run", "--ttl", ttl, *options, "--", *command],
+                env=clean_env(**{"BOTLEASE_DATABASE_URL": self.url} | (env or {})),
                 stdout=out,
                 stderr=out,
                 text=True,

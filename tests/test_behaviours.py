@@ -188,6 +188,25 @@ def test_start_first_with_a_health_gate_and_a_broken_newcomer(world: World, brok
     p.ends_with("d1")
 
 
+def test_the_gate_stays_shut_while_a_newcomer_fails_its_probation_and_is_stopped(world: World) -> None:
+    p = railway(world)
+    one = p.start("d1")
+    p.until(lambda: p.health(one) == 200)
+    port = free_port()
+    ailing = ("--healthy-if", str(world.folder / "never"), "--healthy-within", "1.5", "--stop-grace", "1.5")
+    deaf = world.run(
+        *("--probation", "20", "--health-port", str(port), *ailing),
+        bot=world.bot(deaf=1),
+        env=RAILWAY | {"RAILWAY_DEPLOYMENT_ID": "d2"},
+    )
+    two = Container("d2", deaf, port, (), wanted=False)
+    answers = set()
+    p.until(lambda: (answers.add(p.health(two)), deaf.process.poll() is not None)[1])
+    assert "did not pass its probation" in deaf.text()
+    assert answers <= {0, 503}
+    p.ends_with("d1")
+
+
 def test_start_first_without_a_gate(world: World) -> None:
     p = Platform(world, HEROKU, "HEROKU_RELEASE_VERSION")
     one = p.start("v1")

@@ -294,7 +294,7 @@ def test_a_database_file_in_a_mounted_cloud_folder_is_refused(tmp_path: Path) ->
     try:
         done = subprocess.run(
             [*BOTLEASE, "run", "--", "true"],
-            env=clean_env(BOTLEASE_DATABASE_URL=f"sqlite:///{mounted}/lease.db"),
+            env=clean_env(BOTLEASE_DATABASE_URL=f"sqlite:///{mounted}/new folder/lease.db"),
             capture_output=True,
             text=True,
         )

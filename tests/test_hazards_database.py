@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
+import os
 import re
+import shutil
 import signal
 import sqlite3
 import statistics
@@ -288,11 +290,11 @@ async def test_beats_stay_fast_and_small_beside_a_transaction_that_nobody_ends(p
         await idle.fetchval("SELECT count(*) FROM bot_leases")
         first, _ = await beats(1000)
         last, size = await beats(1000)
-        assert size < 2000 * 200  # 141 B each, measured: a day of the default ttl is 4 MB
+        assert size < 2000 * 200  # 141 B each, measured: a day of the default ttl is 6 MB
         assert last < 2 * first  # measured: the same
     await idle.execute("VACUUM bot_leases")
     _, after = await beats(1000)
-    assert after == size  # what was left behind is used again
+    assert after <= size  # what was left behind is used again
     await idle.close()
     await store.aclose()
 
@@ -332,26 +334,27 @@ def test_of_sixteen_processes_that_write_into_one_file_without_pause_none_is_ref
         assert db.execute("SELECT DISTINCT state FROM bot_instances").fetchall() == [("state 19",)]
 
 
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare")
 def test_a_notification_that_is_lost_with_its_session_costs_no_more_than_a_poll(
     tmp_path: Path, postgres_url: str
 ) -> None:
-    name = postgres_url.rpartition("/")[2]
-    throw_out = f"""SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-                    WHERE datname = '{name}' AND pid <> pg_backend_pid() ORDER BY backend_start DESC LIMIT 1"""
+    listener = f"listener_{os.getpid()}"
+    throw_out = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{listener}'"
+    as_listener = {"BOTLEASE_DATABASE_URL": postgres_url.replace("postgres@", f"{listener}@")}
+    elsewhere = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")  # it cannot see the other one die
     for world in harness.world(tmp_path, postgres_url):
+        world.sql(f"CREATE ROLE {listener} LOGIN SUPERUSER")
         old = world.run("--deployment", "v1", ttl="10")
-        for n in range(1, 4):
-            world.works(n)
-            new = world.run("--standby", "--deployment", "v1", ttl="10")
-            new.says("standby")
-            old.signal(signal.SIGTERM)
-            while old.process.poll() is None:  # whoever listens is not there when it would be told
-                world.sql(throw_out)
-            world.works(n + 1)
-            assert world.gap(n + 1) < 5  # waited out, it would be more than the ttl
-            old = new
+        world.works(1)
+        new = world.run("--standby", "--deployment", "v1", ttl="10", wrap=elsewhere, env=as_listener)
+        new.says("standby")
+        old.signal(signal.SIGTERM)
+        while old.process.poll() is None:  # whoever listens is not there when it would be told
+            world.sql(throw_out)
+        world.works(2)
+        assert world.gap(2) < 5  # a poll is 2 s; waited out, it would be more than the ttl
         assert world.overlap() == 0
-        world.close()
+        new.signal(signal.SIGKILL)  # unshare heeds nothing else
 
 
 COLUMNS = {
@@ -370,7 +373,7 @@ COLUMNS = {
     },
     "botlease_schema": {"version", "origin"},
 }
-THE_INBOX = {"bot_polls", "bot_updates"}  # holds messages, and says so: docs/telegram.md
+THE_INBOX = {"bot_polls", "bot_updates"}  # holds messages, and says so: docs/gateway.md
 
 
 def test_the_tables_hold_these_columns_and_no_others(tmp_path: Path, any_url: str) -> None:

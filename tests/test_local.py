@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -328,7 +330,9 @@ def test_notes_are_private_and_a_folder_of_somebody_else_is_not_used(tmp_path: P
     [
         *("", "[]", "{}", '{"pid": "1"}', "\0"),
         '{"host": 1, "pid": 1, "start": "", "bot": "", "instance_id": ""}',
-        '{"host": "", "pid": 1, "start": "", "bot": "", "instance_id": "", "stop_grace": NaN}',
+        json.dumps(
+            asdict(presence.Note(procfs.host(), os.getpid(), str(procfs.start_time(os.getpid())), "b", "i", math.nan))
+        ),
     ],
 )
 def test_a_note_that_cannot_be_read_is_passed_over(tmp_path: Path, text: str) -> None:

@@ -114,7 +114,7 @@ def _read(path: Path) -> Note | None:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         with os.fdopen(fd) as f:
             values = json.loads(f.read(10_000))
-        note = Note(**values)
+        note = Note(**{k: values[k] for k in Note.__slots__ if k in values})  # a newer one may tell more
         if not all(isinstance(getattr(note, k), kind) for k, kind in _KINDS.items()):
             return None
         return note if 0 <= note.stop_grace <= 86400 else None

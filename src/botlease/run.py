@@ -100,7 +100,7 @@ class Supervisor:
         self.work: ChildWork | None = None
         self.stopping = asyncio.Event()
         self.began = clock.now()
-        self.paused = False
+        self.idle = False
         self.quarantined = False
 
     async def run(self) -> int:
@@ -269,13 +269,12 @@ class Supervisor:
             return Snapshot(word, barred, False, 0.0, self.stopping.is_set(), bot=self.settings.bot)
         state = k.state
         if state.view is not None and state.view.lease is not None:  # between two reads there is none
-            self.paused = state.view.paused
+            self.idle = state.view.paused and state.view.lease.holder is None
             self.quarantined = state.view.failures >= TRIES
-        # Its turn is still to come, also when the lease is vacant already, or ours and the work not begun: a gate that
-        # opened for that moment would have the old one stopped, who may be needed again.
-        waits = state.phase in (Phase.STANDBY, Phase.HOLDING) and not state.was_active and not self.paused
-        # Where the old one lives until we say that we are well, it lives until the probation is over.
-        proving = state.phase is Phase.WORKING and state.probation is Probation.ON
+        # Where the old one lives until we say that we are well, it lives until the probation is over: also while the
+        # lease is vacant already, while it is ours and the work has not begun, and while what failed is being stopped.
+        # A gate that opens for a moment in between has the old one stopped, who may be needed again.
+        waits = (not state.was_active and not self.idle) or state.probation is Probation.ON
         # The database is judged by the attempts that fail, not by how long ago it was asked: a standby asks rarely.
         ready = state.phase is not Phase.JOINING and state.failures < 3
         if self.quarantined and state.phase is Phase.STANDBY:
@@ -284,8 +283,8 @@ class Supervisor:
             phase=state.label,
             ready=ready,
             leading=state.phase is Phase.WORKING,
-            waiting_for=max(0.001, now - self.began) if proving or waits else 0.0,
-            stopping=state.stopping,
+            waiting_for=max(0.001, now - self.began) if waits else 0.0,
+            stopping=self.stopping.is_set(),
             term=state.term.number if state.term else None,
             bot=self.settings.bot,
             gateway=self.work.gateway(now) if self.work is not None and state.phase is Phase.WORKING else {},

@@ -556,13 +556,13 @@ def prepare(path: str) -> None:
     """Make the folder, refuse what must not hold a lease: links, foreign owners, network file systems."""
     file = Path(path)
     try:
-        private_folder(file.parent)
-        magic = _file_system(str(file.parent))
+        magic = _file_system(str(next(p for p in file.absolute().parents if p.exists())))
         if magic in NETWORK_FILE_SYSTEMS:
             raise StoreRefused(
                 f"{path} is on a network file system ({NETWORK_FILE_SYSTEMS[magic]}), where locks cannot be trusted: "
                 "use a local disk, or PostgreSQL for several hosts"
             )
+        private_folder(file.parent)
         if not os.path.lexists(path):
             with contextlib.suppress(FileExistsError):
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

@@ -26,70 +26,84 @@ def prctl(option: int, value: int | bytes) -> bool:
     return bool(call(option, argument, 0, 0, 0) == 0)
 
 
-def _parent(pid: int) -> int | None:
+def _look(pid: int) -> tuple[int, bytes] | None:
+    """Parent and start time; None if it is gone. Raises OSError if it cannot be looked at."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as f:  # noqa: PTH123 - the reaper does not pay for pathlib in each scan
             # the command name may hold spaces and brackets: the fields go on after the last one
-            return int(f.read().rpartition(b")")[2].split()[1])
-    except OSError:
+            fields = f.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
         return None
+    return int(fields[1]), fields[19]
 
 
-def parents() -> dict[int, int]:
-    """pid -> parent, for every process that can be seen."""
-    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208
-    return {pid: parent for pid in pids if (parent := _parent(pid)) is not None}
+def look() -> dict[int, tuple[int, bytes]]:
+    """pid -> parent and start time, for every process that can be seen."""
+    found: dict[int, tuple[int, bytes]] = {}
+    for name in os.listdir("/proc"):  # noqa: PTH208
+        if name.isdigit():
+            try:
+                seen = _look(int(name))
+            except OSError:
+                continue
+            if seen is not None:
+                found[int(name)] = seen
+    return found
+
+
+def _below(root: int) -> dict[int, bytes]:
+    """Everything below ``root``, nearest first, with its start time."""
+    seen = look()
+    children: dict[int, list[int]] = {}
+    for pid, (parent, _) in seen.items():
+        children.setdefault(parent, []).append(pid)
+    out: dict[int, bytes] = {}
+    level = [root]
+    while level:
+        level = [child for pid in level for child in children.get(pid, []) if child not in out]
+        out |= {pid: seen[pid][1] for pid in level}
+    return out
 
 
 def descendants(root: int) -> list[int]:
     """Everything below ``root``, nearest first."""
-    children: dict[int, list[int]] = {}
-    for pid, parent in parents().items():
-        children.setdefault(parent, []).append(pid)
-    out: list[int] = []
-    level = [root]
-    while level:
-        level = [child for pid in level for child in children.get(pid, [])]
-        out += level
-    return out
+    return list(_below(root))
 
 
 def kill_below(root: int, group: int = 0) -> int:
     """SIGKILL everything below ``root`` once; returns how many there were. Without /proc (macOS) the process ``group``
     has to do."""
     try:
-        below = descendants(root)
+        below = _below(root)
     except OSError:
-        below = []
+        below = {}
         if group:
             try:
                 os.killpg(group, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
                 pass
-    family = {root, *below}
-    for pid in below:
-        _kill(pid, family)
+    for pid, start in below.items():
+        _kill(pid, start)
     return len(below)
 
 
-def _kill(pid: int, family: set[int]) -> None:
-    """Through a pidfd, if it still belongs to the family: a process below us may have died and been buried by its own
-    parent since we looked, and a stranger may have its number."""
+def _kill(pid: int, start: bytes) -> None:
+    """Through a pidfd, if it is still the one that was seen: a process below us may have died since, and been buried by
+    its own parent, and a stranger may have its number. In doubt it is killed: what is spared here works on beside the
+    next one. (Who its parent is by now says nothing: that one may have been killed a moment ago.)"""
+    fd = -1
     try:
         fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    except (OSError, AttributeError):  # Linux before 5.3, out of descriptors: rather by its number than not at all
-        fd = -1
-    try:
-        if _parent(pid) not in family:
-            return
-        if fd >= 0:
+        seen = _look(pid)
+        if seen is not None and seen[1] == start:
             signal.pidfd_send_signal(fd, signal.SIGKILL)
-        else:
+    except ProcessLookupError:
+        pass
+    except (OSError, AttributeError):  # Linux before 5.3, a filter of system calls, out of descriptors
+        try:
             os.kill(pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        return
+        except (ProcessLookupError, PermissionError):
+            pass
     finally:
         if fd >= 0:
             os.close(fd)
