@@ -94,7 +94,7 @@ def test_a_holder_taken_out_of_the_lease_by_hand_while_its_supervisor_is_stopped
     world.works(1)
     new = world.run("--deployment", "v2", "--standby")
     new.says("standby")
-    old.signal(signal.SIGSTOP)
+    world.freeze(old.pid)
     world.sql("UPDATE bot_leases SET holder = NULL")
     world.sql("UPDATE bot_instances SET is_active = FALSE WHERE deployment = 'v1'")
     world.sql("UPDATE bot_instances SET is_active = TRUE WHERE deployment = 'v2'")
@@ -119,8 +119,7 @@ def test_what_daemonised_beside_a_stopped_supervisor_is_dead_before_its_successo
         return {who: float(at) for who, _, at in lines}
 
     (before,) = latest()
-    for pid in (old.pid, *old.children()):
-        os.kill(pid, signal.SIGSTOP)
+    world.freeze(old.pid, *old.children())
     (after,) = until(lambda: {*latest()} - {before}, 30)
     begun = now()
     for pid in old.children():
@@ -143,7 +142,10 @@ def test_whichever_two_of_supervisor_reaper_and_bot_stop_or_die_there_is_never_a
     sqlite_world.run("--deployment", "v1").says("standby")
     reaper, bot = run.children()
     pids = {"supervisor": run.pid, "reaper": reaper, "bot": bot}
-    os.kill(pids[pair[0]], first)
+    if first is signal.SIGSTOP:
+        sqlite_world.freeze(pids[pair[0]])
+    else:
+        os.kill(pids[pair[0]], first)
     with contextlib.suppress(ProcessLookupError):  # the bot dies with its reaper
         os.kill(pids[pair[1]], second)
     struck = now()
@@ -443,8 +445,7 @@ def test_what_was_left_is_killed_though_the_answer_to_the_acquire_was_lost(sqlit
             until(lambda: db.execute("SELECT count(*) FROM bot_instances").fetchone()[0] == 2)
             beat = db.execute("SELECT beat FROM bot_leases").fetchone()[0]
             until(lambda: db.execute("SELECT beat FROM bot_leases").fetchone()[0] > beat + 2**21)  # it has been seen
-        for pid in (old.pid, *old.children()):
-            os.kill(pid, signal.SIGSTOP)
+        sqlite_world.freeze(old.pid, *old.children())
         left = old.children()
         assert new.stdout is not None and new.stdout.readline() == "works 3\n"
         assert not [pid for pid in left if procfs.start_time(pid) is not None]

@@ -77,7 +77,7 @@ def test_verify_believes_what_really_happened_and_finds_what_is_planted(world: W
     world.works(2)
     new.signal(signal.SIGKILL)
     world.works(3)
-    old.signal(signal.SIGSTOP)
+    world.freeze(old.pid)
     world.run("--name", "b", "--deployment", "v1")
     world.works(4)
     old.signal(signal.SIGCONT)

@@ -244,8 +244,7 @@ def test_stopped_for_three_ttl_and_continued_there_is_no_overlap(world: World, w
         "everything": [first.pid, reaper, bot],
     }[who]
     began = time.clock_gettime(time.CLOCK_BOOTTIME)
-    for pid in stopped:
-        os.kill(pid, signal.SIGSTOP)
+    world.freeze(*stopped)
     if who != "bot":
         world.works(2)  # the second one takes over while the first one sleeps
     while time.clock_gettime(time.CLOCK_BOOTTIME) < began + 3 * 1.5:
