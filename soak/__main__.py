@@ -31,7 +31,7 @@ NICE = {"nemesis": "0", "stores": "3", "models": "5", "simulation": "15"}
 @click.option("--first", type=click.IntRange(min=0), help="First seed. By default a random one, with --ci 0.")
 @click.option("--faults", type=AT_LEAST_ONE, help="Faults of the nemesis. By default 20,000, with --ci 540.")
 @click.option("--world", type=click.Choice(WORLDS), help="Only this kind of world of the nemesis.")
-@click.option("--machines", type=AT_LEAST_ONE, help="Runs of each store. By default 1,000, with --ci 150.")
+@click.option("--machines", type=AT_LEAST_ONE, help="Runs of each store. By default 1,000, with --ci 100.")
 @click.option("--store", type=click.Choice(TARGETS), help="Only this store.")
 @click.option("--workers", type=AT_LEAST_ONE, default=os.cpu_count() or 2, show_default=True, help="Processes at once.")
 @click.pass_context
@@ -79,7 +79,7 @@ def main(
         case "stores":
             from soak.stores import run as stores
 
-            report = stores(first, machines or (150 if ci else 1000), workers, (store,) if store else TARGETS)
+            report = stores(first, machines or (100 if ci else 1000), workers, (store,) if store else TARGETS)
         case _:
             from soak.simulation import run as simulation
 

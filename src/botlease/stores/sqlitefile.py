@@ -415,13 +415,13 @@ class SqliteFile:
             self._numbers(row, "term", "beat", "ttl", "served")
         return make_view(row, self.origin, self.era())
 
-    def _numbers(self, row: sqlite3.Row, *columns: str) -> dict[str, Any]:
+    def _numbers(self, row: sqlite3.Row, *columns: str) -> sqlite3.Row:
         """SQLite keeps what it is given, whatever the column's type says: an operator's word where we compute."""
         for name in columns:
             if not isinstance(row[name], int | float):
                 said = clean(repr(row[name]))
                 raise StoreRefused(f"{self.path}: {name} is {said}, where a number must be: correct it")
-        return dict(row)
+        return row
 
     def claim(self, bot: str, instance_id: str, source: tuple[str, int, int] | None) -> bool:
         with self._write() as db:
@@ -511,7 +511,7 @@ class SqliteFile:
 
     def overview(self) -> dict[str, Any]:
         self._same_file()
-        leases = [self._numbers(r, "term", "beat", "ttl") for r in self.db.execute(LEASES)]
+        leases = [dict(self._numbers(r, "term", "beat", "ttl")) for r in self.db.execute(LEASES)]
         instances = [dict(r) for r in self.db.execute(INSTANCES)]
         for row in instances:
             row["is_active"] = bool(row["is_active"])
@@ -522,7 +522,7 @@ class SqliteFile:
 
     def terms(self, bot: str | None, limit: int) -> list[dict[str, Any]]:
         self._same_file()
-        return [self._numbers(r, "term") for r in self.db.execute(TERMS, {"bot": bot, "limit": limit})]
+        return [dict(self._numbers(r, "term")) for r in self.db.execute(TERMS, {"bot": bot, "limit": limit})]
 
     def deactivate(self, bot: str | None, instance_id: str | None) -> int:
         with self._write() as db:
