@@ -176,7 +176,8 @@ class Postgres:
 
     def stop(self) -> None:
         self.shut_down()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        # Of hundreds of databases there are tens of thousands of files: on a busy disk two minutes were not enough.
+        subprocess.run(["sh", "-c", 'rm -rf "$0" >/dev/null 2>&1 &', self.folder], check=True)
 
     def shut_down(self) -> None:
         """Fast, and in order; the cluster stays."""

@@ -96,7 +96,9 @@ class SqliteStore:
         def job(left: float) -> T:
             file = self._file
             if file is None:
-                file = self._file = SqliteFile(self.path, upgrade=self._upgrade)
+                began = clock.now()
+                file = self._file = SqliteFile(self.path, busy=left * 0.8, upgrade=self._upgrade)
+                left = max(0.0, left - (clock.now() - began))
             # The busy time-out is part of the deadline, so that a late write is refused, not late.
             file.db.execute(f"PRAGMA busy_timeout = {int(left * 800)}")
             try:
