@@ -396,17 +396,23 @@ def test_a_holder_that_somebody_took_out_by_hand_is_waited_out() -> None:
     assert d.question.verb is Verb.ACQUIRE and d.question.how is How.EXPIRED
 
 
-@pytest.mark.parametrize("gone", [True, False])
-def test_in_a_database_that_was_emptied_those_who_had_their_turn_claim_again(gone: bool) -> None:
+@pytest.mark.parametrize(
+    ("seen", "registered", "emptied"),
+    [(0, 5, True), (5, 5, False), (5, 9, True)],
+    ids=["our row was gone", "the lease alone was", "our row was gone when the registration came"],
+)
+def test_in_a_database_that_was_emptied_those_who_had_their_turn_claim_again(
+    seen: int, registered: int, emptied: bool
+) -> None:
     d = Driver().working()
     d.feed(Woken())
-    d.answer(Seen, View(None, "db", None, 0 if gone else 5))  # the row says that it is over
+    d.answer(Seen, View(None, "db", None, seen))  # the row says that it is over
     d.feed(WorkEnded(4))
     d.answer(Denied)
-    d.answer(Seen, View(None, "db", None, 0 if gone else 5))
+    d.answer(Seen, View(None, "db", None, seen))
     assert d.question.verb is Verb.REGISTER
-    d.answer(Registered, View(replace(FREE, term=0 if gone else 4), "db", None, 5))
-    assert (d.state.asking is not None and d.question.verb is Verb.CLAIM) is gone
+    d.answer(Registered, View(replace(FREE, term=0 if emptied else 4), "db", None, registered))
+    assert (d.state.asking is not None and d.question.verb is Verb.CLAIM) is emptied
 
 
 def test_a_second_start_by_hand_leaves_when_the_first_one_lives() -> None:

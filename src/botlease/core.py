@@ -164,6 +164,8 @@ class State:
     # The database has been emptied since: no operator's will stands in it, and if all who live have had their turn in
     # the one before, nobody would begin.
     anew: bool = False
+    generation: int = 0
+    """Of our row when it was last seen."""
     was_active: bool = False
     ready: bool = True
     shown: str = "standby"  # what our row says we are
@@ -413,8 +415,10 @@ def _saw(s: State, view: View, now: float, out: list[Action]) -> State:
         if not assigned or view.paused:
             return _unassigned(s, _why_not(view.paused, view.assigned is None), now, out)
         return _ails(s, view.others, now, out) if s.ailing and s.phase is Phase.WORKING else s
-    if not view.generation and (lease is None or lease.served == 0):
-        s = replace(s, anew=True)
+    # A row of ours with another generation was made by a registration of ours that was on its way when all was emptied.
+    if view.generation != s.generation and (lease is None or lease.served == 0):
+        s = replace(s, anew=s.anew or s.generation > 0)
+    s = replace(s, generation=view.generation or s.generation)
     if lease is None:
         return replace(s, view=view, key=None, doubted=True, origin=view.origin, look_at=now + _interval(s, view))
     if s.key != lease.key:
