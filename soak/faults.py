@@ -250,7 +250,7 @@ async def out_of_memory(s: Scene) -> None:
         await asyncio.sleep(0.05)
     hog.kill()
     d.cgroup.limit(None)
-    # Frozen by the fault beside this one it dies when that one is undone: whoever waited for it here would wait for ever.
+    # Frozen by the fault beside this one it dies when that one is undone: to wait for it in our loop would be for ever.
     await asyncio.to_thread(hog.wait)
 
 
