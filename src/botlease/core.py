@@ -415,7 +415,7 @@ def _saw(s: State, view: View, now: float, out: list[Action]) -> State:
         if not assigned or view.paused:
             return _unassigned(s, _why_not(view.paused, view.assigned is None), now, out)
         return _ails(s, view.others, now, out) if s.ailing and s.phase is Phase.WORKING else s
-    # A row of ours with another generation was made by a registration of ours that was on its way when all was emptied.
+    # Our row is gone; or it has another generation: a registration of ours was on its way when all was emptied.
     if view.generation != s.generation and (lease is None or lease.served == 0):
         s = replace(s, anew=s.anew or s.generation > 0)
     s = replace(s, generation=view.generation or s.generation)
