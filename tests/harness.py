@@ -126,19 +126,17 @@ class World:
         asyncio.run(run())
 
     def freeze(self, *pids: int) -> None:
-        """SIGSTOP, but not in the middle of a transaction: on SQLite that keeps everybody out until it goes on."""
-        while True:
+        """SIGSTOP, but not in the middle of a transaction: on SQLite that keeps everybody out until it goes on.
+
+        Who waits for this lock holds none of his own.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.url.startswith("sqlite"):
+                db = sqlite3.connect(self.url.removeprefix("sqlite:///"), timeout=10)
+                stack.enter_context(contextlib.closing(db))
+                db.execute("BEGIN EXCLUSIVE")
             for pid in pids:
                 os.kill(pid, signal.SIGSTOP)
-            if not self.url.startswith("sqlite"):
-                return
-            with contextlib.closing(sqlite3.connect(self.url.removeprefix("sqlite:///"), timeout=0.5)) as db:
-                try:
-                    db.execute("BEGIN EXCLUSIVE")
-                    return
-                except sqlite3.OperationalError:
-                    for pid in pids:
-                        os.kill(pid, signal.SIGCONT)
 
     def bot(self, **options: object) -> tuple[str, ...]:
         """The witness with options: ``bot(exit=1, start=0.5)``."""
