@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 
@@ -31,6 +32,9 @@ NICE = {"nemesis": "0", "stores": "3", "models": "5", "simulation": "15"}
 @click.option("--first", type=click.IntRange(min=0), help="First seed. By default a random one, with --ci 0.")
 @click.option("--faults", type=AT_LEAST_ONE, help="Faults of the nemesis. By default 20,000, with --ci 540.")
 @click.option("--world", type=click.Choice(WORLDS), help="Only this kind of world of the nemesis.")
+@click.option(
+    "--log", type=click.Path(dir_okay=False, writable=True), help="Nemesis: keep it here, and go on from here."
+)
 @click.option("--machines", type=AT_LEAST_ONE, help="Runs of each store. By default 1,000, with --ci 100.")
 @click.option("--store", type=click.Choice(TARGETS), help="Only this store.")
 @click.option("--workers", type=AT_LEAST_ONE, default=os.cpu_count() or 2, show_default=True, help="Processes at once.")
@@ -43,6 +47,7 @@ def main(
     first: int | None,
     faults: int | None,
     world: str | None,
+    log: str | None,
     machines: int | None,
     store: str | None,
     workers: int,
@@ -53,7 +58,7 @@ def main(
     \b
     scripts/soak --ci                  what every change must pass
     scripts/soak --part simulation     two million seeds that nobody has seen
-    scripts/soak --part nemesis        20,000 faults on real deployments
+    scripts/soak --part nemesis        20,000 faults on real deployments; --log FILE, and it may be cut off
     scripts/soak replay 4711           the story of one seed of the simulation
 
     Ends with 1 if anything was found; each finding names the command that shows it again.
@@ -75,7 +80,9 @@ def main(
         case "nemesis":
             from soak.nemesis import run as nemesis
 
-            report = nemesis(first, faults or (540 if ci else 20_000), (world,) if world else WORLDS)
+            report = nemesis(
+                first, faults or (540 if ci else 20_000), (world,) if world else WORLDS, path=Path(log) if log else None
+            )
         case "stores":
             from soak.stores import run as stores
 

@@ -246,57 +246,100 @@ async def _world(seed: int, kind: str, faults: int, plant: str) -> AsyncIterator
             await process.wait()
 
 
-async def _all(report: Report, first: int, faults: int, worlds: tuple[str, ...], at_once: int, plant: str) -> None:
-    counts: Counter[str] = Counter()
-    kinds = iter((first + i, worlds[i % len(worlds)]) for i in range(-(-faults // FAULTS_EACH)))
-    done = {"terms": 0, "stamps": 0, "verified": 0, "waited out": 0, "damaged": 0, "worlds": 0, "faults": 0}
-    slowest, residue = 0.0, []
-    margins: dict[str, list[float]] = {"margin": [], "margin without": []}
+class Log:
+    """Results of worlds, a line each, in a file if there is one: a run of hours that was cut off goes on from there,
+    with the seeds that it began with."""
+
+    def __init__(self, path: Path | None, first: int) -> None:
+        self.path = path
+        self.first = first
+        self.results: list[dict[str, Any]] = []
+        if path and path.exists() and path.stat().st_size:
+            # a last line that was cut off is not of a whole world
+            head, *lines = path.read_bytes().rpartition(b"\n")[0].splitlines()
+            self.first = json.loads(head)["first"]
+            self.results = [json.loads(line) for line in lines]
+        if path:
+            path.write_text("".join(json.dumps(line) + "\n" for line in [{"first": self.first}, *self.results]))
+
+    def add(self, result: dict[str, Any]) -> None:
+        self.results.append(result)
+        if self.path:
+            with self.path.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+
+
+async def _all(report: Report, log: Log, faults: int, worlds: tuple[str, ...], at_once: int, plant: str) -> None:
+    known = {(r["seed"], r["kind"]) for r in log.results}
+    every = [(log.first + i, worlds[i % len(worlds)]) for i in range(-(-faults // FAULTS_EACH))]
+    kinds = iter([k for k in every if k not in known])
+    done = sum(sum(r.get("counts", {}).values()) for r in log.results)
 
     async def worker() -> None:
-        nonlocal slowest
+        nonlocal done
         for seed, kind in kinds:
             async for line in _world(seed, kind, min(faults, FAULTS_EACH), plant):
-                done["faults"] += int(str(line.get("faults", 0)))
-                report.progress(f"{done['faults']:,} of {faults:,} faults")
+                done += int(str(line.get("faults", 0)))
+                report.progress(f"{done:,} of {faults:,} faults")
                 result = line.get("result")
                 if not isinstance(result, dict):
                     continue
-                for text in result["findings"]:
-                    report.fail(f"{kind}: {text}; again: scripts/soak --part nemesis --first {seed} --world {kind}")
+                log.add(result)
+                _fail(report, result)
                 if result["findings"]:
                     print(json.dumps(result, indent=1), file=sys.stderr)
-                counts.update(result.get("counts", {}))
-                done["worlds"] += 1
-                for name in ("terms", "stamps", "verified", "waited out", "damaged"):
-                    done[name] += result.get(name, 0)
-                slowest = max(slowest, result.get("slowest", 0))
-                for name in margins:
-                    margins[name] += [result[name]] if result.get(name) else []
-                residue.extend(result.get("residue", []))
 
     await asyncio.gather(*(worker() for _ in range(at_once)))
+
+
+def _fail(report: Report, result: dict[str, Any]) -> None:
+    seed, kind = result["seed"], result["kind"]
+    for text in result["findings"]:
+        report.fail(f"{kind}: {text}; again: scripts/soak --part nemesis --first {seed} --world {kind}")
+
+
+def _figures(report: Report, log: Log) -> None:
+    results = log.results
+    counts = sum((Counter(r.get("counts", {})) for r in results), Counter[str]())
+    residue = [stamp for r in results for stamp in r.get("residue", [])]
+
+    def total(name: str) -> str:
+        return f"{sum(r.get(name, 0) for r in results):,}"
+
+    def least(name: str) -> str:
+        return f"{min((r[name] for r in results if r.get(name)), default=math.nan):.2f} s"
+
     report.figures |= {
         "faults": f"{sum(counts.values()):,}",
         "kinds of faults": str(len(counts)),
-        "worlds": f"{done['worlds']} (from {first})",
-        "terms": f"{done['terms']:,}",
-        "stamps of witnesses": f"{done['stamps']:,}",
+        "worlds": f"{len(results)} (from {log.first})",
+        "terms": total("terms"),
+        "stamps of witnesses": total("stamps"),
         "overlaps": str(sum("OVERLAP" in f for f in report.failures)),
-        "slowest recovery": f"{slowest:.0%} of its bound",
-        "verify agreed": f"{done['verified']} times",
-        "files damaged by what moved them": f"{done['damaged']}",
-        "leases waited out": f"{done['waited out']:,}",
-        "nobody at work before a takeover": f"{min(margins['margin'], default=math.nan):.2f} s at least",
-        "without a lock-delay": f"{min(margins['margin without'], default=math.nan):.2f} s",
+        "slowest recovery": f"{max((r.get('slowest', 0) for r in results), default=0):.0%} of its bound",
+        "verify agreed": f"{total('verified')} times",
+        "files damaged by what moved them": total("damaged"),
+        "leases waited out": total("waited out"),
+        "nobody at work before a takeover": f"{least('margin')} at least",
+        "without a lock-delay": least("margin without"),
         "work after a thaw": f"{len(residue)} stamps, at most {max(residue, default=0) * 1000:.2f} ms after it",
     }
     for kind, count in counts.most_common():
         report.figures[f"fault: {kind}"] = f"{count:,}"
 
 
-def run(first: int, faults: int, worlds: tuple[str, ...] = WORLDS, at_once: int = AT_ONCE, plant: str = "") -> Report:
+def run(
+    first: int,
+    faults: int,
+    worlds: tuple[str, ...] = WORLDS,
+    at_once: int = AT_ONCE,
+    plant: str = "",
+    path: Path | None = None,
+) -> Report:
     report = Report("nemesis")
+    log = Log(path, first)
+    for result in log.results:
+        _fail(report, result)
     for what, here in (
         ("network namespaces", has_netns()),
         ("cgroups", has_cgroups()),
@@ -305,7 +348,8 @@ def run(first: int, faults: int, worlds: tuple[str, ...] = WORLDS, at_once: int 
     ):
         if not here:
             print(f"  nemesis: here are no {what}: it does without", file=sys.stderr)
-    asyncio.run(_all(report, first, faults, worlds, at_once, plant))
+    asyncio.run(_all(report, log, faults, worlds, at_once, plant))
+    _figures(report, log)
     return report
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 from botlease import core
+from botlease.evidence import Evidence
 from botlease.stores import sqlitefile
 
 Bug = Callable[[], Any]
@@ -106,14 +107,15 @@ def the_clock_stands_still_while_the_machine_sleeps() -> Iterator[None]:
 
 @bug
 def takeover_by_the_clock_of_the_database_alone() -> Iterator[None]:
-    real = core._vacancy
+    real = core._plan_standby
 
-    def wrong(s: Any, lease: Any, now: float) -> Any:
-        if lease.holder is not None and s.view.renewed_ago > lease.ttl:
-            return core.How.EXPIRED
-        return real(s, lease, now)
+    def wrong(s: Any, now: float, out: Any) -> Any:
+        lease = s.view.lease if s.view else None
+        if lease is not None and lease.holder is not None and s.view.renewed_ago > lease.ttl:
+            s = replace(s, evidence=replace(s.evidence, since=-1e9))
+        return real(s, now, out)
 
-    with patch.object(core, "_vacancy", wrong):
+    with patch.object(core, "_plan_standby", wrong):
         yield
 
 
@@ -196,7 +198,7 @@ def no_lock_delay() -> Iterator[None]:
 
 @bug
 def no_lock_delay_after_a_death_that_followed_an_expiry() -> Iterator[None]:
-    with patch.object(core, "_unsettled", lambda s, view, how, now: how is core.How.EXPIRED):
+    with patch.object(Evidence, "unsettled", lambda e, how, rooted, timing, now: how is core.How.EXPIRED):
         yield
 
 
@@ -211,10 +213,11 @@ def another_timeline_is_not_doubted() -> Iterator[None]:
     real = core._saw
 
     def wrong(s: Any, view: Any, now: float, out: Any) -> Any:
-        s = replace(real(s, view, now, out), doubted=False)
+        s = real(s, view, now, out)
+        since = s.evidence.since
         if s.phase is core.Phase.STANDBY and view.lease is not None and view.lease.origin != view.origin:
-            s = replace(s, key_since=-1e9)
-        return s
+            since = -1e9
+        return replace(s, evidence=replace(s.evidence, doubted=False, since=since))
 
     with patch.object(core, "_saw", wrong):
         yield
@@ -245,10 +248,10 @@ def watching_begins_when_the_read_is_asked() -> Iterator[None]:
     real = core._saw
 
     def wrong(s: Any, view: Any, now: float, out: Any) -> Any:
-        before = s.key_since
+        before = s.evidence.since
         s = real(s, view, now, out)
-        if s.key_since == now and before != now:
-            s = replace(s, key_since=now - s.timing.attempt * 1.9)
+        if s.evidence.since == now and before != now:
+            s = replace(s, evidence=replace(s.evidence, since=now - s.timing.attempt * 1.9))
         return s
 
     with patch.object(core, "_saw", wrong):
@@ -327,12 +330,12 @@ def a_lost_lease_comes_back_with_the_ttl_of_whoever_puts_it_back() -> Iterator[N
 
 @bug
 def a_holder_that_was_taken_out_by_hand_counts_as_a_release() -> Iterator[None]:
-    real = core._vacancy
+    real = Evidence.vacancy
 
-    def wrong(s: Any, lease: Any, now: float) -> Any:
-        return real(s, replace(lease, proof="") if lease.holder is None else lease, now)
+    def wrong(e: Any, lease: Any, timing: Any, now: float) -> Any:
+        return real(e, replace(lease, proof="") if lease.holder is None else lease, timing, now)
 
-    with patch.object(core, "_vacancy", wrong):
+    with patch.object(Evidence, "vacancy", wrong):
         yield
 
 

@@ -728,7 +728,7 @@ def test_every_ttl_has_timings_that_agree() -> None:
 def expired_hold() -> Driver:
     """Holding after an expiry, with the lock-delay before us."""
     d = Driver().joined(View(HELD, "db", ME, 5))
-    d.state = replace(d.state, key_since=d.now - 60)
+    d.state = replace(d.state, evidence=replace(d.state.evidence, since=d.now - 60))
     d.feed(Tick())
     assert d.question.how is How.EXPIRED
     d.answer(Granted, 5, "n", "db")
@@ -745,7 +745,7 @@ def test_a_hold_after_an_expiry_is_not_released_before_its_lock_delay_has_passed
 
 def test_a_renewal_that_is_denied_during_a_release_does_not_strand_the_instance() -> None:
     d = Driver(timing=Timing.for_ttl(3.0)).joined(View(HELD, "db", ME, 5))
-    d.state = replace(d.state, key_since=d.now - 60)
+    d.state = replace(d.state, evidence=replace(d.state.evidence, since=d.now - 60))
     d.feed(Tick())
     d.answer(Granted, 5, "n", "db")
     d.feed(Tick(), after=0.65)
@@ -768,4 +768,4 @@ def test_after_meeting_another_database_a_row_seen_before_is_in_doubt() -> None:
     d.answer(Denied)
     d.answer(Seen, View(FREE, "db2", ME, 5))
     assert Verb.ACQUIRE not in verbs(d.actions[-1:])
-    assert d.state.doubted
+    assert d.state.evidence.doubted

@@ -131,7 +131,7 @@ def test_pruning_does_not_lift_a_quarantine(world: World) -> None:
 
 def test_status_shows_a_handover_on_its_way_and_a_deployment_in_quarantine(sqlite_world: World) -> None:
     world = sqlite_world
-    world.run("--deployment", "v1", bot=world.bot(slow=1.5), ttl="3")
+    old = world.run("--deployment", "v1", bot=world.bot(slow=9), ttl="3")
     world.works(1)
     warm = world.run("--deployment", "v2", "--warm", bot=world.bot(start=4.0, gate="fd"), ttl="3")
     seen = []
@@ -141,12 +141,13 @@ def test_status_shows_a_handover_on_its_way_and_a_deployment_in_quarantine(sqlit
         now = bot["handover"]["step"] if bot["handover"] else "done"
         if not seen or seen[-1] != now:
             seen.append(now)
+            if now == "in progress":
+                os.kill(old.children()[-1], signal.SIGKILL)  # long enough for a slow machine to look, and no longer
         return now == "done" and len(seen) > 1
 
     warm.says("warming up")
     until(step)
-    assert seen[-3:] == ["requested", "in progress", "done"] or seen[-2:] == ["in progress", "done"]
-    assert "requested" in seen and "in progress" in seen
+    assert [step for step in seen if step not in ("done", "ready")] == ["requested", "in progress"]
     for _ in range(2):
         world.run("--deployment", "v3", bot=world.bot(exit=1, **{"for": 0.05}), ttl="3").wait()
     assert "in quarantine, did not pass their probation: v3" in says(world, "status")

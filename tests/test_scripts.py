@@ -181,7 +181,7 @@ def test_without_a_token_the_bot_says_which_variable_to_set(sqlite_url: str) -> 
 def shell(url: str, sql: str) -> str:
     """psql or sqlite3, as an operator has it."""
     if url.startswith("sqlite"):
-        command = ["sqlite3", "-cmd", ".timeout 5000", url.removeprefix("sqlite:///"), sql]  # it does not wait by itself
+        command = ["sqlite3", "-cmd", ".timeout 5000", url.removeprefix("sqlite:///"), sql]  # it does not wait itself
     else:
         command = ["psql", "-At", "-c", sql, url]
     if shutil.which(command[0]) is None:

@@ -79,11 +79,20 @@ def test_after_a_thaw_the_judge_forgives_milliseconds_and_counts_them() -> None:
     assert judged(*stamps, thaws=(3.97,)).findings != []
 
 
-def test_a_short_run_of_the_nemesis_finds_nothing_and_counts_what_it_did() -> None:
-    done = soak("--part", "nemesis", "--first", "1", "--faults", "5", "--world", "sqlite")
+def test_a_short_run_of_the_nemesis_finds_nothing_counts_what_it_did_and_goes_on_when_cut_off(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    options = ("--part", "nemesis", "--world", "sqlite", "--log", str(log))
+    done = soak(*options, "--first", "1", "--faults", "5")
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "overlaps 0" in done.stdout and "fault: " in done.stdout
+
+    kept = log.read_text()
+    log.write_text(kept + '{"seed": 2, "kind": "sql')
+    again = soak(*options, "--first", "99", "--faults", "5")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.rpartition("took")[0] == done.stdout.rpartition("took")[0]
+    assert log.read_text() == kept
 
 
 @pytest.mark.timeout(300)  # mostly the second fault shows it; by bad luck it takes thirty

@@ -17,8 +17,9 @@ A *lease* row holds ``(term, beat, nonce, holder)`` and is only ever changed by 
   have been written earlier. An answer that arrives after ``trusted_until`` counts for nothing (R1).
 * A challenger takes the lease only if it was released (which is written after the work's process tree
   is gone), if it saw the same key unchanged for ``ttl*(1+rho)`` on its own clock, or if the kernel of
-  the same host proved the holder dead (R3). Its acquire is a compare-and-set on the key it saw, so a
-  renewal that slips in between defeats it. After an expiry, however many deaths ago, it waits ``lock_delay``.
+  the same host proved the holder dead (R3, in :mod:`botlease.evidence`). Its acquire is a compare-and-set on the key
+  it saw, so a renewal that slips in between defeats it. After an expiry, however many deaths ago, it waits
+  ``lock_delay``.
 * Since clock rates differ by less than ``rho``, the last instant a holder can work lies before the first
   instant a challenger can: that is the whole proof. No timestamp of any other machine takes part.
 * One question is in flight at a time and every answer names it: a late, repeated or reordered
@@ -49,11 +50,11 @@ the end is the DynamoDB lock client's, the pause is kopf's, handing back to a na
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from botlease.evidence import Evidence
 from botlease.model import (
-    TERM_GAP,
     TRIES,
     Action,
     Arm,
@@ -71,7 +72,6 @@ from botlease.model import (
     Healthy,
     Held,
     HolderDied,
-    How,
     Kill,
     Lease,
     Mode,
@@ -151,15 +151,9 @@ class State:
     contact_since: float = 0.0
     # what was seen
     view: View | None = None
-    key: tuple[int, int, str, str | None] | None = None
-    key_since: float = 0.0
-    term_since: float = 0.0  # since when its term is known to us
-    doubted: bool = False
-    floor: int = 0
-    origin: str = ""
+    evidence: Evidence = field(default_factory=Evidence)
     peer: tuple[str, int] | None = None
     peer_since: float = 0.0
-    proved: tuple[int, str] | None = None
     claimed: bool = False
     # The database has been emptied since: no operator's will stands in it, and if all who live have had their turn in
     # the one before, nobody would begin.
@@ -273,7 +267,7 @@ def _absorb(s: State, event: Event, now: float, out: list[Action]) -> State:
         case WorkEnded(term, done):
             return _work_ended(s, term, done, now)
         case HolderDied(term, nonce):
-            return replace(s, proved=(term, nonce))
+            return replace(s, evidence=replace(s.evidence, proved=(term, nonce)))
         case Ready(ready):
             return replace(s, ready=ready)
         case Healthy() | Crashed() | Unhealthy():
@@ -402,11 +396,10 @@ def _held(s: State, t: Term) -> Held:
 
 def _saw(s: State, view: View, now: float, out: list[Action]) -> State:
     """Take in one read. ``now`` is after the read completed: that is when the watching begins."""
-    changed = bool(s.origin) and s.origin != view.origin
     lease = view.lease
     if s.term is not None and s.phase in (Phase.WORKING, Phase.HOLDING, Phase.DRAINING):
-        if changed or view.origin != s.term.origin:
-            return _term_over(replace(s, origin=view.origin, key=None), Reason.CHANGED, now, out)
+        if view.origin != s.term.origin or (s.evidence.origin and s.evidence.origin != view.origin):
+            return _term_over(_elsewhere(s, view.origin), Reason.CHANGED, now, out)
         held = _held(s, s.term)
         if lease is None or (lease.term, lease.nonce) != held[:2] or lease.beat not in held.beats:
             return _term_over(s, Reason.LOST, now, out)
@@ -419,23 +412,20 @@ def _saw(s: State, view: View, now: float, out: list[Action]) -> State:
     if view.generation != s.generation and (lease is None or lease.served == 0):
         s = replace(s, anew=s.anew or s.generation > 0)
     s = replace(s, generation=view.generation or s.generation)
+    if lease is not None and lease.holder and lease.proof and s.evidence.is_new(lease):
+        out.append(Watch(lease))
+    s = replace(s, view=view, evidence=s.evidence.saw(lease, view.origin, now), look_at=now + _interval(s, view))
     if lease is None:
-        return replace(s, view=view, key=None, doubted=True, origin=view.origin, look_at=now + _interval(s, view))
-    if s.key != lease.key:
-        backwards = lease.term < s.floor or (
-            s.key is not None and s.key[0] == lease.term and s.key[2] == lease.nonce and lease.beat < s.key[1]
-        )
-        doubted = backwards or changed or lease.origin != view.origin
-        if lease.holder and lease.proof and (s.key is None or s.key[2] != lease.nonce):
-            out.append(Watch(lease))
-        known = s.key is not None and s.key[0] == lease.term
-        s = replace(s, key=lease.key, key_since=now, doubted=doubted, term_since=s.term_since if known else now)
-    elif changed:
-        s = replace(s, key_since=now, doubted=True)
+        return s
     peer = (view.assigned.instance_id, view.assigned.beat) if view.assigned else None
     if peer != s.peer:
         s = replace(s, peer=peer, peer_since=now)
-    return replace(s, view=view, floor=max(s.floor, lease.term), origin=view.origin, look_at=now + _interval(s, view))
+    return s
+
+
+def _elsewhere(s: State, origin: str) -> State:
+    """Another database answers: what was seen in the one before is no evidence."""
+    return replace(s, evidence=replace(s.evidence, origin=origin, key=None))
 
 
 def _interval(s: State, view: View) -> float:
@@ -473,7 +463,8 @@ def _granted(s: State, q: Question, event: Granted, now: float, out: list[Action
     if now >= until or s.phase is not Phase.STANDBY:
         return _disbelieve(replace(s, give_back_at=q.asked_at + q.lock_delay), now)
     term = Term(event.term, event.nonce, event.origin, q.asked_at, until, now + q.lock_delay)
-    s = replace(s, term=term, floor=max(s.floor, event.term), killed=False, reason=None)
+    floor = max(s.evidence.floor, event.term)
+    s = replace(s, term=term, evidence=replace(s.evidence, floor=floor), killed=False, reason=None)
     if s.stopping:
         return replace(s, phase=Phase.RELEASING, reason=Reason.GIVEN_BACK)
     return replace(s, phase=Phase.HOLDING)
@@ -495,7 +486,7 @@ def _renewed(s: State, q: Question, event: Renewed, now: float, out: list[Action
     if t is None or q.held is None or q.held[:2] != (t.number, t.nonce) or now >= t.trusted_until:
         return s  # it came after the end of trust: it counts for nothing
     if event.origin != t.origin:
-        return _term_over(replace(s, origin=event.origin, key=None), Reason.CHANGED, now, out)
+        return _term_over(_elsewhere(s, event.origin), Reason.CHANGED, now, out)
     t = replace(t, asked_at=q.asked_at, trusted_until=q.asked_at + s.timing.trust)
     s = _may_have_written(replace(s, term=t), t.nonce, (q.beat,))
     if s.phase in (Phase.WORKING, Phase.DRAINING) and not s.killed:
@@ -639,21 +630,18 @@ def _plan_standby(s: State, now: float, out: list[Action]) -> State:
         return _touch(s, now, out)
     if view.assigned is not None and view.assigned.instance_id == s.me.instance_id:
         s = replace(s, claimed=True, anew=False)
-        how = _vacancy(s, lease, now)
+        how = s.evidence.vacancy(lease, s.timing, now)
         if how is not None:
-            floor = max(s.floor, lease.term)
-            if lease.origin != view.origin:
-                floor = max(floor + TERM_GAP, view.era)
             return _ask(
                 s,
                 now,
                 out,
                 Verb.ACQUIRE,
                 key=lease.key,
-                floor=floor,
+                floor=s.evidence.floor_of(lease, view.origin, view.era),
                 origin=view.origin,
                 how=how,
-                lock_delay=s.timing.lock_delay if _unsettled(s, view, how, now) else 0.0,
+                lock_delay=s.timing.lock_delay if s.evidence.unsettled(how, view.rooted, s.timing, now) else 0.0,
                 probation=s.probation,
             )
     elif _may_claim(s, view, lease, now):
@@ -674,26 +662,6 @@ def _touch(s: State, now: float, out: list[Action]) -> State:
     return _ask(s, now, out, Verb.TOUCH, label=s.label) if due else s
 
 
-def _vacancy(s: State, lease: Lease, now: float) -> How | None:
-    """Rule R3: the evidence that nobody can be working under this row, or None."""
-    if lease.holder is None and not lease.proof and not s.doubted:  # only a release clears both: a hand clears one
-        return How.RELEASED
-    if lease.holder is not None and s.proved == (lease.term, lease.nonce) and not s.doubted:
-        return How.DIED
-    if now >= s.key_since + s.timing.patience(lease.ttl):
-        return How.EXPIRED
-    return None
-
-
-def _unsettled(s: State, view: View, how: How, now: float) -> bool:
-    """Whether requests of a term that ran out may still be on their way: after an expiry, and also if its successor
-    died so soon that it may have been within its own lock-delay. Our own clock settles that, where we saw its term
-    for long enough."""
-    if how is not How.DIED:
-        return how is How.EXPIRED
-    return view.rooted is How.EXPIRED and now < s.term_since + s.timing.lock_delay * (1 + s.timing.rho)
-
-
 def _superseded_for_good(view: View, lease: Lease) -> bool:
     """A newer one took over, works, and has passed its probation."""
     peer = view.assigned
@@ -705,7 +673,7 @@ def _superseded_for_good(view: View, lease: Lease) -> bool:
 def _somebody_lives(s: State, view: View, now: float) -> bool:
     lease, peer = view.lease, view.assigned
     assert lease is not None
-    if lease.holder is not None and _vacancy(s, lease, now) is None:
+    if lease.holder is not None and s.evidence.vacancy(lease, s.timing, now) is None:
         return view.renewed_ago < s.timing.patience(lease.ttl)
     if peer is None or peer.instance_id in (s.me.instance_id, lease.holder):
         return False  # whoever held it is dead or gone
@@ -729,13 +697,13 @@ def _failover_at(s: State, view: View, lease: Lease, peer: Peer) -> float:
     """When the assigned instance counts as dead for us. Only a matter of liveness: the lease decides safety."""
     wait = view.ahead * s.timing.renew_every
     if peer.ended:
-        return s.key_since + wait
+        return s.evidence.since + wait
     if lease.holder == peer.instance_id:
-        if s.proved == (lease.term, lease.nonce) and not s.doubted:
-            return s.key_since + wait
+        if s.evidence.died(lease):
+            return s.evidence.since + wait
         # After an outage of the database the assigned one gets a moment to come back first.
         back = s.contact_since + 2 * s.timing.renew_every
-        return max(s.key_since + s.timing.patience(lease.ttl), back) + wait
+        return max(s.evidence.since + s.timing.patience(lease.ttl), back) + wait
     # It shows itself once in its own ttl, which the lease's row knows.
     return max(s.peer_since, s.contact_since) + 2.5 * max(s.timing.ttl, lease.ttl) + wait
 
@@ -790,7 +758,7 @@ def _next_question(s: State) -> float | None:
     if view.paused:
         return min(due)
     if view.assigned is not None and view.assigned.instance_id == s.me.instance_id:
-        due.append(s.key_since + s.timing.patience(view.lease.ttl))
+        due.append(s.evidence.since + s.timing.patience(view.lease.ttl))
     elif view.assigned is not None:
         due.append(_failover_at(s, view, view.lease, view.assigned))
     return min(due)
