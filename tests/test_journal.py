@@ -56,6 +56,14 @@ def test_a_journal_without_overlap_is_believed() -> None:
     assert verdict.longest_gap == pytest.approx(0.004)
 
 
+def test_a_term_that_a_fleet_has_buried_is_followed_by_one_that_found_it_released() -> None:
+    silent = {"last_beat": at(9.5), "ttl": 10.0}
+    buried = [term(1, 0, 21, reason="expired", **silent), term(2, 21.5, None)]
+    assert found(buried, lease(2, "i2")) == []
+    early = [term(1, 0, 15, reason="expired", **silent), term(2, 21.5, None)]
+    assert "took over 5.5 s after the last beat of term 1" in found(early, lease(2, "i2"))[0]
+
+
 def test_no_journal_is_no_finding() -> None:
     assert journal.verify([], []) == []
     assert found([], lease(0, None)) == [] and found([], lease(3, "unknown")) == []

@@ -253,7 +253,7 @@ def test_status_as_json_has_the_documented_form(world: World) -> None:
     world.run("--name", "mybot", "--deployment", "v1")
     world.works(1)
     shown = status(world.url)
-    assert set(shown) == {"bot", "paused", "lease", "instances", "quarantine", "handover", "gateway"}
+    assert set(shown) == {"bot", "paused", "lease", "instances", "quarantine", "handover", "gateway", "fleet"}
     assert (shown["bot"], shown["paused"], shown["quarantine"], shown["handover"]) == ("mybot", False, [], None)
     assert shown["gateway"] == []
     (instance,) = shown["instances"]

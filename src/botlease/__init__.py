@@ -14,6 +14,7 @@ TYPE_CHECKING = False  # known to type checkers by its name; typing itself is no
 __version__ = "0.2.0"
 __all__ = [
     "ConfigurationError",
+    "Fleet",
     "LeaseLost",
     "NotSupervised",
     "StoreError",
@@ -28,6 +29,7 @@ __all__ = [
 if TYPE_CHECKING:
     from typing import Any
 
+    from botlease.fleet import Fleet
     from botlease.gating import NotSupervised, gate, wait_at_gate
     from botlease.inside import LeaseLost, Term, active, exclusive
     from botlease.inside_gateway import gateway
@@ -43,6 +45,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("botlease.stores").StoreError
     if name == "ConfigurationError":
         return importlib.import_module("botlease.settings").ConfigurationError
+    if name == "Fleet":
+        return importlib.import_module("botlease.fleet").Fleet
     if name == "gateway":
         return importlib.import_module("botlease.inside_gateway").gateway
     if name in ("NotSupervised", "gate", "wait_at_gate"):

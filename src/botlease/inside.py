@@ -20,7 +20,7 @@ from botlease.model import Mode, Reason
 from botlease.settings import Settings
 from botlease.stores import Registration, Store, open_store
 from botlease.text import safe
-from botlease.work.body import BodyWork
+from botlease.work.body import BodyWork, Share
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -33,7 +33,7 @@ class LeaseLost(Exception):
 class Term:
     """One unbroken hold of the lease."""
 
-    def __init__(self, number: int, bot: str, instance_id: str, work: BodyWork, database: str = "") -> None:
+    def __init__(self, number: int, bot: str, instance_id: str, work: BodyWork | Share, database: str = "") -> None:
         self.number = number
         """The fencing token: it only ever rises. Write it beside what you write, and refuse lower ones."""
         self.bot = bot
@@ -65,17 +65,17 @@ class Term:
             raise LeaseLost(f"term {self.number} of {self.bot} is over")
 
 
-def _registration(s: Settings) -> Registration:
+def _registration(s: Settings, bot: str, instance_id: str) -> Registration:
     host = s.host or socket.gethostname()
-    return Registration(s.instance_id, s.bot, s.deployment, host, os.getpid(), __version__, s.timing.ttl)
+    return Registration(instance_id, bot, s.deployment, host, os.getpid(), __version__, s.timing.ttl)
 
 
 def _say(text: str) -> None:
     log.info("%s", safe(text))  # a row must not write lines of its own into a program's log
 
 
-class _Session:
-    """Store and keeper of one in-process instance."""
+class Session:
+    """Settings, store and keeper of an in-process instance."""
 
     def __init__(self, name: str | None, options: dict[str, Any]) -> None:
         self.warn: Callable[[bool], object] | None = options.pop("on_danger", None)
@@ -91,11 +91,17 @@ class _Session:
     async def open(self, work: BodyWork) -> Keeper:
         s = self.settings
         await self.store.open(max(5.0, s.timing.attempt))
-        # A program waits for its turn; only a start at the command line is refused when another one runs.
-        mode = Mode.WAIT if s.mode is Mode.REFUSE else s.mode
-        return Keeper(
-            self.store, _registration(s), Candidate(s.instance_id, mode, leaves=s.leaves), s.timing, work, say=_say
-        )
+        return self.keeper(work, s.bot, s.instance_id)
+
+    @property
+    def mode(self) -> Mode:
+        """A program waits for its turn; only a start at the command line is refused when another one runs."""
+        return Mode.WAIT if self.settings.mode is Mode.REFUSE else self.settings.mode
+
+    def keeper(self, work: BodyWork, bot: str, instance_id: str) -> Keeper:
+        s = self.settings
+        me = Candidate(instance_id, self.mode, leaves=s.leaves)
+        return Keeper(self.store, _registration(s, bot, instance_id), me, s.timing, work, say=_say)
 
 
 _stops: list[Callable[[], None]] = []
@@ -104,7 +110,7 @@ _former: dict[int, Any] = {}
 
 
 @contextlib.contextmanager
-def _stop_signals(stop: Callable[[], None]) -> Iterator[None]:
+def stop_signals(stop: Callable[[], None]) -> Iterator[None]:
     """SIGTERM and SIGINT stop every instance of this program; the former handlers come back with the last one."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -165,7 +171,7 @@ class active:
     """
 
     def __init__(self, name: str | None = None, **options: Any) -> None:
-        self._session = _Session(name, options)
+        self._session = Session(name, options)
         self._task: asyncio.Task[Any] | None = None
         self._why: Reason | None = None
         self._cancelling = 0
@@ -179,7 +185,7 @@ class active:
         self._keeper = await self._session.open(self._work)
         self._running = asyncio.ensure_future(self._keeper.run())
         self._running.add_done_callback(self._keeper_ended)
-        self._exit.enter_context(_stop_signals(self._keeper.stop))
+        self._exit.enter_context(stop_signals(self._keeper.stop))
         self._exit.enter_context(self._session.announced())
         try:
             both: set[asyncio.Future[Any]] = {self._running, begun}
@@ -244,7 +250,7 @@ def exclusive(
     def wrap(function: Callable[[Term], Awaitable[T]]) -> Callable[[], Awaitable[T | None]]:
         @functools.wraps(function)
         async def run() -> T | None:
-            session = _Session(name, dict(options))
+            session = Session(name, dict(options))
             loop = asyncio.get_running_loop()
             task: asyncio.Task[T] | None = None
             outcome: list[T] = []
@@ -280,7 +286,7 @@ def exclusive(
             keeper = await session.open(work)
             running = asyncio.ensure_future(keeper.run())
             try:
-                with _stop_signals(keeper.stop), session.announced():
+                with stop_signals(keeper.stop), session.announced():
                     await asyncio.shield(running)
             finally:
                 if task is not None and not task.done():

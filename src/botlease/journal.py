@@ -105,15 +105,16 @@ def _verify(bot: str, terms: list[dict[str, Any]], lease: dict[str, Any] | None)
 
 def _check_evidence(row: dict[str, Any], before: dict[str, Any], begun: datetime, say: Any) -> None:
     """How a term began must fit how the one before it ended."""
-    taken = (str(How.EXPIRED), str(How.DIED))
-    if before["reason"] in taken and row["how"] != before["reason"]:
-        say(row["term"], f"began as {row['how']!a}, though term {before['term']} is said to have {before['reason']}")
     try:
-        beat = moment(before["last_beat"])
+        ended, beat = moment(before["released_at"]), moment(before["last_beat"])
     except ValueError:
         return
-    if row["how"] == How.EXPIRED and before["reason"] == How.EXPIRED and beat is not None and before["ttl"]:
-        silence = (begun - beat).total_seconds()
+    taken = before["reason"] in (str(How.EXPIRED), str(How.DIED))
+    buried = ended is not None and ended < begun  # by a fleet: its successor found it released
+    if taken and row["how"] != before["reason"] and not (buried and row["how"] == How.RELEASED):
+        say(row["term"], f"began as {row['how']!a}, though term {before['term']} is said to have {before['reason']}")
+    elif before["reason"] == How.EXPIRED and beat is not None and before["ttl"]:
+        silence = ((ended or begun) - beat).total_seconds()
         if silence < before["ttl"] * (1 - RHO):
             say(
                 row["term"],

@@ -36,7 +36,7 @@ def by_bot(overview: dict[str, Any], *, ended: bool = False) -> list[dict[str, A
     bots: dict[str, dict[str, Any]] = {}
     for row in overview["leases"]:
         lease = {k: _time(row[k]) for k in ("term", "beat", "holder", "ttl", "renewed_at")}
-        bots[row["bot"]] = _bot(row["bot"], lease, row["paused"])
+        bots[row["bot"]] = _bot(row["bot"], lease, row["paused"]) | {"fleet": row.get("fleet")}
     for row in overview["instances"]:
         if row["bot"] is None or (row["ended_at"] is not None and not ended and not row["is_active"]):
             continue  # rows of an earlier system have no bot
@@ -59,7 +59,7 @@ def by_bot(overview: dict[str, Any], *, ended: bool = False) -> list[dict[str, A
 
 
 def _bot(name: str, lease: dict[str, Any] | None, paused: bool) -> dict[str, Any]:
-    more: dict[str, Any] = {"instances": [], "quarantine": [], "handover": None, "gateway": []}
+    more: dict[str, Any] = {"instances": [], "quarantine": [], "handover": None, "gateway": [], "fleet": None}
     return {"bot": name, "paused": paused, "lease": lease, **more}
 
 
@@ -109,12 +109,26 @@ def _gateway(bot: dict[str, Any], g: dict[str, Any]) -> str:
     return clean(line)
 
 
+def _fleets(bots: list[dict[str, Any]]) -> list[str]:
+    """A line for each fleet: there may be thousands of bots in it."""
+    out = []
+    for fleet in sorted({b["fleet"] for b in bots if b["fleet"] is not None}):
+        its = [b for b in bots if b["fleet"] == fleet]
+        have = sum(1 for b in its if b["lease"]["holder"])
+        paused = sum(1 for b in its if b["paused"])
+        line = f"{clean(fleet)}: a fleet of {len(its):,} bots, {have:,} have a member"
+        out.append(line + (f", {paused:,} paused" if paused else "") + " (status --name BOT, --json)")
+    return out
+
+
 def table(bots: list[dict[str, Any]]) -> str:
     """The status as text, columns as wide as they must be."""
     if not bots:
         return "no bot has registered in this database yet"
-    out = []
+    out = _fleets(bots)
     for bot in bots:
+        if bot["fleet"] is not None and len(bots) > 1:
+            continue  # one line is for all of them; asked for by name it has its own
         lease = bot["lease"]
         holder = lease["holder"] if lease else None
         head = f"{clean(bot['bot'])}: "

@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 from botlease.model import Held, How, Lease, Peer, Probation, Reason, View
 
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
 SEED_COLUMNS: Final = ("instance_id", "started_at", "last_heartbeat", "is_active")
 KEEP_ENDED_DAYS: Final = 30
 """Rows of ended instances and terms older than this are pruned when somebody registers."""

@@ -63,7 +63,8 @@ NO_TIMELINE: Final = "'00000001'::text"
 
 READ: Final = """
 WITH failed AS MATERIALIZED (SELECT deployment, failures FROM bot_failures WHERE bot = $1)
-SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, coalesce(l.paused, FALSE) AS paused,
+SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served,
+       coalesce(l.paused OR l.fleet IS NOT NULL, FALSE) AS paused,
        (SELECT t.probation FROM bot_terms t WHERE t.bot = $1 AND t.term = l.term) AS probation,
        (SELECT t.how FROM bot_terms t WHERE t.bot = $1 AND t.how <> 'died' ORDER BY t.term DESC LIMIT 1) AS rooted,
        coalesce(mine.failures, 0) AS failures,
@@ -134,7 +135,7 @@ WITH old AS (
     renewed_at = clock_timestamp(),
     served = greatest(served, (SELECT generation FROM bot_instances WHERE instance_id = $2))
   WHERE bot = $1 AND term = $3 AND beat = $4 AND nonce = $5 AND holder IS NOT DISTINCT FROM $6
-    AND NOT paused AND $10 || {timeline} = $14
+    AND NOT paused AND fleet IS NULL AND $10 || {timeline} = $14
     AND EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = $2 AND bot = $1 AND is_active AND ended_at IS NULL)
   RETURNING term, origin, renewed_at
 ), closed AS (
@@ -160,7 +161,7 @@ UPDATE bot_leases SET beat = $6, renewed_at = clock_timestamp()
 WHERE bot = $1 AND term = $3 AND nonce = $4 AND holder = $2 AND beat = ANY($5::bigint[])
 RETURNING EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = $2 AND is_active) AS assigned,
           NOT EXISTS (SELECT 1 FROM bot_instances a WHERE a.bot = $1 AND a.is_active) AS vacant,
-          paused, {timeline} AS timeline
+          paused OR fleet IS NOT NULL AS paused, {timeline} AS timeline
 """
 
 PASSED: Final = """
@@ -241,7 +242,7 @@ TOUCH: Final = """
 UPDATE bot_instances SET last_heartbeat = clock_timestamp(), beat = beat + 1, state = $2
 WHERE instance_id = $1 AND ended_at IS NULL
 """
-LEASES: Final = "SELECT bot, term, beat, holder, ttl, renewed_at, paused FROM bot_leases ORDER BY bot"
+LEASES: Final = "SELECT bot, term, beat, holder, ttl, renewed_at, paused, fleet, slot FROM bot_leases ORDER BY bot"
 TERMS: Final = """
 SELECT bot, term, instance_id, deployment, host, how, acquired_at, released_at, reason, probation, last_beat, ttl
 FROM bot_terms WHERE ($1::text IS NULL OR bot = $1) ORDER BY bot, term DESC LIMIT $2
@@ -281,6 +282,8 @@ class PostgresStore:
         self._dsn = url
         self.url = shown(url)
         self.on_change: Callable[[], None] | None = None
+        self.heard: Callable[[str], None] | None = None
+        """Called with what a notification names: a bot or a fleet."""
         self.listens = True
         """Whether to be told of changes; to be set before the first call."""
         self.pooled = False
@@ -288,7 +291,7 @@ class PostgresStore:
         self._connecting: asyncio.Task[asyncpg.Connection] | None = None
         self._limited = 0
         self._lock = asyncio.Lock()
-        self._system = ""
+        self.system = ""
         self._timeline = TIMELINE
 
     # Connection --------------------------------------------------------------------------------------------------
@@ -388,15 +391,17 @@ class PostgresStore:
             assert row is not None
             if row["version"] < 130_000:
                 raise StoreRefused(f"PostgreSQL {row['version'] // 10_000} is too old: 13 or newer is needed")
-            self._system, self._timeline = f"{row['system']}/", timeline
+            self.system, self._timeline = f"{row['system']}/", timeline
             return int(row["pid"])
         raise StoreError(f"{self.url} does not say which database it is")
 
-    def _notified(self, *_: object) -> None:
+    def _notified(self, *about: object) -> None:
         if self.on_change is not None:
             self.on_change()
+        if self.heard is not None:
+            self.heard(str(about[-1]))
 
-    def _sql(self, text: str) -> str:
+    def filled(self, text: str) -> str:
         era = f"('x' || {self._timeline})::bit(32)::bigint * 1000000"
         return text.replace("{timeline}", self._timeline).replace("{era}", era).replace("{tries}", str(TRIES))
 
@@ -445,7 +450,7 @@ class PostgresStore:
         await postgresschema.migrate(
             connection,
             postgresschema.Target(
-                self.url, self._system, self._timeline, lambda e: _first(e, self._dsn), self._rehearse
+                self.url, self.system, self._timeline, lambda e: _first(e, self._dsn), self._rehearse
             ),
         )
 
@@ -456,15 +461,15 @@ class PostgresStore:
         undo = connection.transaction()
         await undo.start()
         await connection.execute(
-            self._sql(REGISTER), *(bot, me, me, "", 0, "", self._system, nonce, 1.0, KEEP_ENDED_DAYS)
+            self.filled(REGISTER), *(bot, me, me, "", 0, "", self.system, nonce, 1.0, KEEP_ENDED_DAYS)
         )
         view = await self._view(connection, bot, me)
         went = view.lease is not None and await connection.fetchval(CLAIM, bot, me, None, 0, 0)
         if view.lease is not None and went:
-            grant = (0, nonce, 1.0, self._system, "", str(How.RELEASED), str(Probation.ON), view.origin)
-            row = await connection.fetchrow(self._sql(ACQUIRE), bot, me, *view.lease.key, *grant)
+            grant = (0, nonce, 1.0, self.system, "", str(How.RELEASED), str(Probation.ON), view.origin)
+            row = await connection.fetchrow(self.filled(ACQUIRE), bot, me, *view.lease.key, *grant)
             term = row["term"] if row else 0
-            went = await connection.fetchrow(self._sql(RENEW), bot, me, term, nonce, (0,), 1)
+            went = await connection.fetchrow(self.filled(RENEW), bot, me, term, nonce, (0,), 1)
             went = went and await connection.fetchval(PASSED, bot, me, term, nonce)
             await connection.execute(TOUCH, me, "standby")
             end = (str(Reason.STOPPED), True, True, (1,))
@@ -478,15 +483,15 @@ class PostgresStore:
     # Verbs -------------------------------------------------------------------------------------------------------
 
     async def _view(self, connection: asyncpg.Connection, bot: str, instance_id: str) -> View:
-        row = await connection.fetchrow(self._sql(READ), bot, instance_id)
+        row = await connection.fetchrow(self.filled(READ), bot, instance_id)
         assert row is not None
-        return make_view(row, self._system + row["timeline"], int(row["timeline"], 16) * 1_000_000)
+        return make_view(row, self.system + row["timeline"], int(row["timeline"], 16) * 1_000_000)
 
     async def register(self, me: Registration, deadline: float) -> View:
         async def work(c: asyncpg.Connection) -> View:
             await c.execute(
-                self._sql(REGISTER),
-                *(me.bot, me.instance_id, me.deployment, me.host, me.pid, me.version, self._system),
+                self.filled(REGISTER),
+                *(me.bot, me.instance_id, me.deployment, me.host, me.pid, me.version, self.system),
                 *(os.urandom(8).hex(), me.ttl, KEEP_ENDED_DAYS),
             )
             return await self._view(c, me.bot, me.instance_id)
@@ -523,8 +528,8 @@ class PostgresStore:
         row = await self.call(
             deadline,
             lambda c: c.fetchrow(
-                self._sql(ACQUIRE),
-                *(bot, instance_id, *key, floor, nonce, ttl, self._system, proof, str(how)),
+                self.filled(ACQUIRE),
+                *(bot, instance_id, *key, floor, nonce, ttl, self.system, proof, str(how)),
                 str(probation),
                 origin,
             ),
@@ -532,10 +537,10 @@ class PostgresStore:
         return Grant(row["term"], row["origin"]) if row else None
 
     async def renew(self, bot: str, instance_id: str, held: Held, beat: int, deadline: float) -> Renewal | None:
-        row = await self.call(deadline, lambda c: c.fetchrow(self._sql(RENEW), bot, instance_id, *held, beat))
+        row = await self.call(deadline, lambda c: c.fetchrow(self.filled(RENEW), bot, instance_id, *held, beat))
         if row is None:
             return None
-        return Renewal(row["assigned"], row["vacant"], self._system + row["timeline"], row["paused"])
+        return Renewal(row["assigned"], row["vacant"], self.system + row["timeline"], row["paused"])
 
     async def passed(self, bot: str, instance_id: str, held: Held, deadline: float) -> bool:
         return bool(await self.call(deadline, lambda c: c.fetchval(PASSED, bot, instance_id, held.term, held.nonce)))

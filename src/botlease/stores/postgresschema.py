@@ -164,7 +164,27 @@ CREATE TABLE bot_updates (
 # and everybody may put a function of PUBLIC on a table of his own. EXECUTE is asked for when a trigger is made, and not
 # when it fires.
 UPGRADE_4: Final = "REVOKE ALL ON FUNCTION botlease_one_active() FROM PUBLIC"
-UPGRADES: Final = {2: UPGRADE_2, 3: UPGRADE_3, 4: UPGRADE_4}
+# From version 4 to 5: fleets (stores/postgresfleet.py). A bot of a fleet is held through the lease of a slot of it, so
+# its own row is silent, and a supervisor that did not know better would wait it out. Those of this version read it as
+# paused; whoever else would become its holder gets an error. Many rows of a fleet change at once: it tells by itself.
+UPGRADE_5: Final = """
+ALTER TABLE bot_leases ADD COLUMN fleet text, ADD COLUMN slot integer;
+CREATE INDEX bot_leases_fleet ON bot_leases (fleet, slot) WHERE fleet IS NOT NULL;
+CREATE INDEX bot_leases_slots ON bot_leases (slot) WHERE fleet IS NULL AND slot IS NOT NULL;
+DROP TRIGGER botlease_occupancy ON bot_leases;
+CREATE TRIGGER botlease_occupancy AFTER UPDATE ON bot_leases FOR EACH ROW
+  WHEN ((OLD.holder IS DISTINCT FROM NEW.holder AND NEW.fleet IS NULL) OR OLD.fleet IS DISTINCT FROM NEW.fleet)
+  EXECUTE FUNCTION botlease_notify();
+CREATE FUNCTION botlease_in_fleet() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  RAISE EXCEPTION 'the bot % is in the fleet %, which alone may run it', NEW.bot, NEW.fleet;
+END $$;
+CREATE TRIGGER botlease_in_fleet BEFORE UPDATE ON bot_leases FOR EACH ROW
+  WHEN (NEW.fleet IS NOT NULL AND NEW.holder IS NOT NULL AND OLD.holder IS DISTINCT FROM NEW.holder
+        AND NOT starts_with(NEW.proof, NEW.fleet || '/'))
+  EXECUTE FUNCTION botlease_in_fleet();
+"""
+UPGRADES: Final = {2: UPGRADE_2, 3: UPGRADE_3, 4: UPGRADE_4, 5: UPGRADE_5}
 DOES_NOT_FIT: Final = (
     asyncpg.SyntaxOrAccessError,
     asyncpg.IntegrityConstraintViolationError,

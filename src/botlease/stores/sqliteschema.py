@@ -79,7 +79,7 @@ END;
 """
 # Versions 3 and 4 are PostgreSQL's: here the inbox of the Bot API gateway has a file of its own
 # (stores/sqliteinbox.py), and nobody has rights that another one lacks.
-UPGRADES: Final = {2: UPGRADE_2, 3: "", 4: ""}
+UPGRADES: Final = {2: UPGRADE_2, 3: "", 4: "", 5: ""}
 
 
 def upgrade(db: sqlite3.Connection, version: int) -> None:

@@ -20,6 +20,27 @@ LAST_WORDS = 0.2
 """Seconds a coroutine has to end after it was told that its term is over, before the kernel ends the process."""
 
 
+class Share:
+    """What one of many bots that run under one hold has of it."""
+
+    def __init__(self, body: BodyWork) -> None:
+        self._body = body
+        self.on_arm: Callable[[float], None] | None = None
+        self.settle: Callable[[float], Awaitable[None]] | None = None
+
+    @property
+    def until(self) -> float:
+        return self._body.until
+
+    @property
+    def nonce(self) -> str:
+        return self._body.nonce
+
+    @property
+    def in_danger(self) -> bool:
+        return self._body.in_danger
+
+
 class BodyWork:
     def __init__(
         self,

@@ -1,0 +1,373 @@
+"""One process in one slot of a fleet. Here is only the loop: look at the slots, bury the dead, take bots and give them.
+
+Each *member* holds one *slot*, whose lease is an ordinary one, kept by the ordinary :class:`botlease.keeper.Keeper`:
+newest deployment, probation, operator's edits, fence and all. The bots of the slot run under that one hold, as
+coroutines, each in a term of its own; see :mod:`botlease.stores.postgresfleet` for why that is safe, and
+:mod:`botlease.placement` for who runs what.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from botlease import clock, placement
+from botlease.core import Phase
+from botlease.evidence import Evidence
+from botlease.inside import Session, Term
+from botlease.keeper import Keeper, log
+from botlease.model import How, Lease, Mode, Reason
+from botlease.stores import StoreError
+from botlease.text import safe
+from botlease.work import proof
+from botlease.work.body import BodyWork, Share
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from botlease.stores.postgresfleet import Hold, PostgresFleet, Slot
+
+BATCH: Final = 500
+"""Bots in one statement: some 30 ms of the server, so that the renewal behind it does not wait long."""
+ROOM: Final = 64
+"""Bots on the move from one member at once: each is down for some milliseconds, and all of them at once would make
+every user of the fleet wait for the slowest."""
+CALM: Final = 1.0
+"""Seconds without a new slot before bots are moved to those that came: processes of one roll-out come one by one."""
+UNKNOWN: Final = frozenset({Reason.SILENT, Reason.LOST, Reason.CHANGED, Reason.COPIED})
+"""After these nothing can be given back: the database does not answer, or says that it is not ours any more."""
+
+Function = Callable[[Term], Awaitable[object]]
+
+
+def batches(bots: list[Any]) -> Iterable[list[Any]]:
+    return (bots[n : n + BATCH] for n in range(0, len(bots), BATCH))
+
+
+@dataclass
+class _Running:
+    term: Term
+    share: Share
+    task: asyncio.Task[None]
+    to: int | None = None
+    """The slot that it goes to when it has stopped; None: it is not stopping."""
+    reason: Reason = Reason.SUPERSEDED
+
+
+class Member:
+    """One process in one slot, from its registration to its end."""
+
+    def __init__(
+        self, session: Session, fleet: PostgresFleet, function: Function, number: int, generation: int, who: str
+    ) -> None:
+        from botlease.stores.postgres import PostgresStore
+        from botlease.stores.postgresfleet import slot_name
+
+        self.fleet, self.function, self.number, self.generation, self.who = fleet, function, number, generation, who
+        self.settings = session.settings
+        self.newer = session.mode is Mode.PREEMPT
+        self.timing = session.settings.timing
+        self.name = session.settings.bot
+        self.work = BodyWork(self._begin, self._cancel, session.warn)
+        self.work.on_arm = self._armed
+        self.keeper: Keeper = session.keeper(self.work, slot_name(self.name, number), who)
+        assert isinstance(session.store, PostgresStore)
+        self.store = session.store
+        self.running: dict[str, _Running] = {}
+        self.hold: Hold | None = None
+        self.leaving: Reason | None = None
+        self._begun: int | None = None
+        self._unstarted: list[tuple[str, int]] = []  # granted, and not started
+        self._elsewhere = False  # this slot is another's: choose a new one
+        self._wake = asyncio.Event()
+        self._dirty = True
+        self._rows_at = 0.0
+        self._calm_at = 0.0
+        self._slots: frozenset[int] = frozenset()
+        self._evidence: dict[str, Evidence] = {}
+        self._silent = False
+        # often enough that a death elsewhere is seen soon, and the phase of a beat hardly counts
+        self._poll = min(0.25, self.timing.renew_every / 4)
+
+    # From outside ------------------------------------------------------------------------------------------------
+
+    async def run(self) -> Reason | None:
+        """Why it ended; None: this slot was another's, and a new one must be chosen."""
+        self.store.heard = self._heard
+        keeping = asyncio.ensure_future(self.keeper.run())
+        keeping.add_done_callback(lambda _: self._wake.set())
+        try:
+            while not keeping.done():
+                await self._turn_or_say()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), self._poll if self.hold else self.timing.renew_every)
+                self._wake.clear()
+            why = keeping.result()
+            return None if self._elsewhere and why is Reason.STOPPED else why
+        finally:
+            # a bug of ours, or we were cancelled: nothing may go on, and the lease is given back
+            await self._end_all()
+            self.work.ended()
+            if not keeping.done():
+                self.keeper.stop()
+                await asyncio.wait({keeping})
+            self.store.heard = None
+            self.work.close()
+
+    def stop(self) -> None:
+        self.keeper.stop()
+
+    def _heard(self, about: str) -> None:
+        if about == self.name or about.startswith(f"{self.name}/"):
+            self._dirty = True
+            self._wake.set()
+
+    def _begin(self, term: int) -> None:
+        self._begun, self.leaving = term, None
+        self._wake.set()
+
+    def _cancel(self, reason: Reason) -> None:
+        """The hold ends. What runs is told at once: the loop may be waiting for the database."""
+        if self.leaving is None:
+            self.leaving = reason
+        for r in self.running.values():
+            self._stop(r, self.number, reason)
+        self._wake.set()
+
+    def _armed(self, until: float) -> None:
+        for r in self.running.values():
+            if r.share.on_arm is not None:
+                r.share.on_arm(until)
+
+    # The loop ------------------------------------------------------------------------------------------------------
+
+    async def _turn_or_say(self) -> None:
+        try:
+            await self._turn()
+        except StoreError as e:
+            if not self._silent:
+                log.info("the database does not answer: %s", safe(e))
+            self._silent = self._dirty = True
+        else:
+            self._silent = False
+
+    async def _turn(self) -> None:
+        if self.leaving is not None and self._begun is not None:
+            await self._leave()
+            return
+        slots, origin = await self.fleet.look(self.name, self.timing.attempt)
+        now = clock.now()
+        if self._begun is not None and self.hold is None:
+            self.hold = self._held()
+        if self.hold is None:
+            self._elsewhere = self._elsewhere or self._should_choose(slots)
+            if self._elsewhere:
+                self.keeper.stop()
+            return
+        for slot in slots:
+            if slot.number != self.number:
+                await self._judge(slot.lease, f"{self.name}/{slot.number}", origin, now)
+        is_open = frozenset(slot.number for slot in slots if self._takes_bots(slot, now))
+        if self.number not in is_open:
+            await self.fleet.mark(self.hold, self.timing.attempt, is_open=True)
+            self._wake.set()
+            return
+        if is_open != self._slots:
+            if is_open - self._slots:
+                self._calm_at = now + CALM
+            self._slots, self._dirty = is_open, True
+        if self._dirty or self._unstarted or now >= self._rows_at or self._ended():
+            await self._rows(origin)
+
+    def _takes_bots(self, slot: Slot, now: float) -> bool:
+        """Open; and while it changes hands its bots are nobody else's, unless nobody comes."""
+        e = self._evidence.get(f"{self.name}/{slot.number}")
+        vacant = not slot.held and slot.number != self.number
+        return slot.is_open and not (vacant and e is not None and now >= e.since + self.timing.patience(slot.lease.ttl))
+
+    def _held(self) -> Hold | None:
+        from botlease.stores.postgresfleet import Hold
+
+        t = self.keeper.state.term
+        if t is None or t.number != self._begun or self.keeper.state.phase is not Phase.WORKING:
+            return None
+        return Hold(self.name, self.number, self.who, t.number, t.nonce, t.origin, self.timing.ttl)
+
+    def _should_choose(self, slots: list[Slot]) -> bool:
+        """Another one of our deployment was quicker in this slot; or it was deactivated, and the fleet is on again."""
+        state = self.keeper.state
+        if state.phase is not Phase.STANDBY or state.was_active or state.stopping:
+            return False
+        mine = next((s for s in slots if s.number == self.number), None)
+        others = [s for s in slots if s.number != self.number]
+        taken = mine is not None and mine.held and mine.generation >= self.generation
+        off = mine is not None and mine.assigned is None and any(s.assigned is not None and not s.ended for s in others)
+        if not taken and not off:
+            return False
+        return placement.choose(others, self.generation, self.who, newer=self.newer) is not None
+
+    async def _judge(self, lease: Lease, bot: str, origin: str, now: float) -> None:
+        """Watch a hold that is not ours; bury it when the evidence is there and what it had in flight has landed."""
+        e = self._evidence.get(bot, Evidence()).saw(lease, origin, now)
+        if lease.holder and proof.owners(lease.proof) and proof.gone(lease.proof, bot, lease.holder):
+            e = replace(e, proved=(lease.term, lease.nonce))
+        self._evidence[bot] = e
+        if lease.holder is None and not lease.proof:
+            return
+        how = e.vacancy(lease, self.timing, now)
+        if how is How.EXPIRED:
+            over = now >= e.since + self.timing.patience(lease.ttl) + self.timing.lock_delay
+        else:
+            over = how is How.DIED and not e.unsettled(how, How.EXPIRED, self.timing, now)
+        if over and how is not None and await self.fleet.bury(self.name, bot, lease, origin, how, self.timing.attempt):
+            log.info("%s: term %d of %s is over: %s", bot, lease.term, safe(lease.holder), how)
+            self._dirty = True
+            self._wake.set()
+
+    async def _rows(self, origin: str) -> None:
+        hold, limit = self.hold, self.timing.attempt
+        assert hold is not None
+        again = self.timing.renew_every if self.store.pooled else self.timing.ttl  # where no notification comes
+        self._dirty, self._rows_at = False, clock.now() + again
+        await self._give_ended(hold)
+        rows = await self.fleet.rows(hold, sorted(self._slots), limit)
+        now = clock.now()
+        for row in rows:
+            if row.lease.holder and not row.lease.proof.startswith(f"{self.name}/"):
+                await self._judge(row.lease, row.bot, origin, now)
+        stopping = sum(r.to is not None for r in self.running.values())
+        p = placement.plan(
+            self.number,
+            sorted(self._slots),
+            [row for row in rows if not row.lease.holder or row.lease.proof.startswith(f"{self.name}/")],
+            {bot: r.term.number for bot, r in self.running.items()},
+            room=ROOM - stopping,
+            calm=now >= self._calm_at,
+        )
+        if now < self._calm_at:
+            self._rows_at = min(self._rows_at, self._calm_at)
+        for bot in p.lost:
+            self._stop(self.running[bot], self.number, Reason.LOST)
+        for bot, to in p.stop.items():
+            self._stop(self.running[bot], to, Reason.SUPERSEDED)
+        for moved in batches(p.move):
+            await self.fleet.move(self.name, moved, limit)
+        for given in batches(p.give):
+            await self.fleet.give(hold, given, Reason.GIVEN_BACK, limit)
+        if p.clear:
+            await self.fleet.remove(self.name, p.clear, limit)
+        for some in batches(p.take):
+            if self.leaving is not None:
+                break
+            self._start_all(hold, await self.fleet.take(hold, some, limit))
+
+    def _start_all(self, hold: Hold, granted: list[tuple[str, int]]) -> None:
+        # An answer that comes after the end of trust counts for nothing (R1), nor one after the hold.
+        good = self.leaving is None and self.hold is hold and clock.now() < self.work.until
+        for bot, number in granted:
+            if not good or bot in self.running:
+                self._unstarted.append((bot, number))
+                continue
+            share = Share(self.work)
+            term = Term(number, bot, self.who, share, self.settings.database)
+            self.running[bot] = _Running(term, share, asyncio.create_task(self._run(term), name=bot))
+            self.running[bot].task.add_done_callback(lambda _: self._wake.set())
+
+    async def _run(self, term: Term) -> None:
+        pause = 1.0
+        while True:
+            began = clock.now()
+            try:
+                await self.function(term)
+                return
+            except Exception:
+                pause = 1.0 if clock.now() - began > 60 else pause
+                log.exception("%s: term %d: failed; started again in %g s", term.bot, term.number, pause)
+            await asyncio.sleep(pause)
+            pause = min(60.0, pause * 2)
+
+    # Stopping --------------------------------------------------------------------------------------------------------
+
+    def _stop(self, r: _Running, to: int, reason: Reason) -> None:
+        if r.to is not None:
+            if reason in UNKNOWN:
+                r.task.cancel()  # no time to settle any more
+            return
+        r.to, r.reason = to, reason
+        if r.share.settle is None or reason in UNKNOWN or r.task.done():
+            self._cancel_one(r)
+        else:
+            until = min(self.work.until, clock.now() + self.timing.stop_grace)
+            settling = asyncio.ensure_future(r.share.settle(until))
+            settling.add_done_callback(lambda _: self._cancel_one(r))
+
+    def _cancel_one(self, r: _Running) -> None:
+        if r.task.done():
+            self._wake.set()
+        else:
+            r.task.cancel()
+
+    def _ended(self) -> list[str]:
+        return [bot for bot, r in self.running.items() if r.to is not None and r.task.done()]
+
+    async def _give_ended(self, hold: Hold) -> None:
+        """What has stopped is given on, in as few statements as can be."""
+        by_reason: dict[Reason, list[tuple[str, int, int]]] = defaultdict(list)
+        for bot in self._ended():
+            r = self.running.pop(bot)
+            r.term._over = True
+            if r.reason is not Reason.LOST:
+                by_reason[r.reason].append((bot, r.term.number, r.to or self.number))
+        by_reason[Reason.GIVEN_BACK] += [(bot, term, self.number) for bot, term in self._unstarted]
+        self._unstarted.clear()
+        for reason, bots in by_reason.items():
+            for some in batches(bots):
+                if some:
+                    await self.fleet.give(hold, some, reason, self.timing.attempt)
+
+    async def _leave(self) -> None:
+        """The hold ends: stop everything, hand the bots on, and say that the work has ended."""
+        hold, reason = self.hold, self.leaving or Reason.STOPPED
+        others: list[int] = []
+        known = hold is not None and reason not in UNKNOWN
+        try:
+            if hold is not None and known:
+                slots, _ = await self.fleet.look(self.name, self.timing.attempt)
+                if not any(s.heirs for s in slots if s.number == self.number):
+                    now = clock.now()
+                    others = sorted(s.number for s in slots if s.number != self.number and self._takes_bots(s, now))
+                    await self.fleet.mark(hold, self.timing.attempt, is_open=False)
+        except StoreError:
+            known = False
+        for bot, r in self.running.items():
+            self._stop(r, self.number, reason)
+            if others:
+                r.to = placement.place(bot, others)
+        while self.running:
+            tasks = {r.task for r in self.running.values() if not r.task.done()}
+            if tasks:
+                await asyncio.wait(tasks, timeout=0.05)
+            # The kernel's fence leaves no time for a statement just before the end of trust.
+            if hold is not None and known and clock.now() < self.work.until - 2 * self.timing.attempt:
+                try:
+                    await self._give_ended(hold)
+                except StoreError:
+                    known = False
+            else:
+                for bot in self._ended():
+                    self.running.pop(bot).term._over = True
+        self.hold, self._begun, self._unstarted, self._slots = None, None, [], frozenset()
+        self._evidence.clear()
+        self.work.ended()
+
+    async def _end_all(self) -> None:
+        for r in self.running.values():
+            r.task.cancel()
+        if self.running:
+            await asyncio.wait({r.task for r in self.running.values()})
+        for r in self.running.values():
+            r.term._over = True
+        self.running.clear()

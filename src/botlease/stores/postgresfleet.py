@@ -1,0 +1,349 @@
+"""Fleets on PostgreSQL: many bots under a few leases, in statements over many rows.
+
+A *slot* of a fleet has an ordinary lease, whose bot is called ``fleet/number``; the member that holds it renews that
+one row, whatever runs under it. In the row of a bot of the fleet ``slot`` says who should run it (the assignment), and
+``holder``, ``nonce`` and ``proof`` say under which hold of which slot it may still be running (the occupancy):
+``proof`` is the slot's name, ``nonce`` that of the hold.
+
+What is safe about it stands in TAKE alone: a bot is taken only under a hold of ours, with a compare-and-set on its
+term, and only if it was given back after it had ended or if the hold it ran under is over. A hold is over when the
+slot's row shows another one, and that row is only changed with the evidence of R3 (:mod:`botlease.evidence`): by an
+acquire, by its holder's release, or by BURY. Nonces are never used twice: what is over stays over.
+
+Rows are found by the bot, and by nothing else: CASE and OFFSET 0 hide the other conditions from the planner, which on a
+table without statistics takes them for so selective that it compares everything with everything (measured: 9.5 s for
+500 bots, then 0.04 s).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from botlease.model import How, Lease, Reason
+
+if TYPE_CHECKING:
+    import asyncpg
+
+    from botlease.stores.postgres import PostgresStore
+
+UNPLACED: Final = 0
+"""The slot of a bot that nobody was given yet."""
+LEAVING: Final = -1
+"""The slot of a bot that is to be taken out of the fleet as soon as it has ended."""
+
+ENLIST: Final = """
+INSERT INTO bot_deployments (bot, deployment, first_seen) VALUES ($1, $2, clock_timestamp())
+ON CONFLICT (bot, deployment) DO UPDATE SET first_seen = bot_deployments.first_seen RETURNING generation
+"""
+
+LOOK: Final = """
+SELECT l.bot, l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, l.slot, {timeline} AS timeline,
+  (SELECT d.generation FROM bot_deployments d WHERE d.bot = $1 AND d.deployment = h.deployment) AS generation,
+  a.instance_id AS assigned, a.ended_at IS NOT NULL AS ended,
+  EXISTS (SELECT 1 FROM bot_instances o WHERE o.bot = l.bot AND o.ended_at IS NULL
+          AND o.instance_id IS DISTINCT FROM l.holder
+          AND extract(epoch FROM clock_timestamp() - o.last_heartbeat)::float8 < 3 * l.ttl) AS heirs
+FROM bot_leases l LEFT JOIN bot_instances h ON h.instance_id = l.holder
+  LEFT JOIN bot_instances a ON a.bot = l.bot AND a.is_active
+WHERE l.fleet IS NULL AND l.slot IS NOT NULL AND starts_with(l.bot, $1 || '/')
+"""
+
+# Open: it takes bots. Closed: it takes none, and its bots are for the others.
+MARK: Final = (
+    "UPDATE bot_leases SET slot = $4 WHERE bot = $1 AND holder = $2 AND nonce = $3 AND slot IS DISTINCT FROM $4"
+)
+
+ROWS: Final = """
+SELECT bot, term, beat, nonce, holder, ttl, origin, proof, served, slot, paused FROM bot_leases
+WHERE fleet = $1 AND (slot = $2 OR slot <> ALL($3::int[]))
+"""
+
+OVER: Final = """(l.holder IS NULL AND l.proof = '' OR starts_with(l.proof, $1 || '/') AND NOT EXISTS (
+      SELECT 1 FROM bot_leases s WHERE s.bot = l.proof AND s.holder = l.holder AND s.nonce = l.nonce))"""
+"""The work under the row of a bot has ended. A holder that is no member (a supervisor of its own) is not judged here:
+its row is waited out, and buried."""
+
+TAKE: Final = (
+    """
+WITH hold AS MATERIALIZED (
+  SELECT 1 FROM bot_leases WHERE bot = $3 AND term = $4 AND nonce = $5 AND holder = $2 AND $6 || {timeline} = $7
+), old AS MATERIALIZED (
+  SELECT l.bot, l.term, l.slot, l.renewed_at, l.ttl, s.reason, s.last_beat
+  FROM unnest($9::text[], $10::bigint[], $11::int[]) w(bot, term, slot)
+    CROSS JOIN LATERAL (SELECT * FROM bot_leases x WHERE x.bot = w.bot OFFSET 0) l
+    LEFT JOIN LATERAL (SELECT t.reason, t.last_beat FROM bot_terms t
+                       WHERE t.bot = l.proof AND t.instance_id = l.holder ORDER BY t.term DESC LIMIT 1) s ON TRUE
+  WHERE l.term = w.term AND l.slot = w.slot AND l.slot <> {leaving} AND l.fleet = $1
+), got AS (
+  UPDATE bot_leases l SET
+    term = 1 + greatest(l.term, (SELECT coalesce(max(t.term), 0) FROM bot_terms t WHERE t.bot = l.bot),
+                        CASE WHEN l.origin <> $7 THEN greatest(l.term + {gap}, {era}) ELSE 0 END),
+    beat = 0, nonce = $5, holder = $2, ttl = $8, origin = $7, proof = $3, slot = $12, renewed_at = clock_timestamp()
+  FROM old
+  WHERE l.bot = old.bot AND EXISTS (SELECT 1 FROM hold)
+    AND CASE WHEN l.term = old.term AND l.slot = old.slot AND NOT l.paused
+             THEN l.holder = $2 AND l.nonce = $5 OR """
+    + OVER
+    + """ END
+  RETURNING l.bot, l.term, l.renewed_at AS at, old.renewed_at AS last_beat, old.ttl, old.reason,
+    old.last_beat AS silent,
+    CASE WHEN old.reason IN ('expired', 'died') THEN old.reason ELSE 'released' END AS how
+), closed AS (
+  UPDATE bot_terms t SET released_at = got.at, reason = coalesce(got.reason, 'lease_lost'),
+    last_beat = coalesce(got.silent, got.last_beat), ttl = coalesce(t.ttl, got.ttl)
+  FROM got WHERE t.bot = got.bot AND t.released_at IS NULL
+), opened AS (
+  INSERT INTO bot_terms (bot, term, instance_id, deployment, host, how, acquired_at, probation, ttl)
+  SELECT got.bot, got.term, $2, i.deployment, i.host, got.how, got.at, '', $8
+  FROM got, bot_instances i WHERE i.instance_id = $2
+) SELECT bot, term FROM got
+"""
+)
+
+# Only what was not taken since. An assignment that somebody has changed meanwhile stays as he wants it.
+GIVE: Final = """
+WITH gone AS (
+  UPDATE bot_leases l SET holder = NULL, proof = '', beat = beat + 1, renewed_at = clock_timestamp(),
+    fleet = CASE WHEN l.slot = {leaving} THEN NULL ELSE l.fleet END,
+    slot = CASE WHEN l.slot = {leaving} THEN NULL WHEN l.slot = $4 THEN w.target ELSE l.slot END
+  FROM unnest($5::text[], $6::bigint[], $7::int[]) w(bot, term, target)
+  WHERE l.bot = w.bot AND CASE WHEN l.term = w.term THEN l.holder = $2 AND l.nonce = $3 END
+  RETURNING l.bot, l.term
+), closed AS (
+  UPDATE bot_terms t SET released_at = clock_timestamp(), reason = $8 FROM gone
+  WHERE t.bot = gone.bot AND t.term = gone.term
+) SELECT count(*), pg_notify('botlease', $1) FROM gone HAVING count(*) > 0
+"""
+
+# To whom a bot should go that does not run here: no more than an assignment, so it needs no evidence.
+MOVE: Final = """
+WITH moved AS (
+  UPDATE bot_leases l SET slot = w.target FROM unnest($2::text[], $3::int[], $4::int[]) w(bot, source, target)
+  WHERE l.bot = w.bot AND CASE WHEN l.slot = w.source THEN l.fleet = $1 END RETURNING 1
+) SELECT count(*), pg_notify('botlease', $1) FROM moved HAVING count(*) > 0
+"""
+
+# The row was seen unchanged for as long as any trust in it can last, and a lock-delay longer; or its owner is dead.
+# From now on it reads as released. The instance is marked only where the kernel proved it dead: a frozen one lives on.
+BURY: Final = """
+WITH old AS (
+  SELECT renewed_at, ttl FROM bot_leases WHERE bot = $1
+), gone AS (
+  UPDATE bot_leases SET holder = NULL, proof = '', nonce = $7, beat = beat + 1, renewed_at = clock_timestamp(),
+    slot = CASE WHEN fleet IS NULL THEN -abs(slot) ELSE slot END
+  WHERE bot = $1 AND term = $2 AND beat = $3 AND nonce = $4 AND holder IS NOT DISTINCT FROM $5
+    AND $8 || {timeline} = $9 RETURNING renewed_at
+), closed AS (
+  UPDATE bot_terms t SET released_at = gone.renewed_at, reason = $6, last_beat = old.renewed_at,
+    ttl = coalesce(t.ttl, old.ttl)
+  FROM old, gone WHERE t.bot = $1 AND t.released_at IS NULL
+), buried AS (
+  UPDATE bot_instances SET state = 'stopped', stop_reason = $6, ended_at = clock_timestamp()
+  WHERE $6 = 'died' AND instance_id = $5 AND ended_at IS NULL AND EXISTS (SELECT 1 FROM gone)
+) SELECT 1, pg_notify('botlease', $10) FROM gone
+"""
+
+# As REGISTER (postgres.py) puts a lease in place: one that only the journal knows was lost, and is waited out.
+ADD: Final = """
+INSERT INTO bot_leases AS l (bot, term, beat, nonce, holder, ttl, origin, proof, served, renewed_at, fleet, slot)
+SELECT w.bot, greatest(coalesce(max(t.term), 0), CASE WHEN own.here = own.first THEN 0 ELSE {era} END), 0, $3,
+  CASE WHEN max(t.term) IS NULL AND own.here = own.first THEN NULL ELSE 'unknown' END,
+  greatest($4, max(t.ttl) FILTER (WHERE t.released_at IS NULL)), own.here,
+  CASE WHEN max(t.term) IS NULL AND own.here = own.first THEN '' ELSE '-' END, 0, clock_timestamp(), $1, {unplaced}
+FROM unnest($2::text[]) w(bot) CROSS JOIN (SELECT $5 || {timeline} AS here, origin AS first FROM botlease_schema) own
+  LEFT JOIN bot_terms t ON t.bot = w.bot
+GROUP BY w.bot, own.here, own.first
+ON CONFLICT (bot) DO UPDATE SET fleet = $1, slot = {unplaced} WHERE l.fleet IS NULL OR l.slot = {leaving}
+RETURNING bot
+"""
+REMOVE: Final = (
+    """
+WITH gone AS (
+  UPDATE bot_leases l SET
+    fleet = CASE WHEN over THEN NULL ELSE l.fleet END, slot = CASE WHEN over THEN NULL ELSE {leaving} END,
+    holder = CASE WHEN over THEN NULL ELSE l.holder END, proof = CASE WHEN over THEN '' ELSE l.proof END
+  FROM (SELECT l.bot, l.term, """
+    + OVER
+    + """ AS over FROM bot_leases l WHERE l.fleet = $1 AND l.bot = ANY($2::text[])) o
+  WHERE l.bot = o.bot AND CASE WHEN l.term = o.term THEN l.fleet = $1 END RETURNING l.bot, o.over
+), closed AS (
+  UPDATE bot_terms t SET released_at = clock_timestamp(), reason = 'lease_lost'
+  FROM gone WHERE t.bot = gone.bot AND gone.over AND t.released_at IS NULL
+) SELECT bot FROM gone
+"""
+)
+NOTIFY: Final = "SELECT pg_notify('botlease', $1)"
+BOTS: Final = """
+SELECT bot, term, slot, paused, holder FROM bot_leases WHERE fleet = $1 ORDER BY bot
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    number: int
+    is_open: bool
+    lease: Lease
+    generation: int
+    """Of its holder's deployment in this fleet; 0: there is no holder."""
+    assigned: str | None
+    ended: bool
+    """The instance that should hold it is no more."""
+    heirs: bool
+    """Somebody else stands by for this very slot."""
+
+    @property
+    def held(self) -> bool:
+        return self.lease.holder is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A bot of the fleet."""
+
+    bot: str
+    slot: int
+    paused: bool
+    lease: Lease
+    ours: bool
+    """Held under our own hold."""
+
+    @property
+    def term(self) -> int:
+        return self.lease.term
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """One term of one slot's lease."""
+
+    fleet: str
+    number: int
+    instance_id: str
+    term: int
+    nonce: str
+    origin: str
+    ttl: float
+
+    @property
+    def name(self) -> str:
+        return slot_name(self.fleet, self.number)
+
+
+def slot_name(fleet: str, number: int) -> str:
+    """No bot of its own can be called so: names have no slash."""
+    return f"{fleet}/{number}"
+
+
+class PostgresFleet:
+    """Over the connection of the store, beside the renewals: no statement is long (batches), and none waits."""
+
+    def __init__(self, store: PostgresStore) -> None:
+        self._store = store
+
+    def _sql(self, text: str) -> str:
+        from botlease.model import TERM_GAP
+
+        for name, value in (("leaving", LEAVING), ("unplaced", UNPLACED), ("gap", TERM_GAP)):
+            text = text.replace("{" + name + "}", str(value))
+        return self._store.filled(text)
+
+    async def _fetch(self, deadline: float, sql: str, *args: Any) -> list[Any]:
+        async def work(c: asyncpg.Connection) -> list[Any]:
+            system = self._store.system  # known once connected
+            return list(await c.fetch(self._sql(sql), *(system if a is SYSTEM else a for a in args)))
+
+        return await self._store.call(deadline, work)
+
+    async def enlist(self, fleet: str, deployment: str, deadline: float) -> int:
+        """The generation of our deployment in this fleet."""
+        (row,) = await self._fetch(deadline, ENLIST, fleet, deployment)
+        return int(row["generation"])
+
+    async def look(self, fleet: str, deadline: float) -> tuple[list[Slot], str]:
+        """The slots, and which database has answered ("" if there are none)."""
+        rows = await self._fetch(deadline, LOOK, fleet)
+        origin = self._store.system + rows[0]["timeline"] if rows else ""
+        return [
+            Slot(
+                abs(r["slot"]),
+                r["slot"] > 0,
+                _lease(r),
+                r["generation"] or 0 if r["holder"] else 0,
+                r["assigned"],
+                bool(r["ended"]),
+                r["heirs"],
+            )
+            for r in rows
+        ], origin
+
+    async def mark(self, hold: Hold, deadline: float, *, is_open: bool) -> None:
+        number = hold.number if is_open else -hold.number
+        await self._fetch(deadline, MARK, hold.name, hold.instance_id, hold.nonce, number)
+
+    async def rows(self, hold: Hold, open_slots: Sequence[int], deadline: float) -> list[Row]:
+        """The bots of our slot, and those of no open one."""
+        found = await self._fetch(deadline, ROWS, hold.fleet, hold.number, list(open_slots))
+        held = (hold.instance_id, hold.nonce)
+        return [Row(r["bot"], r["slot"], r["paused"], _lease(r), (r["holder"], r["nonce"]) == held) for r in found]
+
+    async def take(self, hold: Hold, bots: Iterable[tuple[str, int, int]], deadline: float) -> list[tuple[str, int]]:
+        """Begin a term of each of these (bot, its term and slot as they were seen) under our hold. Returns those that
+        were granted."""
+        names, terms, slots = _columns(bots)
+        found = await self._fetch(
+            deadline,
+            TAKE,
+            *(hold.fleet, hold.instance_id, hold.name, hold.term, hold.nonce, SYSTEM, hold.origin, hold.ttl),
+            *(names, terms, slots, hold.number),
+        )
+        return [(r["bot"], r["term"]) for r in found]
+
+    async def give(self, hold: Hold, bots: Iterable[tuple[str, int, int]], reason: Reason, deadline: float) -> None:
+        """End these terms (bot, term, the slot to go to): nothing of them may run any more."""
+        names, terms, targets = _columns(bots)
+        await self._fetch(
+            deadline,
+            GIVE,
+            *(hold.fleet, hold.instance_id, hold.nonce, hold.number, names, terms, targets, str(reason)),
+        )
+
+    async def move(self, fleet: str, bots: Iterable[tuple[str, int, int]], deadline: float) -> None:
+        """Assign bots (bot, from which slot, to which one)."""
+        await self._fetch(deadline, MOVE, fleet, *_columns(bots))
+
+    async def bury(self, fleet: str, bot: str, lease: Lease, origin: str, how: How, deadline: float) -> bool:
+        """End the term of a slot, or of a bot, on the evidence of :class:`botlease.evidence.Evidence`."""
+        fresh = os.urandom(8).hex()
+        found = await self._fetch(deadline, BURY, bot, *lease.key, str(how), fresh, SYSTEM, origin, fleet)
+        return bool(found)
+
+    async def add(self, fleet: str, bots: Iterable[str], ttl: float, deadline: float) -> list[str]:
+        """Returns the ones that are now in the fleet and were not. One of another fleet stays there."""
+        fresh = os.urandom(8).hex()
+        found = await self._fetch(deadline, ADD, fleet, sorted(set(bots)), fresh, ttl, SYSTEM)
+        await self._fetch(deadline, NOTIFY, fleet)
+        return [r["bot"] for r in found]
+
+    async def remove(self, fleet: str, bots: Iterable[str], deadline: float) -> list[str]:
+        """Returns the ones that were in the fleet. What runs is stopped first."""
+        found = await self._fetch(deadline, REMOVE, fleet, sorted(set(bots)))
+        await self._fetch(deadline, NOTIFY, fleet)
+        return [r["bot"] for r in found]
+
+    async def bots(self, fleet: str, deadline: float) -> list[dict[str, Any]]:
+        return [dict(r) for r in await self._fetch(deadline, BOTS, fleet)]
+
+
+SYSTEM: Final = object()
+"""Stands for the store's system id in arguments, which is known when it is connected."""
+
+
+def _lease(r: Any) -> Lease:
+    return Lease(r["term"], r["beat"], r["nonce"], r["holder"], float(r["ttl"]), r["origin"], r["proof"], r["served"])
+
+
+def _columns(rows: Iterable[tuple[Any, ...]]) -> list[list[Any]]:
+    return [list(c) for c in zip(*rows, strict=True)] or [[], [], []]
