@@ -131,9 +131,9 @@ def test_pruning_does_not_lift_a_quarantine(world: World) -> None:
 
 def test_status_shows_a_handover_on_its_way_and_a_deployment_in_quarantine(sqlite_world: World) -> None:
     world = sqlite_world
-    old = world.run("--deployment", "v1", bot=world.bot(slow=9), ttl="3")
+    old = world.run("--deployment", "v1", bot=world.bot(slow=9), ttl="10")
     world.works(1)
-    warm = world.run("--deployment", "v2", "--warm", bot=world.bot(start=4.0, gate="fd"), ttl="3")
+    warm = world.run("--deployment", "v2", "--warm", bot=world.bot(start=4.0, gate="fd"), ttl="10")
     seen = []
 
     def step() -> bool:
@@ -251,7 +251,7 @@ def test_with_several_bots_the_one_that_is_meant_must_be_named(sqlite_world: Wor
 
 def test_another_bots_name_in_the_environment_stops_nobody(sqlite_world: World) -> None:
     world = sqlite_world
-    world.run("--name", "b")
+    world.run("--name", "b", ttl="10")
     world.works(1)
     for env in ({"BOTLEASE_NAME": "typo"}, {"TELEGRAM_BOT_TOKEN": "777:AA-the-token-of-another-bot"}):
         for args in (["pause"], ["deactivate"], ["history"], ["wait", "--active", "--timeout", "1"]):
