@@ -35,3 +35,14 @@ node_bots() {
   echo "installing the Node bots into tests/bots/node (once)" >&2
   (cd tests/bots/node && npm ci --omit=optional --no-audit --no-fund --loglevel=error >/dev/null) || true
 }
+
+# What is compared with, in an environment of its own: nothing of it may come near to what we depend on.
+peers() {
+  stamp=.venv-peers/.installed
+  if [ -f "$stamp" ] && [ ! requirements/peers.txt -nt "$stamp" ]; then return 0; fi
+  [ -x .venv-peers/bin/python ] || .venv/bin/python -m venv .venv-peers || return 1
+  echo "installing requirements/peers.txt into .venv-peers (once)" >&2
+  "${uv:-$(command -v uv || echo .venv/bin/uv)}" pip install --quiet --compile-bytecode --python .venv-peers/bin/python \
+    --require-hashes -r requirements/peers.txt || return 1
+  touch "$stamp"
+}

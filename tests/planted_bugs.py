@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 from botlease import core
 from botlease.evidence import Evidence
+from botlease.model import How
 from botlease.stores import sqlitefile
 
 Bug = Callable[[], Any]
@@ -198,7 +199,7 @@ def no_lock_delay() -> Iterator[None]:
 
 @bug
 def no_lock_delay_after_a_death_that_followed_an_expiry() -> Iterator[None]:
-    with patch.object(Evidence, "unsettled", lambda e, how, rooted, timing, now: how is core.How.EXPIRED):
+    with patch.object(Evidence, "unsettled", lambda e, how, rooted, timing, now: how is How.EXPIRED):
         yield
 
 

@@ -13,6 +13,7 @@ BOTS = [f"bot{n}" for n in range(300)]
 slots = st.sets(st.integers(1, 40), min_size=1, max_size=8)
 
 
+@settings(deadline=None)  # a busy machine
 @given(slots, st.integers(41, 50))
 def test_a_slot_that_comes_or_goes_moves_only_its_own_bots(before: set[int], new: int) -> None:
     a, b = sorted(before), sorted(before | {new})
@@ -20,7 +21,7 @@ def test_a_slot_that_comes_or_goes_moves_only_its_own_bots(before: set[int], new
         assert place(bot, b) in (new, place(bot, a))
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(slots)
 def test_every_slot_gets_its_share(numbers: set[int]) -> None:
     bots = [f"b{n}" for n in range(4000)]
@@ -61,6 +62,7 @@ rows = st.lists(
 running = st.dictionaries(st.sampled_from(BOTS[:20]), st.integers(1, 3), max_size=8)
 
 
+@settings(deadline=None)
 @given(rows, running, st.integers(0, 4), st.booleans())
 def test_a_plan_starts_what_belongs_here_and_keeps_nothing_that_does_not(
     seen: list[Row], run: dict[str, int], room: int, calm: bool

@@ -213,15 +213,20 @@ async def within(deadline: float, work: Coroutine[Any, Any, T], abandon: Callabl
     try:
         done, _ = await asyncio.wait({task}, timeout=max(deadline, 0.001))
     except asyncio.CancelledError:
-        task.cancel()
-        abandon()
+        _give_up(task, abandon)
         raise
     if done:
         return task.result()
+    _give_up(task, abandon)
+    raise StoreError(f"no answer within {deadline:.2g} s")
+
+
+def _give_up(task: asyncio.Future[Any], abandon: Callable[[], None]) -> None:
+    """The connection is dropped first, and the loop hears of it before the cancellation: a driver that is cancelled on
+    a living connection opens another one to say so."""
     task.add_done_callback(_forget)
     abandon()
-    task.cancel()
-    raise StoreError(f"no answer within {deadline:.2g} s")
+    asyncio.get_running_loop().call_soon(task.cancel)
 
 
 def _forget(task: asyncio.Future[Any]) -> None:

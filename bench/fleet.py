@@ -1,0 +1,75 @@
+"""Ten thousand bots in one program over four processes: what they cost, and what happens when one is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from servers import Postgres
+from test_fleet import Members, add, boot, names, verify
+
+from bench import floors
+
+BOTS, TTL = 10_000, 10.0
+
+
+def once(folder: Path, url: str, seconds: float, wrap: tuple[str, ...]) -> dict[str, float]:
+    folder.mkdir()
+    m = Members(folder, url)
+    out: dict[str, float] = {}
+    try:
+        began = time.monotonic()
+        asyncio.run(add(url, *names(BOTS)))
+        out["add"] = time.monotonic() - began
+        began = time.monotonic()
+        for _ in range(4):
+            m.start("v1", *wrap, ttl=TTL)
+        before = m.settled(BOTS, {0, 1, 2, 3}, 120)
+        out["start"] = time.monotonic() - began
+        time.sleep(3)
+        members = [run.children()[0] if wrap else run.pid for run in m.runs]
+        used, at = floors.cpu(members), boot()
+        time.sleep(seconds)
+        out["cpu"] = (floors.cpu(members) - used) / (boot() - at) / 4 * 3600
+        out["pss"] = floors.pss(members) / 4
+        victim = m.runs[1]
+        if wrap:
+            os.kill(members[1], signal.SIGKILL)
+        killed = boot()
+        m.kill(victim)
+        after = m.settled(BOTS, {0, 2, 3}, 120)
+        spans = m.spans()
+        out["again"] = max(begin for s in spans.values() for begin, _, _, _ in s) - killed
+        out["bound"] = TTL * 1.01 + 1.0 + 1.0
+        out["moved"] = sum(after[bot] != before[bot] for bot in before if before[bot] != 1)
+        m.assert_at_most_one()
+        verify(url)
+    finally:
+        with contextlib.suppress(OSError):
+            m.close()
+    return out
+
+
+def measure(folder: Path, postgres: Postgres, say: Callable[[str], None], *, quick: bool) -> dict[str, Any]:
+    import asyncpg
+
+    async def create(name: str) -> None:
+        connection = await asyncpg.connect(postgres.url())
+        await connection.execute(f"CREATE DATABASE {name}")
+        await connection.close()
+
+    out: dict[str, Any] = {}
+    for name, wrap in (("same host", ()), ("another host", floors.namespace())):
+        if name == "another host" and not wrap:
+            continue
+        database = name.replace(" ", "_")
+        asyncio.run(create(database))
+        out[name] = once(folder / database, postgres.url(database), 5 if quick else 30, wrap)
+        say(f"fleet of {BOTS:,}, killed on {name}: {out[name]}")
+    return out

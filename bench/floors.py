@@ -1,0 +1,130 @@
+"""What the machine itself takes: the floors that figures stand beside. And how processes are measured."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from statistics import median
+
+
+def ms(values: list[float]) -> str:
+    values = sorted(values)
+    return f"{median(values) * 1000:.1f} ms median, {values[-1] * 1000:.1f} max of {len(values)}"
+
+
+def p99(values: list[float]) -> float:
+    values = sorted(values)
+    return values[min(len(values) - 1, int(len(values) * 0.99))]
+
+
+def cpu(pids: list[int]) -> float:
+    """Seconds of processor time so far, to the nanosecond where the kernel tells."""
+    total = 0.0
+    for pid in pids:
+        try:
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                total += int((task / "schedstat").read_text().split()[0]) / 1e9
+        except OSError:
+            continue  # it has just ended
+    return total
+
+
+def pss(pids: list[int]) -> float:
+    """MB; what is shared with others counts by its share."""
+    total = 0
+    for pid in pids:
+        try:
+            for row in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                if row.startswith("Pss:"):
+                    total += int(row.split()[1])
+        except OSError:
+            continue
+    return total / 1024
+
+
+@cache
+def namespace() -> tuple[str, ...]:
+    """A pid namespace of its own, so that no kernel can prove a death: another host, as far as botlease can tell."""
+    command = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+    try:
+        return command if subprocess.run([*command, "true"], capture_output=True).returncode == 0 else ()
+    except FileNotFoundError:
+        return ()
+
+
+def timed(command: list[str], n: int, env: dict[str, str] | None = None) -> list[float]:
+    out = []
+    for _ in range(n):
+        began = time.perf_counter()
+        subprocess.run(command, env=env, check=True, stderr=subprocess.DEVNULL)
+        out.append(time.perf_counter() - began)
+    return out
+
+
+def measure(child: tuple[str, ...], folder: Path, n: int) -> dict[str, list[float]]:
+    """Seconds each: a start of the child up to its first stamp; Pythons; a commit on SQLite."""
+    starts = []
+    for i in range(n):
+        path = folder / f"floor{i}"
+        began = time.clock_gettime(time.CLOCK_BOOTTIME)
+        process = subprocess.Popen([*child, str(path)])
+        while not (path.exists() and b"\n" in path.read_bytes()):
+            time.sleep(0.001)
+        starts.append(float(path.read_text().split()[2]) - began)
+        process.kill()
+        process.wait()
+    return {
+        "start of the child (python -I -S)": starts,
+        "python -c pass": timed([sys.executable, "-c", "pass"], n),
+        "python -c 'import asyncio'": timed([sys.executable, "-c", "import asyncio"], n),
+        "a commit on SQLite": _commits(folder, n),
+        "flock: to a waiting process": _flock(folder, n),
+    }
+
+
+def _commits(folder: Path, n: int) -> list[float]:
+    import sqlite3
+
+    db = sqlite3.connect(folder / "floor.db", isolation_level=None)
+    db.execute("CREATE TABLE t (a)")
+    db.execute("INSERT INTO t VALUES (0)")
+    out = []
+    for _ in range(n * 3):
+        began = time.perf_counter()
+        db.execute("UPDATE t SET a = a + 1")
+        out.append(time.perf_counter() - began)
+    db.close()
+    return out
+
+
+def _flock(folder: Path, n: int) -> list[float]:
+    """Unlock here, locked there."""
+    import fcntl
+
+    out = []
+    path = folder / "floor.lock"
+    for _ in range(n):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(fd)
+            other = os.open(path, os.O_RDWR)
+            os.write(write, b"x")
+            fcntl.flock(other, fcntl.LOCK_EX)
+            os.write(write, f"{time.clock_gettime(time.CLOCK_BOOTTIME):.9f}".encode())
+            os._exit(0)
+        os.read(read, 1)
+        time.sleep(0.01)
+        began = time.clock_gettime(time.CLOCK_BOOTTIME)
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        out.append(float(os.read(read, 64)) - began)
+        os.waitpid(pid, 0)
+        for each in (fd, read, write):
+            os.close(each)
+    return out

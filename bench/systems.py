@@ -1,0 +1,165 @@
+"""What is compared: each system with its version, its settings and the command that runs a bot under it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harness import BOTLEASE, clean_env
+
+from bench import ROOT
+
+PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
+HOLDER = str(ROOT / "bench" / "holder.py")
+CHILD = (sys.executable, "-I", "-S", str(ROOT / "tests" / "witness.py"))
+WHO = ("--who", "1")
+"""The child says whose it is: in namespaces numbers of processes are given more than once."""
+
+
+@dataclass
+class System:
+    """``command(url, key, child)`` runs the child while it has the lock of ``key``."""
+
+    name: str
+    server: str
+    """Which one it needs: postgres, etcd, redis, zookeeper, consul, file."""
+    ttl: float
+    """Seconds after which a lease that nobody renews is over; 0: the lock is held by a session or a process."""
+    settings: str
+    command: Callable[[str, str, tuple[str, ...]], list[str]]
+    scheme: str = "{server}"
+    env: Callable[[str, str], dict[str, str]] = lambda url, key: {}
+    group: bool = False
+    """It does not pass a signal on: as a platform does, the whole group gets it."""
+    package: str = ""
+    ours: bool = False
+    exclusive: bool = True
+    """False: a second one works at once, and the first finds out."""
+    bare: bool = False
+    """It can be measured without a child, in-process."""
+    missing: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def version(self) -> str:
+        if self.ours:
+            import botlease
+
+            return botlease.__version__
+        if self.package and PEERS_PYTHON.exists():
+            code = f"import importlib.metadata as m; print(m.version({self.package!r}))"
+            done = subprocess.run([PEERS_PYTHON, "-c", code], capture_output=True, text=True)
+            return done.stdout.strip() or "?"
+        return ""
+
+
+def _library(peer: str, ttl: float) -> Callable[[str, str, tuple[str, ...]], list[str]]:
+    return lambda url, key, child: [str(PEERS_PYTHON), HOLDER, peer, url, key, f"{ttl:g}", *child]
+
+
+def library(
+    name: str, server: str, ttl: float, settings: str, package: str, peer: str = "", scheme: str = ""
+) -> System:
+    peer = peer or name
+    return System(
+        name,
+        server,
+        ttl,
+        settings,
+        _library(peer, ttl or 10),
+        scheme=scheme or "{server}",
+        package=package,
+        bare=peer not in ("seed", "notifelect"),
+        exclusive=peer not in ("seed", "notifelect"),
+    )
+
+
+def _ours(*options: str) -> Callable[[str, str, tuple[str, ...]], list[str]]:
+    return lambda url, key, child: [*BOTLEASE, "run", "--name", key, "--deployment", "v1", *options, "--", *child]
+
+
+def ours(name: str, server: str, ttl: float, settings: str, *options: str) -> System:
+    return System(
+        name,
+        server,
+        ttl,
+        settings,
+        _ours("--ttl", f"{ttl:g}", *options),
+        scheme="sqlite:///{file}" if server == "file" else "{server}",
+        env=lambda url, key: {"BOTLEASE_DATABASE_URL": url},
+        ours=True,
+    )
+
+
+def systems() -> list[System]:
+    return [
+        ours("botlease, SQLite", "file", 10, "defaults"),
+        ours("botlease, PostgreSQL", "postgres", 10, "defaults"),
+        ours("botlease-fast, PostgreSQL", "postgres", 3, "--ttl 3"),
+        System("flock", "file", 0, "util-linux", lambda url, key, child: ["flock", url, *child], group=True),
+        System("flock -o", "file", 0, "the child does not have it", lambda url, key, child: ["flock", "-o", url, *child], group=True),
+        library("filelock", "file", 0, "defaults", "filelock"),
+        library("pg-advisory", "postgres", 0, "psycopg 3, blocking", "psycopg"),
+        library("sqlalchemy-dlock", "postgres", 0, "defaults", "sqlalchemy-dlock"),
+        library("pals", "postgres", 0, "defaults", "pals"),
+        library("tooz-pg", "postgres", 0, "defaults", "tooz", "tooz"),
+        library("tooz-etcd", "etcd", 30, "defaults", "tooz", "tooz", "etcd3+http://127.0.0.1:{port}"),
+        library("tooz-etcd-fast", "etcd", 2, "timeout 2 s", "tooz", "tooz", "etcd3+http://127.0.0.1:{port}?timeout=2"),
+        library("tooz-redis", "redis", 30, "defaults", "tooz", "tooz", "redis://127.0.0.1:{port}"),
+        library("tooz-redis-fast", "redis", 2, "timeout 2 s", "tooz", "tooz", "redis://127.0.0.1:{port}?timeout=2&lock_timeout=2"),
+        library("tooz-zk", "zookeeper", 10, "defaults", "tooz", "tooz", "zookeeper://127.0.0.1:{port}"),
+        library("redis-py", "redis", 10, "10 s, extended each third by us", "redis"),
+        library("redis-py-fast", "redis", 2, "2 s", "redis", "redis-py"),
+        library("python-redis-lock", "redis", 10, "10 s, auto_renewal", "python-redis-lock"),
+        library("kazoo", "zookeeper", 10, "session 10 s", "kazoo", scheme="127.0.0.1:{port}"),
+        library("kazoo-fast", "zookeeper", 4, "session 4 s, the server's least", "kazoo", "kazoo", "127.0.0.1:{port}"),
+        library("dislock", "postgres", 60, "defaults; waits by our loop of 1 s", "dislock"),
+        library("mithril", "redis", 30, "defaults, auto_renewal", "mithril-locks"),
+        library("mithril-fast", "redis", 2, "ttl 2 s, auto_renewal", "mithril-locks", "mithril"),
+        System(
+            "etcdctl lock", "etcd", 10, "defaults",
+            lambda url, key, child: ["etcdctl", "--endpoints", url, "lock", key, *child],
+            scheme="127.0.0.1:{port}", env=lambda url, key: {"ETCDCTL_API": "3"},
+        ),
+        System(
+            "etcdctl lock-fast", "etcd", 2, "--ttl 2",
+            lambda url, key, child: ["etcdctl", "--endpoints", url, "lock", "--ttl", "2", key, *child],
+            scheme="127.0.0.1:{port}", env=lambda url, key: {"ETCDCTL_API": "3"},
+        ),
+        System(
+            "consul lock", "consul", 15, "defaults",
+            lambda url, key, child: ["consul", "lock", f"-http-addr={url}", key, *child],
+            scheme="127.0.0.1:{port}",
+        ),
+        System(
+            "single-beat", "redis", 5, "defaults",
+            lambda url, key, child: [str(PEERS_PYTHON.parent / "single-beat"), *child],
+            env=lambda url, key: {"SINGLE_BEAT_REDIS_SERVER": url, "SINGLE_BEAT_IDENTIFIER": key},
+            package="single-beat",
+        ),
+        library("notifelect-fast", "postgres", 1.5, "1 s + 0.5 s", "notifelect", "notifelect"),
+        library("seed's plain design", "postgres", 10, "heartbeat 10 s", "psycopg", "seed"),
+        library("seed-fast", "postgres", 1, "heartbeat 1 s", "psycopg", "seed"),
+    ]  # fmt: skip
+
+
+def environment(system: System, url: str, key: str) -> dict[str, str]:
+    return clean_env(**system.env(url, key)) | {"PYTHONDONTWRITEBYTECODE": ""}
+
+
+def unavailable(system: System, servers: dict[str, str]) -> str:
+    """Why it cannot be measured here, or nothing. ``servers``: what is wrong with each that did not start."""
+    if system.server in servers:
+        return servers[system.server]
+    if (system.package and not system.ours) and not PEERS_PYTHON.exists():
+        return "its packages are not installed (scripts/bench --peers installs them)"
+    program = system.command("u", "k", ())[0]
+    return (
+        ""
+        if shutil.which(program, path=f"{PEERS_PYTHON.parent}:{os.environ['PATH']}") or Path(program).exists()
+        else f"{program} is not installed"
+    )
