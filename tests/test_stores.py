@@ -112,6 +112,44 @@ class TestThroughPgBouncer(TestPostgres):
             pooler.stop()
 
 
+@pytest.mark.skipif(not has_pgbouncer(), reason="PgBouncer is not installed (Debian: apt-get install pgbouncer)")
+async def test_a_pooler_that_passes_for_a_server_costs_an_attempt_and_no_more(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some hand the server's process id through. What was prepared is then on another connection."""
+    real = PostgresStore._identify
+
+    async def passes_for_a_server(self: PostgresStore, connection: asyncpg.Connection) -> int:
+        await real(self, connection)
+        return int(connection.get_server_pid())
+
+    monkeypatch.setattr(PostgresStore, "_identify", passes_for_a_server)
+    port = int(postgres_url.split(":")[-1].split("/")[0])
+    pooler = PgBouncer(port, 2)
+    url = postgres_url.replace(f":{port}/", f":{pooler.port}/")
+    store = PostgresStore(url)
+    store.listens = False
+    try:
+        await store.open(DEADLINE)
+        await store.register(registration("i"), DEADLINE)
+        await store.read("bot", "i", DEADLINE)
+        assert not store.pooled
+        other = await asyncpg.connect(url, statement_cache_size=0)
+        failed = 0
+        for _ in range(6):
+            async with other.transaction():  # takes the server connection that the store has just used
+                await other.fetchval("SELECT 1")
+                try:
+                    await store.read("bot", "i", DEADLINE)
+                except StoreError:
+                    failed += 1
+        await other.close()
+        assert failed == 1
+    finally:
+        await store.aclose()
+        pooler.stop()
+
+
 async def test_a_direct_connection_is_not_taken_for_a_pooler(postgres_url: str) -> None:
     store = PostgresStore(postgres_url)
     await store.open(DEADLINE)

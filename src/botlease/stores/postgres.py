@@ -16,6 +16,7 @@ import json
 import os
 import re
 from collections.abc import Awaitable, Callable
+from hashlib import blake2b
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
@@ -55,8 +56,8 @@ PRIVILEGES: Final = {
 """What a role needs that only runs bots, where another one has made the tables."""
 
 CONNECT_LIMIT: Final = 10.0
-PLAN_AHEAD: Final = 0.5
-"""Seconds after a read: whoever starts has something better to do than to plan."""
+PLAN_AHEAD: Final = 0.2
+"""Seconds after a registration or a read: whoever starts has something better to do than to plan."""
 
 # Which incarnation of the database answers. The timeline changes with every promotion, and the function fails
 # on a standby, so a stale replica can never be believed. Some hosted PostgreSQL do not have it.
@@ -292,6 +293,7 @@ class PostgresStore:
         self._connection: asyncpg.Connection | None = None
         self._connecting: asyncio.Task[asyncpg.Connection] | None = None
         self._limited = 0
+        self._prepares = True
         self._prepared: dict[str, Any] = {}
         self._planning: asyncio.TimerHandle | None = None
         self._later: asyncio.Future[None] | None = None
@@ -335,6 +337,8 @@ class PostgresStore:
                 | asyncpg.ObjectNotInPrerequisiteStateError
                 | asyncpg.InvalidCachedStatementError,  # somebody has altered the tables
             )
+            if isinstance(e, asyncpg.InvalidSQLStatementNameError | asyncpg.DuplicatePreparedStatementError):
+                moved, self._prepares = True, False  # a pooler that passes for a server
             if moved or not isinstance(e, asyncpg.PostgresError) or (self._connection and self._connection.is_closed()):
                 self._drop()
             raise _explain(e, self._dsn) from None
@@ -379,10 +383,12 @@ class PostgresStore:
         """The first row of a statement that is asked often, or whose answer somebody waits for. It is planned once for
         each connection (planning takes two thirds of the time of an acquire: measured), but not behind a pooler, where
         the next one may go to another server process."""
-        if self.pooled:
+        if not self._prepares or self.pooled:
             return await connection.fetchrow(sql, *args)
         if sql not in self._prepared:
-            self._prepared[sql] = await connection.prepare(sql)
+            # Named after its text: should the next transaction be another server's, no name means something else there.
+            name = f"botlease_{blake2b(sql.encode(), digest_size=8).hexdigest()}"
+            self._prepared[sql] = await connection.prepare(sql, name=name)
         return await self._prepared[sql].fetchrow(*args)
 
     async def _plan_ahead(self) -> None:
@@ -536,16 +542,22 @@ class PostgresStore:
             )
             return await self._view(c, me.bot, me.instance_id)
 
-        return await self.call(deadline, work)
+        view = await self.call(deadline, work)
+        self._plan_soon()
+        return view
 
     async def read(self, bot: str, instance_id: str, deadline: float) -> View:
         view = await self.call(deadline, lambda c: self._view(c, bot, instance_id))
-        if not self._planned() and self._planning is None:
-            self._planning = asyncio.get_running_loop().call_later(PLAN_AHEAD, self._plan)
+        self._plan_soon()
         return view
 
+    def _plan_soon(self) -> None:
+        if not self._planned() and self._planning is None:
+            self._planning = asyncio.get_running_loop().call_later(PLAN_AHEAD, self._plan)
+
     def _planned(self) -> bool:
-        return self.pooled or (self.filled(ACQUIRE) in self._prepared and RELEASE in self._prepared)
+        done = self.filled(ACQUIRE) in self._prepared and RELEASE in self._prepared
+        return done or self.pooled or not self._prepares
 
     def _plan(self) -> None:
         self._planning = None
