@@ -50,6 +50,11 @@ def main(
     subprocess.run([sys.executable, "-m", "compileall", "-q", "src"], check=True, cwd=ROOT)
     todo = [part for part in PARTS if not parts or part in parts]
     found: dict[str, Any] = {}
+
+    def keep(**more: object) -> None:
+        if path:
+            Path(path).write_text(json.dumps(found | more))
+
     with compare.laboratory(say) as lab, tempfile.TemporaryDirectory(prefix="botlease-bench-") as name:
         folder = Path(name)
         found["versions"] = lab.versions
@@ -59,7 +64,7 @@ def main(
         for part in todo:
             match part:
                 case "peers":
-                    found["peers"] = compare.measure(lab, [*chosen], say, quick=quick)
+                    found["peers"] = compare.measure(lab, [*chosen], say, lambda rows: keep(peers=rows), quick=quick)
                 case "own":
                     found["own"] = own.measure(folder, lab.servers["postgres"], say, quick=quick)
                 case "gateway":
@@ -68,8 +73,7 @@ def main(
                     found["fleet"] = fleet.measure(folder, lab.servers["postgres"], say, quick=quick)
                 case _:
                     found["capacity"] = capacity.measure(lab.servers["postgres"], say, quick=quick)
-            if path:
-                Path(path).write_text(json.dumps(found))
+            keep()
     if write or (len(todo) == len(PARTS) and not chosen and not quick):
         click.echo(f"written: {page.write(found).relative_to(ROOT)}")
     if checking:

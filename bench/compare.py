@@ -382,9 +382,12 @@ def _jobs(lab: Lab, system: System, *, quick: bool) -> Iterator[Job]:
     yield "start-up", lambda: start_up(lab, system, min(n, 15))
 
 
-def measure(lab: Lab, chosen: list[str], say: Say, *, quick: bool) -> list[dict[str, Any]]:
-    """Every system whose name has one of ``chosen`` in it (all, if that is empty), one after the other."""
-    out = []
+def measure(
+    lab: Lab, chosen: list[str], say: Say, keep: Callable[[list[dict[str, Any]]], object], *, quick: bool
+) -> list[dict[str, Any]]:
+    """Every system whose name has one of ``chosen`` in it (all, if that is empty), one by one. ``keep``: called
+    with all that is known after each, for who may be cut off."""
+    out: list[dict[str, Any]] = []
     for system in systems():
         if chosen and not any(c in system.name for c in chosen):
             continue
@@ -402,6 +405,7 @@ def measure(lab: Lab, chosen: list[str], say: Say, *, quick: bool) -> list[dict[
             except (Gone, subprocess.TimeoutExpired, OSError, ValueError) as e:
                 row[name] = {"failed": f"{type(e).__name__}: {e}"}
             say(f"{system.name}: {name}: {_short(row[name])} ({time.monotonic() - began:.0f} s)")
+        keep(out)
     return out
 
 

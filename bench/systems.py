@@ -54,7 +54,11 @@ class System:
             code = f"import importlib.metadata as m; print(m.version({self.package!r}))"
             done = subprocess.run([PEERS_PYTHON, "-c", code], capture_output=True, text=True)
             return done.stdout.strip() or "?"
-        return ""
+        program = self.command("u", "k", ())[0]
+        said = subprocess.run(
+            [program, "version" if program == "etcdctl" else "--version"], capture_output=True, text=True
+        )
+        return next((word for word in said.stdout.split() if word[0].isdigit()), "")
 
 
 def _library(peer: str, ttl: float) -> Callable[[str, str, tuple[str, ...]], list[str]]:
@@ -122,12 +126,12 @@ def systems() -> list[System]:
         library("mithril-fast", "redis", 2, "ttl 2 s, auto_renewal", "mithril-locks", "mithril"),
         System(
             "etcdctl lock", "etcd", 10, "defaults",
-            lambda url, key, child: ["etcdctl", "--endpoints", url, "lock", key, *child],
+            lambda url, key, child: ["etcdctl", "--endpoints", url, "lock", key, "--", *child],
             scheme="127.0.0.1:{port}", env=lambda url, key: {"ETCDCTL_API": "3"},
         ),
         System(
             "etcdctl lock-fast", "etcd", 2, "--ttl 2",
-            lambda url, key, child: ["etcdctl", "--endpoints", url, "lock", "--ttl", "2", key, *child],
+            lambda url, key, child: ["etcdctl", "--endpoints", url, "lock", "--ttl", "2", key, "--", *child],
             scheme="127.0.0.1:{port}", env=lambda url, key: {"ETCDCTL_API": "3"},
         ),
         System(

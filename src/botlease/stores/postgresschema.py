@@ -172,10 +172,21 @@ ALTER TABLE bot_leases ADD COLUMN fleet text, ADD COLUMN slot integer;
 CREATE INDEX bot_leases_fleet ON bot_leases (fleet, slot) WHERE fleet IS NOT NULL;
 CREATE INDEX bot_leases_slots ON bot_leases (slot) WHERE fleet IS NULL AND slot IS NOT NULL;
 DROP TRIGGER botlease_occupancy ON bot_leases;
+CREATE OR REPLACE FUNCTION botlease_lease() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  PERFORM pg_notify('botlease', coalesce(NEW.fleet, NEW.bot));
+  RETURN NULL;
+END $$;
+-- of a bot in a fleet: that its supervisor of before has let it go, and nothing of what members do
 CREATE TRIGGER botlease_occupancy AFTER UPDATE ON bot_leases FOR EACH ROW
-  WHEN ((OLD.holder IS DISTINCT FROM NEW.holder AND NEW.fleet IS NULL) OR OLD.fleet IS DISTINCT FROM NEW.fleet)
-  EXECUTE FUNCTION botlease_notify();
-CREATE FUNCTION botlease_in_fleet() RETURNS trigger LANGUAGE plpgsql AS $$
+  WHEN ((OLD.holder IS DISTINCT FROM NEW.holder
+         AND (NEW.fleet IS NULL OR NEW.holder IS NULL AND NOT starts_with(OLD.proof, NEW.fleet || '/')))
+        OR OLD.fleet IS DISTINCT FROM NEW.fleet)
+  EXECUTE FUNCTION botlease_lease();
+DROP TRIGGER botlease_pause ON bot_leases;
+CREATE TRIGGER botlease_pause AFTER UPDATE ON bot_leases FOR EACH ROW
+  WHEN (OLD.paused IS DISTINCT FROM NEW.paused) EXECUTE FUNCTION botlease_lease();
+CREATE OR REPLACE FUNCTION botlease_in_fleet() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
   RAISE EXCEPTION 'the bot % is in the fleet %, which alone may run it', NEW.bot, NEW.fleet;
 END $$;

@@ -1,0 +1,88 @@
+"""scripts/bench: what it says of figures. The figures themselves are measured, not tested."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench import check, page, plot  # noqa: E402 - after its folder
+from bench.systems import systems  # noqa: E402
+
+
+def figures(**ours: Any) -> dict[str, Any]:
+    row = {
+        **{
+            "name": "botlease, PostgreSQL",
+            "ours": True,
+            "server": "postgres",
+            "ttl": 10,
+            "settings": "",
+            "version": "1",
+        },
+        "handover": {"gap": [0.015, 0.016], "total": [0.02, 0.02], "overlap": 0.0},
+        "crash": {"took": [0.03]},
+        "supervisor stopped": {"overlap": [0.0], "took over": 1, "still": 0, "runs": 1},
+        "idle": {w: {"cpu": 1.0, "pss": 20.0, "requests": 0.5} for w in ("holder", "standby")},
+        "start-up": [0.1, 0.11],
+    }
+    peer = row | {"name": "pg <advisory>", "ours": False, "ttl": 0, "in-process": {"gap": [0.002]}}
+    peer |= {"supervisor stopped": {"overlap": [3.0], "took over": 1, "still": 1, "runs": 1}}
+    gone = {"name": "consul lock", "ours": False, "missing": "consul is not installed"}
+    floors = {"start of the child (python -I -S)": [0.01], "python -c 'import asyncio'": [0.06]}
+    return {"floors": floors, "versions": {"PostgreSQL": "15"}, "peers": [row | ours, peer, gone]}
+
+
+def test_figures_within_their_bounds_break_nothing_and_each_that_is_beyond_is_named() -> None:
+    assert check.broken(figures()) == []
+    slow = figures(handover={"gap": [0.5], "total": [0.5], "overlap": 0.1})
+    assert [line.split(":")[1] for line in check.broken(slow)] == [" planned gap", " overlap"]
+    two = figures(**{"supervisor stopped": {"overlap": [0.001], "took over": 1, "still": 0, "runs": 1}})
+    assert "overlap, supervisor stopped" in check.broken(two)[0]
+    fat = figures(idle={w: {"cpu": 1.0, "pss": 27.0, "requests": 0.5} for w in ("holder", "standby")})
+    assert len(check.broken(fat)) == 2
+
+
+def test_a_slow_machine_breaks_no_bound() -> None:
+    found = figures()
+    slow = figures(handover={"gap": [0.075], "total": [0.1], "overlap": 0.0}, crash={"took": [0.15]})
+    slow["peers"][0]["start-up"] = [0.5]
+    slow["floors"] = {name: [v * 5 for v in values] for name, values in found["floors"].items()}
+    assert check.broken(slow) == []
+
+
+def test_the_page_names_what_was_not_measured_and_what_overlapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(page, "ROOT", tmp_path)
+    monkeypatch.setattr(page, "PLOTS", tmp_path / "docs" / "benchmarks")
+    text = page.write(figures()).read_text()
+
+    assert "not measured: consul lock: consul is not installed" in text
+    assert "| pg <advisory> | – | **3,000** (1 of 1 still open) | – |" in text
+    assert "| **botlease, PostgreSQL** | 15.5 / 16.0 / 16.0 |" in text
+    for drawing in (tmp_path / "docs" / "benchmarks").glob("*.svg"):
+        assert f"benchmarks/{drawing.name}" in text
+        ElementTree.fromstring(drawing.read_text())
+
+
+def test_a_plot_reaches_from_the_median_to_the_far_end_and_is_drawn_for_any_figures() -> None:
+    for rows in ([("a", 0.02, 0.0, True)], [("a", 1.0, 1.0, False), ("b", 12_345.0, 99_999.0, True)]):
+        drawing = ElementTree.fromstring(plot.bars("t", "ms", rows))
+        assert len(drawing.findall("{*}rect")) == len(rows)
+
+
+def test_every_peer_of_the_issue_is_compared_or_named() -> None:
+    names = " ".join(s.name for s in systems())
+    for peer in (
+        *("flock", "filelock", "etcdctl", "consul", "tooz-pg", "tooz-etcd", "tooz-redis", "kazoo", "redis-py"),
+        *("python-redis-lock", "sqlalchemy-dlock", "pals", "dislock", "mithril", "single-beat", "notifelect", "seed"),
+    ):
+        assert peer in names
