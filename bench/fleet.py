@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from harness import until
 from servers import Postgres
-from test_fleet import Members, add, boot, names, verify
+from test_fleet import Members, add, boot, names, placed, verify
 
 from bench import floors
 
@@ -30,8 +31,10 @@ def once(folder: Path, url: str, seconds: float, wrap: tuple[str, ...]) -> dict[
         began = time.monotonic()
         for _ in range(4):
             m.start("v1", *wrap, ttl=TTL)
-        before = m.settled(BOTS, {0, 1, 2, 3}, 120)
+        m.settled(BOTS, {0, 1, 2, 3}, 120)
         out["start"] = time.monotonic() - began
+        until(lambda: placed(url, BOTS, 4) or time.sleep(0.3), 120)
+        before = m.settled(BOTS, {0, 1, 2, 3}, 20)
         time.sleep(3)
         members = [run.children()[0] if wrap else run.pid for run in m.runs]
         used, at = floors.cpu(members), boot()

@@ -319,11 +319,22 @@ def test_as_pid_1_it_stops_on_sigterm_and_buries_orphans(sqlite_world: World) ->
         text=True,
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == "0\n"
-    (first,) = [p for p in descendants(process.pid) if "botlease" in Path(f"/proc/{p}/cmdline").read_text()][:1]
-    os.kill(first, signal.SIGTERM)
-    assert process.wait(15) == 0
-    process.stdout.close()
+
+    def is_ours(pid: int) -> bool:
+        try:
+            return "botlease" in Path(f"/proc/{pid}/cmdline").read_text()
+        except OSError:  # it has just ended
+            return False
+
+    try:
+        assert process.stdout.readline() == "0\n"
+        first = next(p for p in descendants(process.pid) if is_ours(p))
+        os.kill(first, signal.SIGTERM)
+        assert process.wait(15) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 def test_nothing_of_a_token_or_a_password_is_ever_said(postgres_url: str, tmp_path: Path) -> None:

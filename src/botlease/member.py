@@ -259,10 +259,13 @@ class Member:
             if self._is_judged(row):
                 await self._judge(row.lease, row.bot, origin, now)
         stopping = sum(r.to is not None for r in self.running.values())
+        settled = [row for row in rows if row.bot in self.running or self._is_settled(row, now)]
+        if len(settled) < len(rows):
+            self._rows_at = min(self._rows_at, now + self.timing.renew_every / 4)
         p = placement.plan(
             self.number,
             sorted(self._slots),
-            [row for row in rows if row.bot in self.running or self._is_settled(row, now)],
+            settled,
             {bot: r.term.number for bot, r in self.running.items()},
             room=ROOM - stopping,
             calm=now >= self._calm_at,
