@@ -14,10 +14,10 @@ from typing import Any
 import asyncpg
 from servers import Postgres, postgres_bindir
 
-from bench import floors
 from botlease.model import Held
 from botlease.stores import Registration
 from botlease.stores.postgres import RENEW, PostgresStore
+from botlease.work.tree import descendants
 
 CORES = os.cpu_count() or 1
 FILL = """
@@ -63,6 +63,19 @@ async def growth(url: str, sizes: tuple[int, ...], n: int) -> dict[int, dict[str
     return out
 
 
+def used(postgres: Postgres) -> float:
+    """Seconds of processor time of the whole server: of those that live, and of those that have ended."""
+    assert postgres.process is not None
+    total = 0.0
+    for pid in [postgres.process.pid, *descendants(postgres.process.pid)]:
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        total += sum(int(f) for f in fields[11:15]) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
 def holders(postgres: Postgres, url: str, rate: int, seconds: int) -> dict[str, float]:
     """``rate`` renewals a second from 64 connections (pgbench, prepared, as our store does it): what the server took
     for them, and by how much it fell behind."""
@@ -75,7 +88,7 @@ def holders(postgres: Postgres, url: str, rate: int, seconds: int) -> dict[str, 
         file.write(f"\\set n random(1, 5000)\n{script};\n")
         file.flush()
         Path(file.name).chmod(0o644)
-        before, began = floors.cpu(postgres.processes("")), time.monotonic()
+        before, began = used(postgres), time.monotonic()
         done = subprocess.run(
             [
                 *(str(postgres_bindir() / "pgbench"), "-n", "-M", "prepared", "-f", file.name, "-c", "64", "-j", "2"),
@@ -85,7 +98,7 @@ def holders(postgres: Postgres, url: str, rate: int, seconds: int) -> dict[str, 
             text=True,
         )
         span = time.monotonic() - began
-        after = floors.cpu(postgres.processes(""))
+        after = used(postgres)
     if done.returncode:
         raise RuntimeError(done.stderr[-300:])
     found = {k: float(v) for k, v in re.findall(r"(tps|latency average) = ([\d.]+)", done.stdout)}
