@@ -127,12 +127,12 @@ def systems() -> list[System]:
         System(
             "etcdctl lock", "etcd", 10, "defaults",
             lambda url, key, child: ["etcdctl", "--endpoints", url, "lock", key, "--", *child],
-            scheme="127.0.0.1:{port}", env=lambda url, key: {"ETCDCTL_API": "3"},
+            scheme="127.0.0.1:{port}", env=lambda url, key: {"ETCDCTL_API": "3"}, group=True,
         ),
         System(
             "etcdctl lock-fast", "etcd", 2, "--ttl 2",
             lambda url, key, child: ["etcdctl", "--endpoints", url, "lock", "--ttl", "2", key, "--", *child],
-            scheme="127.0.0.1:{port}", env=lambda url, key: {"ETCDCTL_API": "3"},
+            scheme="127.0.0.1:{port}", env=lambda url, key: {"ETCDCTL_API": "3"}, group=True,
         ),
         System(
             "consul lock", "consul", 15, "defaults",
