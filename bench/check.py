@@ -1,8 +1,8 @@
 """What must not become worse. Times are judged by their ratio to a floor of the same run, never by themselves: the
 floor is as slow as the machine. Memory, bytes and counts are the same on every machine.
 
-Each bound is some half above what was measured (docs/benchmarks.md); the spread of one run to the next is a tenth to a
-third.
+Memory, WAL and statements are bounded by what the design asks for. The ratios of times are first guesses, to be set
+from the first whole run.
 """
 
 from __future__ import annotations

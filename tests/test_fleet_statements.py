@@ -15,10 +15,10 @@ from unittest.mock import patch
 
 import pytest
 
-from botlease.model import Held, How, Probation, Reason
+from botlease.model import LEAVING, Held, How, Probation, Reason
 from botlease.stores import Registration, StoreError, postgresfleet
 from botlease.stores.postgres import PostgresStore
-from botlease.stores.postgresfleet import LEAVING, Hold, PostgresFleet, Row, Slot, slot_name
+from botlease.stores.postgresfleet import Hold, PostgresFleet, Row, Slot, slot_name
 
 LIMIT = 20.0
 SLOTS = (1, 2, 3)

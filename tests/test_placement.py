@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from botlease.placement import LEAVING, UNPLACED, Plan, choose, place, plan
+from botlease.model import LEAVING, UNPLACED
+from botlease.placement import Plan, choose, place, plan
 
 BOTS = [f"bot{n}" for n in range(300)]
 slots = st.sets(st.integers(1, 40), min_size=1, max_size=8)

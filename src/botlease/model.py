@@ -19,6 +19,12 @@ TRIES: Final = 2
 luck (the database, the machine); a third would only cost the healthy one's time."""
 
 
+UNPLACED: Final = 0
+"""The slot of a fleet's bot that nobody was given yet."""
+LEAVING: Final = -1
+"""The slot of a bot that is to be taken out of its fleet as soon as it has ended."""
+
+
 class TimingError(ValueError):
     """The timings contradict each other; the message shows the arithmetic."""
 

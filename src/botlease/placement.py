@@ -14,10 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Final, Protocol
+from typing import Protocol
 
-UNPLACED: Final = 0
-LEAVING: Final = -1
+from botlease.model import LEAVING
 
 
 def weight(bot: str, slot: int) -> int:

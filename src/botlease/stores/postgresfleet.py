@@ -22,17 +22,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from botlease.model import How, Lease, Reason
+from botlease.model import LEAVING, TERM_GAP, UNPLACED, How, Lease, Reason
 
 if TYPE_CHECKING:
     import asyncpg
 
     from botlease.stores.postgres import PostgresStore
-
-UNPLACED: Final = 0
-"""The slot of a bot that nobody was given yet."""
-LEAVING: Final = -1
-"""The slot of a bot that is to be taken out of the fleet as soon as it has ended."""
 
 ENLIST: Final = """
 INSERT INTO bot_deployments (bot, deployment, first_seen) VALUES ($1, $2, clock_timestamp())
@@ -249,14 +244,12 @@ def slot_name(fleet: str, number: int) -> str:
 
 
 class PostgresFleet:
-    """Over the connection of the store, beside the renewals: no statement is long (batches), and none waits."""
+    """Over the connection of the store, beside the renewals: writes come in batches, which are the caller's affair."""
 
     def __init__(self, store: PostgresStore) -> None:
         self._store = store
 
     def _sql(self, text: str) -> str:
-        from botlease.model import TERM_GAP
-
         for name, value in (("leaving", LEAVING), ("unplaced", UNPLACED), ("gap", TERM_GAP)):
             text = text.replace("{" + name + "}", str(value))
         return self._store.filled(text)

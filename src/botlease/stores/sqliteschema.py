@@ -77,8 +77,8 @@ WHEN NEW.is_active AND NOT OLD.is_active AND NEW.bot IS NOT NULL AND NEW.beat = 
   WHERE instance_id = NEW.instance_id;
 END;
 """
-# Versions 3 and 4 are PostgreSQL's: here the inbox of the Bot API gateway has a file of its own
-# (stores/sqliteinbox.py), and nobody has rights that another one lacks.
+# Versions 3 to 5 are PostgreSQL's: here the inbox of the Bot API gateway has a file of its own
+# (stores/sqliteinbox.py), nobody has rights that another one lacks, and there are no fleets.
 UPGRADES: Final = {2: UPGRADE_2, 3: "", 4: "", 5: ""}
 
 
