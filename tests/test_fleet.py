@@ -425,8 +425,9 @@ async def test_a_stop_that_comes_before_there_is_a_slot_is_heard(postgres_url: s
         await task
 
 
+@pytest.mark.parametrize("stopping", [False, True])
 async def test_a_bot_that_does_not_end_though_another_may_have_it_takes_its_process_with_it(
-    postgres_url: str, tmp_path: Path
+    postgres_url: str, tmp_path: Path, stopping: bool
 ) -> None:
     program = tmp_path / "deaf.py"
     program.write_text(
@@ -435,7 +436,7 @@ async def test_a_bot_that_does_not_end_though_another_may_have_it_takes_its_proc
         "    print('runs', flush=True)\n"
         "    while True:\n"
         "        try: await asyncio.sleep(60)\n"
-        "        except asyncio.CancelledError: pass\n"
+        "        except asyncio.CancelledError: print('told', flush=True)\n"
         "asyncio.run(botlease.Fleet('fleet', run, deployment='v1', ttl=1.5).run())\n"
     )
     await add(postgres_url, "b")
@@ -448,6 +449,9 @@ async def test_a_bot_that_does_not_end_though_another_may_have_it_takes_its_proc
     assert process.stdout is not None
     await process.stdout.readline()
     connection = await asyncpg.connect(postgres_url)
+    if stopping:  # which it does not heed
+        await connection.execute("UPDATE bot_leases SET paused = TRUE WHERE bot = 'b'")
+        await process.stdout.readline()
     await connection.execute("DELETE FROM bot_leases WHERE bot = 'b'")
     await connection.close()
     async with asyncio.timeout(5):

@@ -342,15 +342,14 @@ class Member:
     # Stopping --------------------------------------------------------------------------------------------------------
 
     def _stop(self, r: _Running, to: int, reason: Reason) -> None:
-        if reason is Reason.LOST:
-            r.term._over = True  # somebody else may have it
+        if reason is Reason.LOST and r.reason is not Reason.LOST:
+            r.reason, r.term._over = reason, True  # somebody else may have it
+            asyncio.get_running_loop().call_later(LAST_WORDS, self._still_there, r)
         if r.to is not None:
             if reason in UNKNOWN and r.settling is not None and not r.settling.done():
                 r.settling.cancel()  # no time to settle any more; it cancels the bot when it is done
             return
         r.to, r.reason = to, reason
-        if reason is Reason.LOST:
-            asyncio.get_running_loop().call_later(LAST_WORDS, self._still_there, r)
         if r.share.settle is None or reason in UNKNOWN or r.task.done():
             self._cancel_one(r)
         else:
@@ -390,8 +389,7 @@ class Member:
         self._unstarted.clear()
         for reason, bots in by_reason.items():
             for some in batches(bots):
-                if some:
-                    await self.fleet.give(hold, some, reason, self.timing.attempt)
+                await self.fleet.give(hold, some, reason, self.timing.attempt)
 
     async def _leave(self) -> None:
         """The hold ends: stop everything, hand the bots on, and say that the work has ended."""
