@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def sleeper(env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
 
 def take(number: int) -> int:
     """A stranger, no child of ours, that gets this number, which must be free."""
+    time.sleep(2 / os.sysconf("SC_CLK_TCK"))  # who starts in the same tick of the kernel's clock cannot be told apart
     (read, write) = os.pipe()
     if os.fork() == 0:  # in between, so that the stranger falls to the first process of the namespace
         NUMBERS.write_text(str(number - 1))
