@@ -29,7 +29,7 @@ def say(text: str) -> None:
 @click.option("--only", "parts", multiple=True, type=click.Choice(PARTS), help="Only this part; may be repeated.")
 @click.option("--system", "chosen", multiple=True, metavar="NAME", help="Only the systems whose name has this in it.")
 @click.option("--check", "checking", is_flag=True, help="Against the bounds of bench/check.py; 1 if one is broken.")
-@click.option("--json", "path", type=click.Path(dir_okay=False), help="Write all figures there.")
+@click.option("--json", "path", type=click.Path(dir_okay=False), help="Keep all figures there, and go on from there.")
 @click.option("--write", is_flag=True, help="Write docs/benchmarks.md, which a whole run does by itself.")
 def main(
     quick: bool, parts: tuple[str, ...], chosen: tuple[str, ...], checking: bool, path: str | None, write: bool
@@ -37,7 +37,8 @@ def main(
     """Measure handover, crash, overlap, memory, idle cost and start-up of botlease and of its peers; what many bots
     cost; how many leases a PostgreSQL server carries. Each figure stands beside its floor of the same run.
 
-    A whole run takes an hour or two, and wants the machine for itself. It writes docs/benchmarks.md.
+    A whole run takes an hour or two, and wants the machine for itself. It writes docs/benchmarks.md. With --json it
+    may be cut off: what is there is not measured again, only the floors are measured once more, and count together.
 
     \b
     scripts/bench --check                       ten minutes: our own figures against their bounds
@@ -49,7 +50,15 @@ def main(
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     subprocess.run([sys.executable, "-m", "compileall", "-q", "src"], check=True, cwd=ROOT)
     todo = [part for part in PARTS if not parts or part in parts]
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"quick": quick, "floors": {}}
+    if path and Path(path).exists():
+        try:
+            found = json.loads(Path(path).read_text())
+            same = found["quick"] is quick
+        except (ValueError, KeyError, TypeError):
+            raise click.UsageError(f"{path} is not a file of figures: name another one") from None
+        if not same:
+            raise click.UsageError(f"{path} is of a run {'without' if quick else 'with'} --quick: name another one")
 
     def keep(**more: object) -> None:
         if path:
@@ -58,13 +67,18 @@ def main(
     with compare.laboratory(say) as lab, tempfile.TemporaryDirectory(prefix="botlease-bench-") as name:
         folder = Path(name)
         found["versions"] = lab.versions
-        found["floors"] = floors.measure(CHILD, folder, 10 if quick else 30)
-        for what, values in found["floors"].items():
+        for what, values in floors.measure(CHILD, folder, 10 if quick else 30).items():
+            found["floors"][what] = found["floors"].get(what, []) + values
             say(f"floor: {what}: {floors.ms(values)}")
         for part in todo:
+            if part in found and part != "peers":
+                continue
             match part:
                 case "peers":
-                    found["peers"] = compare.measure(lab, [*chosen], say, lambda rows: keep(peers=rows), quick=quick)
+                    known = found.get("peers", [])
+                    found["peers"] = compare.measure(
+                        lab, [*chosen], say, lambda rows: keep(peers=rows), known, quick=quick
+                    )
                 case "own":
                     found["own"] = own.measure(folder, lab.servers["postgres"], say, quick=quick)
                 case "gateway":

@@ -383,13 +383,19 @@ def _jobs(lab: Lab, system: System, *, quick: bool) -> Iterator[Job]:
 
 
 def measure(
-    lab: Lab, chosen: list[str], say: Say, keep: Callable[[list[dict[str, Any]]], object], *, quick: bool
+    lab: Lab,
+    chosen: list[str],
+    say: Say,
+    keep: Callable[[list[dict[str, Any]]], object],
+    known: list[dict[str, Any]],
+    *,
+    quick: bool,
 ) -> list[dict[str, Any]]:
-    """Every system whose name has one of ``chosen`` in it (all, if that is empty), one by one. ``keep``: called
-    with all that is known after each, for who may be cut off."""
-    out: list[dict[str, Any]] = []
+    """Every system whose name has one of ``chosen`` in it (or all) and that is not ``known``, one by one.
+    ``keep``: called with all that is known after each, for who may be cut off."""
+    out = [*known]
     for system in systems():
-        if chosen and not any(c in system.name for c in chosen):
+        if (chosen and not any(c in system.name for c in chosen)) or system.name in [row["name"] for row in known]:
             continue
         row: dict[str, Any] = {"name": system.name, "settings": system.settings, "version": system.version()}
         row |= {"ttl": system.ttl, "server": system.server, "ours": system.ours}

@@ -86,3 +86,19 @@ def test_every_peer_of_the_issue_is_compared_or_named() -> None:
         *("python-redis-lock", "sqlalchemy-dlock", "pals", "dislock", "mithril", "single-beat", "notifelect", "seed"),
     ):
         assert peer in names
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [("not figures", "is not a file of figures"), ('{"quick": true, "floors": {}}', "is of a run with --quick")],
+)
+def test_a_run_goes_on_only_from_figures_of_its_own_kind(tmp_path: Path, text: str, why: str) -> None:
+    from click.testing import CliRunner
+
+    from bench.__main__ import main
+
+    path = tmp_path / "figures.json"
+    path.write_text(text)
+    done = CliRunner().invoke(main, ["--json", str(path)])
+    assert done.exit_code == 2 and why in done.output
+    assert path.read_text() == text
