@@ -150,9 +150,10 @@ class World:
         self.log(f"the platform restarts version {deployment.version}")
         return await self.deploy(deployment.version)
 
-    async def first_reply(self) -> None:
+    async def reply(self, limit: float) -> None:
+        """Until the bot answers somebody."""
         count = len(self.replies)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(limit):
             while len(self.replies) == count:
                 await asyncio.sleep(0.02)
 

@@ -75,7 +75,8 @@ class World:
         bot, me, nonce = slot_name(self.name, number), f"{self.prefix}i{self.count}", f"n{self.count}"
         view = await m.store.register(Registration(me, bot, "d", "h", 1, "1", 10.0), LIMIT)
         lease = view.lease
-        assert lease is not None
+        if lease is None:  # somebody has just deleted it
+            return
         holder = self.by_nonce(lease.nonce)
         if (lease.holder is not None or lease.proof) and holder is not None and holder.trusted:
             return

@@ -130,12 +130,12 @@ def test_started_again_fifty_times_a_broken_deployment_costs_the_healthy_one_not
 def test_a_warm_newcomer_goes_on_within_milliseconds_of_the_acquire(world: World, gate: str) -> None:
     world.run("--deployment", "v1")
     world.works(1)
-    new = world.run("--deployment", "v2", "--warm", bot=world.bot(start=0.7, gate=gate))
+    new = world.run("--deployment", "v2", "--warm", bot=world.bot(start=2.0, gate=gate))
     new.says("ready: ")
     until(lambda: world.terms() == [1, 2])
 
     assert world.overlap() == 0
-    assert world.gap(2) < 0.25  # its own start takes 0.7 s
+    assert world.gap(2) < 1.0  # its own start takes 2 s; milliseconds, where the machine is not busy with tests
 
 
 def test_a_newcomer_that_dies_before_its_gate_disturbs_nobody(sqlite_world: World) -> None:
@@ -164,7 +164,7 @@ def test_a_warm_bot_is_not_started_twice_and_is_ended_with_its_supervisor(sqlite
 
 
 def test_a_superseded_warm_instance_warms_up_again_and_takes_back_at_once(world: World) -> None:
-    old = world.run("--deployment", "v1", "--warm", bot=world.bot(start=0.3, gate="fd"))
+    old = world.run("--deployment", "v1", "--warm", bot=world.bot(start=1.5, gate="fd"))
     world.works(1)
     new = world.run("--deployment", "v2")
     until(lambda: world.terms() == [1, 2])
@@ -174,7 +174,7 @@ def test_a_superseded_warm_instance_warms_up_again_and_takes_back_at_once(world:
     new.signal(signal.SIGKILL)
     until(lambda: world.terms() == [1, 2, 3])
 
-    assert world.overlap() == 0 and world.gap(3) < 0.25
+    assert world.overlap() == 0 and world.gap(3) < 1.0  # its own start takes 1.5 s
 
 
 def test_a_warm_bot_that_dies_while_its_instance_is_passive_is_warmed_up_again(sqlite_world: World) -> None:
@@ -257,6 +257,7 @@ def test_a_hung_bot_alone_is_started_again_within_its_term(sqlite_world: World, 
     run = world.run(
         *("--healthy-if", str(beat), "--healthy-within", "0.6", "--max-crashes", "9"),
         bot=world.bot(touch=beat, hang=0.3),
+        ttl="6",  # a slow disk must not end the term
     )
     run.says("nobody else can take over")
     world.works(2)
@@ -274,7 +275,7 @@ def test_a_holder_whose_bot_is_dead_inside_gives_the_term_up(sqlite_world: World
     hangs = world.run("--deployment", "v1", *healthy, bot=world.bot(hang=1.0, **option))
     world.works(1)
     world.run("--deployment", "v1")
-    until(lambda: world.terms() == [1, 2])
+    until(lambda: world.terms()[:2] == [1, 2])  # a slow disk may cost the second one its lease, and give it back
 
     assert hangs.wait() == 70 and "it made no progress" in hangs.text()
     assert world.overlap() == 0
