@@ -42,7 +42,7 @@ def _bounds(found: dict[str, Any]) -> Iterator[tuple[str, float, float, str]]:
             yield f"{name}: start-up", median(row["start-up"]) / python, 3.0, "Pythons with asyncio"
     own = found.get("own")
     if own:
-        yield "holder's statements", own["PostgreSQL writes"]["holder"]["statements"], 0.62, "/s"
+        yield "holder's statements", own["PostgreSQL writes"]["holder"]["statements"], 0.52, "/s"
         yield "WAL of a renewal", own["PostgreSQL writes"]["holder"]["wal"], 250.0, "B"
         yield "renewals that are not HOT", 1 - own["PostgreSQL writes"]["holder"]["hot"], 0.0, "of 1"
         lock = median(own["advisory lock"])

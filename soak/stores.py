@@ -210,13 +210,12 @@ class Leases(RuleBasedStateMachine):
                 deadline=DEADLINE,
             )
         )
-        may = (
-            view.lease.key == self.row
-            and self.active == me
-            and me in self.joined - self.ended
-            and not self.paused
-            and not elsewhere
-        )
+        key, row = view.lease.key, self.row
+        if how is How.RELEASED and key[3] is not None:  # just its release
+            fits = row is not None and (row[0], *row[2:]) == (key[0], key[2], None) and row[1] > key[1]
+        else:
+            fits = key == row
+        may = fits and self.active == me and me in self.joined - self.ended and not self.paused and not elsewhere
         assert (grant is not None) is may, (grant, view.lease.key, self.row, self.active)
         if grant is not None:
             assert grant.term > self.highest and grant.term > floor
@@ -225,6 +224,28 @@ class Leases(RuleBasedStateMachine):
             self.held.append((me, Held(grant.term, nonce)))
             self.begun.append(grant.term)
             self.deleted = False
+
+    @precondition(lambda self: self.held and self.is_row(*self.held[-1]) and not self.paused)
+    @rule(name=who, n=which, renewed=st.booleans(), how=st.sampled_from((How.RELEASED, How.EXPIRED)))
+    def take_unread(self, name: str, n: int, renewed: bool, how: How) -> None:
+        """What was seen as held, by whoever is assigned then; in between it is released, or renewed once more."""
+        me, hold = self.held[-1]
+        if self.id(name) in self.ended or self.id(name) == me:
+            return
+        self.do_register(name, "d2", n)
+        view = self.now()
+        assert self.row is not None
+        if renewed:
+            beat = self.row[1] + 1
+            assert target.run(self.store(n).renew(self.bot, me, hold, beat, DEADLINE))
+            self.row = (self.row[0], beat, *self.row[2:])
+            self.held[-1] = (me, hold._replace(beats=(beat,)))
+        else:
+            end = {"reason": Reason.SUPERSEDED, "pass_on": False, "leave": False, "deadline": DEADLINE}
+            assert target.run(self.store(n).release(self.bot, me, hold, **end))
+            self.row = (self.row[0], self.row[1] + 1, self.row[2], None)
+        self.promote(name, n)
+        self.do_acquire(self.id(name), view, n, how)
 
     def hold(self, data: st.DataObject) -> tuple[str, Held]:
         """Some hold there was: the last one, an older one, or one that somebody has tampered with."""

@@ -133,6 +133,12 @@ Acquire(i) ==
   /\ (R8 => ~s[i].stop) /\ row.term < MaxTerm
   /\ How(i) # "none" /\ Ask(i, "acquire", How(i))
 
+\* The release of a hold that was seen, taken without another look: the acquire asks for it in the row itself.
+Unread(i) ==
+  /\ Awake(i) /\ s[i].ph = "standby" /\ Idle(i) /\ s[i].key.who \in Inst \ {i} /\ ~s[i].doubt
+  /\ (R8 => ~s[i].stop) /\ row.term < MaxTerm
+  /\ How(i) = "none" /\ Ask(i, "acquire", "unread")
+
 Renew(i) == /\ Awake(i) /\ s[i].ph \in {"hold", "work", "drain"} /\ Idle(i)
             /\ s[i].until > 0 /\ s[i].until < Trust /\ Ask(i, "renew", "none")
 
@@ -154,9 +160,13 @@ Served(m, ok, term) == net' = net \ {m} /\ Told(m, ok, term)
 Mine(m) == row.there /\ row.who = m.i /\ row.term = m.term
 Forget(ok, term) == flight' = IF ok /\ flight.term = term THEN NoFlight ELSE flight
 
+\* What an acquire says it saw.
+Fits(m) == /\ m.tl = tl
+           /\ IF m.how = "unread" THEN Key = [m.key EXCEPT !.who = 0] ELSE Key = m.key /\ m.cur
+
 Serve(m) ==
   \/ /\ m.v = "acquire"
-     /\ IF row.there /\ asg = m.i /\ (R4 => (Key = m.key /\ m.cur /\ m.tl = tl)) /\ row.term < MaxTerm
+     /\ IF row.there /\ asg = m.i /\ (R4 => Fits(m)) /\ row.term < MaxTerm
         THEN LET t == row.term + 1 + (IF R6 /\ row.rtl # tl THEN tl ELSE 0) IN
              /\ prev' = row
              /\ row' = [there |-> TRUE, term |-> t, who |-> m.i, rtl |-> tl,
@@ -308,7 +318,7 @@ Next ==
   \/ Tick \/ Edit \/ FailOver \/ Delete
   \/ \E m \in net : Serve(m) \/ Lose(m)
   \/ \E a \in ans : Answer(a)
-  \/ \E i \in Inst : Read(i) \/ PutBack(i) \/ Claim(i) \/ Acquire(i) \/ Renew(i) \/ Release(i)
+  \/ \E i \in Inst : Read(i) \/ PutBack(i) \/ Claim(i) \/ Acquire(i) \/ Unread(i) \/ Renew(i) \/ Release(i)
        \/ GiveBack(i) \/ GiveUp(i) \/ Start(i) \/ Drain(i) \/ Ends(i) \/ Unheld(i) \/ Kernel(i) \/ Gone(i)
        \/ Pause(i) \/ Resume(i) \/ Crash(i) \/ Stop(i) \/ Leave(i) \/ Fail(i)
 

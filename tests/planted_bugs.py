@@ -25,6 +25,9 @@ def bug(f: Callable[[], Iterator[None]]) -> Callable[[], Iterator[None]]:
     return f
 
 
+HOLD = "AND term = :term AND nonce = :nonce"
+
+
 @contextmanager
 def sql(name: str, old: str, new: str) -> Iterator[None]:
     text = getattr(sqlitefile, name)
@@ -122,7 +125,28 @@ def takeover_by_the_clock_of_the_database_alone() -> Iterator[None]:
 
 @bug
 def acquire_without_compare_and_set() -> Iterator[None]:
-    with sql("ACQUIRE", "AND term = :term AND beat = :beat AND nonce = :nonce AND holder IS :holder", ""):
+    with sql("ACQUIRE", HOLD, ""), sql("ACQUIRE", "ELSE beat = :beat AND holder IS :holder", "ELSE TRUE"):
+        yield
+
+
+@bug
+def a_hold_that_may_have_been_released_is_taken_for_released() -> Iterator[None]:
+    with sql("ACQUIRE", "THEN holder IS NULL AND proof = '' AND beat > :beat", "THEN TRUE"):
+        yield
+
+
+@bug
+def a_release_is_taken_unread_from_a_row_that_went_backwards() -> Iterator[None]:
+    real = Evidence.may_be_taken_unread
+
+    def wrong(e: Any, lease: Any) -> bool:
+        return real(replace(e, doubted=False), lease)
+
+    with (
+        patch.object(Evidence, "may_be_taken_unread", wrong),
+        sql("ACQUIRE", HOLD, ""),
+        sql("ACQUIRE", "AND proof = '' AND beat > :beat", ""),
+    ):
         yield
 
 

@@ -50,6 +50,14 @@ def _replace(obj: Any, /, **changes: Any) -> Any:
 core.replace = _replace  # type: ignore[attr-defined]
 
 
+def seen_or_its_release(row: Any, q: core.Question) -> bool:
+    """Whether this may be acquired: what had been seen, or, of a holder, just its release."""
+    term, beat, nonce, holder = q.key
+    if q.how is not How.RELEASED or holder is None:
+        return bool(row.key == q.key)
+    return (row.term, row.nonce, row.holder, row.proof) == (term, nonce, None, "") and row.beat > beat
+
+
 class Violation(AssertionError):
     """An invariant was broken; the message carries the seed that shows it."""
 
@@ -196,7 +204,8 @@ class Node:
     def boot(self) -> None:
         plan = self.world.plan
         monitored = plan.ailing and self.number % 2 == 0
-        me = core.Candidate(self.name, Mode.PREEMPT, warm=plan.warm, monitored=monitored, leaves=plan.leaves)
+        told = self.number % 3 > 0
+        me = core.Candidate(self.name, Mode.PREEMPT, plan.warm, monitored, told, plan.leaves)
         self.state = core.start(me, self.timing, self.local())
         self.world.trace(f"{self.name} starts ({self.deployment})")
         self.feed(core.Tick())
@@ -600,7 +609,7 @@ class World:
                     return core.Denied(q.serial)
                 if db.read(BOT, me).paused:
                     raise Violation(f"seed {self.seed}: {me} acquired while the bot is paused")
-                if row is None or row.key != q.key:
+                if row is None or not seen_or_its_release(row, q):
                     raise Violation(f"seed {self.seed}: {me} acquired {row} which it had seen as {q.key}")
                 self.granted = max(self.granted, grant.term)
                 node.hows[grant.term] = q.how
@@ -609,7 +618,7 @@ class World:
                 return self.changed(core.Granted(q.serial, grant.term, nonce, grant.origin))
             case core.Verb.RENEW:
                 assert q.held is not None
-                renewal = db.renew(BOT, me, q.held, q.beat)
+                renewal = db.renew(BOT, me, q.held, q.beat, q.label)
                 if renewal is None:
                     return core.Denied(q.serial)
                 row = db.read(BOT, me).lease

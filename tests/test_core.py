@@ -86,6 +86,18 @@ class Driver:
         self.answer(Registered, view)
         return self
 
+    @property
+    def acquires(self) -> list[core.Question]:
+        return [a.question for a in self.actions if isinstance(a, Ask) and a.question.verb is Verb.ACQUIRE]
+
+    def woken(self, view: View, after: float = 0.0) -> None:
+        """By something that was no release of what is handed to us."""
+        self.feed(Woken(), after)
+        assert (self.question.verb, self.question.how) == (Verb.ACQUIRE, How.RELEASED)
+        self.answer(Denied)
+        assert self.question.verb is Verb.READ
+        self.answer(Seen, view)
+
     def renewed(self, after: float = 2.0) -> list[core.Action]:
         """The next renewal is asked for and confirmed."""
         self.feed(Tick(), after)
@@ -200,7 +212,7 @@ def test_an_acquire_of_our_own_with_an_unknown_outcome_is_given_back() -> None:
 
 def test_a_hold_from_before_a_fail_over_is_given_back_and_not_taken_for_a_copys() -> None:
     d = Driver().joined(View(FREE, "db", OTHER, 5))
-    d.feed(Woken())
+    d.answer(Claimed, False)
     d.answer(Seen, View(replace(HELD, holder="me", nonce="old"), "db+", ME, 5))
     assert d.question.verb is Verb.RELEASE
 
@@ -217,7 +229,7 @@ def test_a_copy_that_is_stopped_ends_without_ending_the_others_row() -> None:
 
 def test_an_instance_whose_row_was_ended_by_somebody_else_ends() -> None:
     d = Driver().joined(View(FREE, "db", OTHER, 5))
-    d.feed(Woken())
+    d.answer(Claimed, False)
     assert d.answer(Seen, View(FREE, "db", OTHER, 5, ended=True)) == [End(Reason.COPIED)]
 
 
@@ -268,6 +280,87 @@ def test_a_released_lease_of_somebody_else_is_acquired_without_a_lock_delay() ->
     assert Driver().working().now == 100.0
 
 
+def test_the_release_of_what_is_handed_to_us_is_taken_without_another_look() -> None:
+    d = Driver(told=True).joined(View(HELD, "db", ME, 5))
+    assert verbs(d.feed(Woken(), after=0.1)) == [Verb.ACQUIRE]
+    assert (d.question.how, d.question.key, d.question.floor) == (How.RELEASED, HELD.key, HELD.term)
+    assert [a for a in d.answer(Granted, 5, "n", "db") if isinstance(a, Start)]
+
+
+@pytest.mark.parametrize(("told", "ahead", "unread"), [(True, 0, True), (True, 1, False), (False, 0, False)], ids=str)
+def test_the_next_one_takes_a_release_unread_where_a_wake_up_is_word_of_one(
+    told: bool, ahead: int, unread: bool
+) -> None:
+    d = Driver(told=told).joined(View(HELD, "db", OTHER, 4, ahead=ahead))
+    d.feed(Woken(), after=0.1)
+    assert d.question.verb is (Verb.ACQUIRE if unread else Verb.READ)
+
+
+def test_whoever_was_granted_what_it_took_unread_has_had_its_turn() -> None:
+    d = Driver(told=True).joined(View(HELD, "db", OTHER, 4))
+    d.feed(Woken(), after=0.1)
+    d.answer(Granted, 5, "n", "db")
+    assert d.state.phase is Phase.WORKING and d.state.claimed
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        View(HELD, "db", OTHER, 4, ahead=1),
+        View(HELD, "db", ME, 5, paused=True),
+        View(replace(HELD, origin="old"), "db", ME, 5),
+        View(replace(HELD, holder=None), "db", ME, 5),
+    ],
+    ids=["another's turn", "paused", "from another database", "taken out by hand"],
+)
+def test_nothing_else_is_taken_without_another_look(view: View) -> None:
+    d = Driver(told=True).joined(view)
+    d.feed(Woken(), after=0.1)
+    assert d.question.verb is Verb.READ
+
+
+def test_a_release_that_was_seen_is_not_looked_at_again_because_word_of_it_came_late() -> None:
+    d = Driver(told=True).joined(View(HELD, "db", ME, 5))
+    d.feed(Tick(), after=0.2)
+    d.feed(Woken())
+    released = replace(HELD, beat=8, holder=None, proof="")
+    assert verbs(d.answer(Seen, View(released, "db", ME, 5), after=0.01)) == [Verb.ACQUIRE]
+    assert d.question.key == released.key
+
+
+def test_a_second_start_by_hand_looks_whether_somebody_lives() -> None:
+    d = Driver(Mode.REFUSE, told=True)
+    d.feed(Woken())
+    d.answer(Registered, View(HELD, "db", OTHER, 4))
+    assert d.question.verb is not Verb.ACQUIRE
+
+
+def test_word_that_comes_while_an_acquire_is_on_its_way_is_looked_after() -> None:
+    d = Driver().joined(View(FREE, "db", ME, 5))
+    assert d.question.verb is Verb.ACQUIRE
+    d.feed(Woken())
+    d.answer(Granted, 4, "n", "db", after=0.01)
+    assert d.state.phase is Phase.WORKING and d.question.verb is Verb.READ
+
+
+def test_word_of_a_change_that_comes_while_we_look_makes_us_look_again() -> None:
+    """What we were looking for may have happened after the look began."""
+    d = Driver().joined(View(HELD, "db", OTHER, 4))
+    d.feed(Woken())
+    assert d.question.verb is Verb.READ
+    d.feed(Woken())
+    d.answer(Seen, View(HELD, "db", OTHER, 4), after=0.01)
+    assert d.question.verb is Verb.READ
+    d.answer(Seen, View(HELD, "db", OTHER, 4), after=0.01)
+    assert d.state.asking is None
+
+    d = Driver().working()
+    d.feed(Woken(), after=0.1)
+    d.feed(Woken())
+    d.answer(Seen, View(d.mine, "db", ME, 5), after=0.01)
+    assert d.question.verb is Verb.READ
+
+
 def test_an_expired_lease_is_acquired_after_the_patience_and_worked_under_after_the_lock_delay() -> None:
     d = Driver().joined(View(HELD, "db", ME, 5))
     first_seen = d.now
@@ -286,12 +379,10 @@ def test_an_expired_lease_is_acquired_after_the_patience_and_worked_under_after_
 
 
 def test_a_beat_starts_the_patience_anew() -> None:
-    d = Driver().joined(View(HELD, "db", ME, 5))
-    d.feed(Woken(), after=9)
-    d.answer(Seen, View(replace(HELD, beat=8), "db", ME, 5))
-    d.feed(Woken(), after=9)
-    d.answer(Seen, View(replace(HELD, beat=8), "db", ME, 5))
-    assert Verb.ACQUIRE not in verbs(d.actions)
+    d = Driver(told=True).joined(View(HELD, "db", ME, 5))
+    d.woken(View(replace(HELD, beat=8), "db", ME, 5), after=9)
+    d.woken(View(replace(HELD, beat=8), "db", ME, 5), after=9)
+    assert {q.how for q in d.acquires} == {How.RELEASED}
 
 
 def test_a_holder_that_the_kernel_proved_dead_is_followed_at_once() -> None:
@@ -336,13 +427,58 @@ def test_a_missing_row_is_put_back_and_never_taken_for_free() -> None:
     ids=["written under another timeline", "a term that went backwards"],
 )
 def test_a_released_row_in_doubt_is_waited_out(lease: Lease) -> None:
-    d = Driver().joined(View(HELD, "db", ME, 5))
-    d.feed(Woken())
+    d = Driver(told=True).joined(View(HELD, "db", ME, 5))
+    d.woken(View(lease, "db", ME, 5))
+    assert d.state.asking is None
+    d.feed(Woken())  # nor is it taken unread
+    assert d.question.verb is Verb.READ
     d.answer(Seen, View(lease, "db", ME, 5))
-    assert Verb.ACQUIRE not in verbs(d.actions)
+    assert d.state.asking is None
     d.feed(Tick(), after=TIMING.ttl * 1.01)
     d.answer(Seen, View(lease, "db", ME, 5))
     assert d.question.verb is Verb.ACQUIRE and d.question.how is How.EXPIRED and d.question.floor >= 4
+
+
+@pytest.mark.parametrize(
+    ("ago", "ahead", "wait"),
+    [
+        (0.0, 0, 2.1),
+        (0.5, 0, 1.6),
+        (1.9, 0, 0.2),
+        (2.1, 0, 0.2),
+        (2.5, 0, 0.6),
+        (90.0, 0, 2.0),
+        (-90.0, 0, 2.1),
+        (0.5, 1, 2.0),
+    ],
+)
+def test_the_next_in_line_looks_shortly_after_each_beat(ago: float, ahead: int, wait: float) -> None:
+    """A renewal comes every 2 s. The last one counts as unchanged from when it was seen."""
+    d = Driver().joined(View(HELD, "db", OTHER, 4, renewed_ago=ago, ahead=ahead))
+    assert core.next_wakeup(d.state) == pytest.approx(d.now + wait)
+
+
+def test_a_renewal_in_five_is_the_heartbeat_of_the_instance() -> None:
+    d = Driver().working()
+    for _ in range(20):
+        d.renewed()
+    renewals = [a.question for a in d.actions if isinstance(a, Ask) and a.question.verb is Verb.RENEW]
+    assert [q.label for q in renewals] == ["", "", "", "", "active"] * 4
+    assert Verb.TOUCH not in verbs(d.actions)
+
+
+def test_a_heartbeat_whose_renewal_failed_comes_with_the_next_one() -> None:
+    d = Driver().working()
+    for _ in range(4):
+        d.renewed()
+    d.feed(Tick(), after=2.0)
+    assert d.question.label == "active"
+    d.answer(Failed)
+    d.feed(Tick(), after=0.2)  # something may stand in the way of the heartbeat, which must not stand in that of trust
+    assert d.question.verb is Verb.RENEW and not d.question.label
+    d.answer(Renewed, True, False, "db")
+    d.feed(Tick(), after=2.0)
+    assert d.question.label == "active"
 
 
 def test_a_holder_that_meets_another_database_stops_at_once() -> None:

@@ -102,12 +102,13 @@ def test_the_nemesis_finds_work_that_goes_on_when_its_trust_is_over(capsys: pyte
     assert any("OVERLAP" in f for f in report.failures)
 
 
-def test_the_machines_over_the_stores_find_a_guard_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("guard", ["beat = :beat AND ", "holder IS NULL AND proof = '' AND "])
+def test_the_machines_over_the_stores_find_a_guard_that_is_missing(monkeypatch: pytest.MonkeyPatch, guard: str) -> None:
     from botlease.stores import sqlitefile
 
     assert stores.main("sqlite", 4, 1) == 0
-    assert "AND beat = :beat" in sqlitefile.ACQUIRE
-    monkeypatch.setattr(sqlitefile, "ACQUIRE", sqlitefile.ACQUIRE.replace("AND beat = :beat", ""))
+    assert guard in sqlitefile.ACQUIRE
+    monkeypatch.setattr(sqlitefile, "ACQUIRE", sqlitefile.ACQUIRE.replace(guard, ""))
     with pytest.raises(AssertionError):
         stores.main("sqlite", 150, 1, shrink=False)
 

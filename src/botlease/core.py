@@ -72,6 +72,7 @@ from botlease.model import (
     Healthy,
     Held,
     HolderDied,
+    How,
     Kill,
     Lease,
     Mode,
@@ -130,6 +131,8 @@ class Candidate:
     """The work is started up to its gate beforehand; a handover is asked for only when it has come there."""
     monitored: bool = False
     """The work must prove progress; a probation is not passed without."""
+    told: bool = False
+    """A wake-up is word that something changed hands; otherwise anything may have been written, a mere beat as well."""
     leaves: bool = False
     """Superseded for good it ends (its platform would not start it again) instead of staying passive."""
 
@@ -145,6 +148,7 @@ class State:
     serial: int = 0
     # when what is due
     look_at: float = 0.0
+    woken: bool = False  # since the last look was begun, which may not have seen why
     ask_after: float = 0.0  # a short pause after a failure
     touch_at: float = 0.0
     failures: int = 0
@@ -261,7 +265,7 @@ def _absorb(s: State, event: Event, now: float, out: list[Action]) -> State:
         case Tick():
             return s
         case Woken():
-            return replace(s, look_at=min(s.look_at, now))
+            return replace(s, look_at=min(s.look_at, now), woken=True)
         case StopAsked(reason):
             return _stop(s, reason, now, out)
         case WorkEnded(term, done):
@@ -404,7 +408,7 @@ def _saw(s: State, view: View, now: float, out: list[Action]) -> State:
         if lease is None or (lease.term, lease.nonce) != held[:2] or lease.beat not in held.beats:
             return _term_over(s, Reason.LOST, now, out)
         assigned = view.assigned is not None and view.assigned.instance_id == s.me.instance_id
-        s = replace(s, look_at=now + 3600.0)
+        s = replace(s, look_at=now if s.woken else now + 3600.0)
         if not assigned or view.paused:
             return _unassigned(s, _why_not(view.paused, view.assigned is None), now, out)
         return _ails(s, view.others, now, out) if s.ailing and s.phase is Phase.WORKING else s
@@ -414,7 +418,8 @@ def _saw(s: State, view: View, now: float, out: list[Action]) -> State:
     s = replace(s, generation=view.generation or s.generation)
     if lease is not None and lease.holder and lease.proof and s.evidence.is_new(lease):
         out.append(Watch(lease))
-    s = replace(s, view=view, evidence=s.evidence.saw(lease, view.origin, now), look_at=now + _interval(s, view))
+    look_at = now if s.woken else now + _interval(s, view, lease)
+    s = replace(s, view=view, evidence=s.evidence.saw(lease, view.origin, now), look_at=look_at)
     if lease is None:
         return s
     peer = (view.assigned.instance_id, view.assigned.beat) if view.assigned else None
@@ -428,10 +433,22 @@ def _elsewhere(s: State, origin: str) -> State:
     return replace(s, evidence=replace(s.evidence, origin=origin, key=None))
 
 
-def _interval(s: State, view: View) -> float:
-    """How soon to look again where no notification comes: often while somebody is handing over to us."""
+def _interval(s: State, view: View, lease: Lease | None) -> float:
+    """How soon to look again where no notification comes: often while somebody is handing over to us. The next in line
+    looks shortly after each beat: from when on the last one counts as unchanged depends on when it was seen, and at any
+    other time it would be seen up to a whole interval later. (In step with one another only two look, not a hundred.)
+    That the database's clock tells when the beats are does no harm: at worst it is as if it did not."""
     mine = view.assigned is not None and view.assigned.instance_id == s.me.instance_id
-    return min(0.2, s.timing.renew_every) if mine else s.timing.renew_every
+    if mine:
+        return min(0.2, s.timing.renew_every)
+    if lease is None or lease.holder is None or view.ahead:
+        return s.timing.renew_every
+    every = lease.ttl * s.timing.renew_every / s.timing.ttl
+    late = view.renewed_ago - every
+    after = 0.05 * every  # the beat itself may be late by a little
+    if late < 0:
+        return min(every, -late) + after
+    return min(every, late + after)  # it is overdue: again soon, then ever later
 
 
 def _why_not(paused: bool, vacant: bool) -> Reason:
@@ -465,6 +482,8 @@ def _granted(s: State, q: Question, event: Granted, now: float, out: list[Action
     term = Term(event.term, event.nonce, event.origin, q.asked_at, until, now + q.lock_delay)
     floor = max(s.evidence.floor, event.term)
     s = replace(s, term=term, evidence=replace(s.evidence, floor=floor), killed=False, reason=None)
+    # Only who is assigned is granted it; and its own row says so, with a heartbeat.
+    s = replace(s, claimed=True, anew=False, touch_at=q.asked_at + s.timing.ttl, shown=str(Phase.WORKING))
     if s.stopping:
         return replace(s, phase=Phase.RELEASING, reason=Reason.GIVEN_BACK)
     return replace(s, phase=Phase.HOLDING)
@@ -488,6 +507,8 @@ def _renewed(s: State, q: Question, event: Renewed, now: float, out: list[Action
     if event.origin != t.origin:
         return _term_over(_elsewhere(s, event.origin), Reason.CHANGED, now, out)
     t = replace(t, asked_at=q.asked_at, trusted_until=q.asked_at + s.timing.trust)
+    if q.label:
+        s = replace(s, touch_at=q.asked_at + s.timing.ttl, shown=q.label)
     s = _may_have_written(replace(s, term=t), t.nonce, (q.beat,))
     if s.phase in (Phase.WORKING, Phase.DRAINING) and not s.killed:
         out.append(Arm(t.trusted_until))
@@ -526,7 +547,9 @@ def _plan(s: State, now: float, out: list[Action]) -> State:
     if s.phase is Phase.HOLDING and t is not None and now >= t.start_at:
         out.append(Arm(t.trusted_until))
         out.append(Start(t.number, t.nonce, t.trusted_until))
-        s = replace(s, phase=Phase.WORKING, was_active=True, look_at=now + 3600.0, work_since=now)
+        # Word that came while the acquire was on its way may be an operator's, and not of that acquire itself.
+        look_at = now if s.woken else now + 3600.0
+        s = replace(s, phase=Phase.WORKING, was_active=True, look_at=look_at, work_since=now)
         s = replace(s, healthy=False, ailing=False, hung=False, danger=False)
     if s.phase is Phase.ENDED:
         out.append(End(s.reason or Reason.STOPPED))
@@ -567,7 +590,8 @@ def _plan(s: State, now: float, out: list[Action]) -> State:
 def _ask(s: State, now: float, out: list[Action], verb: Verb, **fields: object) -> State:
     q = Question(verb, s.serial + 1, now, **fields)  # type: ignore[arg-type]
     out.append(Ask(q))
-    return replace(s, asking=q, serial=q.serial)
+    looks = verb in (Verb.READ, Verb.REGISTER, Verb.ACQUIRE)
+    return replace(s, asking=q, serial=q.serial, woken=s.woken and not looks)
 
 
 def _finish(s: State, now: float, out: list[Action]) -> State:
@@ -581,14 +605,14 @@ def _plan_hold(s: State, now: float, out: list[Action]) -> State:
         # Two copies must not write the same beat, or each would take the other's for its own: the nanosecond differs.
         held = _held(s, t)
         beat = max(held.beats) + 1 + int(now * 1e9) % 2**20
-        s = _ask(s, now, out, Verb.RENEW, held=held, beat=beat)
+        # The own heartbeat is written by the renewal that comes closest to its time: a statement and a commit less.
+        shows = s.phase is Phase.WORKING and now >= s.touch_at - s.timing.renew_every / 2 and not s.failures
+        s = _ask(s, now, out, Verb.RENEW, held=held, beat=beat, label=s.label if shows else "")
         return _may_have_written(s, t.nonce, (*held.beats, beat))
     if now >= s.look_at and s.phase is not Phase.DRAINING:
         return _ask(s, now, out, Verb.READ)
     if s.phase is Phase.WORKING and now >= _passed_at(s):
         return _ask(s, now, out, Verb.PASS, held=_held(s, t))
-    if now >= s.touch_at and s.phase is Phase.WORKING:
-        return _ask(s, now, out, Verb.TOUCH, label=s.label)
     return s
 
 
@@ -601,6 +625,8 @@ def _passed_at(s: State) -> float:
 
 def _plan_standby(s: State, now: float, out: list[Action]) -> State:
     view = s.view
+    if view is not None and s.woken and _may_take_unread(s, view, now):
+        return _acquire(s, view, How.RELEASED, now, out)
     if view is None or now >= s.look_at:
         return _ask(s, now, out, Verb.READ)
     lease = view.lease
@@ -632,18 +658,7 @@ def _plan_standby(s: State, now: float, out: list[Action]) -> State:
         s = replace(s, claimed=True, anew=False)
         how = s.evidence.vacancy(lease, s.timing, now)
         if how is not None:
-            return _ask(
-                s,
-                now,
-                out,
-                Verb.ACQUIRE,
-                key=lease.key,
-                floor=s.evidence.floor_of(lease, view.origin, view.era),
-                origin=view.origin,
-                how=how,
-                lock_delay=s.timing.lock_delay if s.evidence.unsettled(how, view.rooted, s.timing, now) else 0.0,
-                probation=s.probation,
-            )
+            return _acquire(s, view, how, now, out)
     elif _may_claim(s, view, lease, now):
         peer = view.assigned
         # With nobody to give it back to there is no probation.
@@ -654,6 +669,38 @@ def _plan_standby(s: State, now: float, out: list[Action]) -> State:
         )
         return _ask(s, now, out, Verb.CLAIM, source=peer.key if peer else None)
     return _touch(s, now, out)
+
+
+def _may_take_unread(s: State, view: View, now: float) -> bool:
+    """It is our turn, or would be next, and there is word of a change: most likely the release. The acquire asks for it
+    in the row itself, and for all else that a look would; so the look, which the bot would stand still for, is saved.
+    It is no release after all: then the acquire is refused, and we look. (A release that was seen is not looked at
+    again either because of word that came meanwhile.)"""
+    lease = view.lease
+    if lease is None or view.ended or view.paused or s.stopping or s.me.mode is Mode.REFUSE:
+        return False
+    mine = view.assigned is not None and view.assigned.instance_id == s.me.instance_id
+    if lease.holder is None:
+        return mine and s.evidence.vacancy(lease, s.timing, now) is How.RELEASED
+    next_in_line = s.me.told and (mine or view.ahead == 0)
+    return next_in_line and lease.holder != s.me.instance_id and s.evidence.may_be_taken_unread(lease)
+
+
+def _acquire(s: State, view: View, how: How, now: float, out: list[Action]) -> State:
+    lease = view.lease
+    assert lease is not None
+    return _ask(
+        s,
+        now,
+        out,
+        Verb.ACQUIRE,
+        key=lease.key,
+        floor=s.evidence.floor_of(lease, view.origin, view.era),
+        origin=view.origin,
+        how=how,
+        lock_delay=s.timing.lock_delay if s.evidence.unsettled(how, view.rooted, s.timing, now) else 0.0,
+        probation=s.probation,
+    )
 
 
 def _touch(s: State, now: float, out: list[Action]) -> State:
@@ -743,7 +790,7 @@ def _next_question(s: State) -> float | None:
         if s.phase is not Phase.DRAINING:
             due.append(s.look_at)
         if s.phase is Phase.WORKING:
-            due += [s.touch_at, _passed_at(s)]
+            due.append(_passed_at(s))
         return min(due) if due else None
     if s.phase is Phase.RELEASING and t is not None:
         return max(s.ask_after, _release_from(t))

@@ -64,6 +64,11 @@ class Evidence:
             return How.DIED
         return How.EXPIRED if now >= self.since + timing.patience(lease.ttl) else None
 
+    def may_be_taken_unread(self, lease: Lease) -> bool:
+        """Whether a release of this very hold may be believed without another read, by an acquire that asks for it: the
+        same term and nonce, a later beat, and nobody. Such a row went on from what was seen, and is no doubtful one."""
+        return lease.holder is not None and self.key == lease.key and not self.doubted
+
     def unsettled(self, how: How, rooted: How, timing: Timing, now: float) -> bool:
         """Whether requests of a term that ran out may still be on their way: after an expiry, and also if its successor
         died so soon that it may have been within its own lock-delay. Our own clock settles that, where we saw its term

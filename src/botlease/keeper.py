@@ -245,7 +245,7 @@ class Keeper:
                 return Granted(q.serial, grant.term, nonce, grant.origin) if grant else Denied(q.serial)
             case Verb.RENEW:
                 assert q.held is not None
-                renewal = await store.renew(me.bot, me.instance_id, q.held, q.beat, limit)
+                renewal = await store.renew(me.bot, me.instance_id, q.held, q.beat, limit, q.label)
                 if renewal is None:
                     return Denied(q.serial)
                 return Renewed(q.serial, renewal.assigned, renewal.vacant, renewal.origin, renewal.paused)

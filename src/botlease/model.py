@@ -192,7 +192,9 @@ class View:
     assigned: Peer | None
     generation: int  # ours; 0: our row is not there
     ahead: int = 0  # live standbys that come before us in a fail-over
-    renewed_ago: float = 0.0  # by the database's clock, for display and refusals only
+    renewed_ago: float = (
+        0.0  # by the database's clock: for display and refusals, and for when to look, never for safety
+    )
     era: int = 0  # rises from one incarnation of the database to the next; terms of a new one begin above it
     paused: bool = False  # the operator wants nobody to work for now
     probation: Probation = Probation.NONE  # the probation of the lease's term
@@ -235,7 +237,7 @@ class Question:
     verb: Verb
     serial: int
     asked_at: float
-    key: tuple[int, int, str, str | None] | None = None  # acquire: the row as we saw it
+    key: tuple[int, int, str, str | None] | None = None  # acquire: the row as we saw it; of a holder: or its release
     floor: int = 0  # acquire: the term must rise above this
     origin: str = ""  # acquire: the database in which the row was seen
     how: How = How.RELEASED
@@ -247,7 +249,7 @@ class Question:
     reason: Reason | None = None
     pass_on: bool = False  # release, leave: give the assignment to the best live standby
     leave: bool = False  # release: the instance ends with it
-    label: str = ""  # touch: the state for the status table
+    label: str = ""  # touch, and a renewal that is a touch as well: the state for the status table
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,8 +39,9 @@ async def acquire(
     origin: str | None = None,
     nonce: str = "",
     probation: Probation = Probation.NONE,
-    how: How = How.RELEASED,
+    how: How | None = None,
 ) -> Any:
+    """What was seen, unless it is to be the release of a holder that was seen."""
     return await store.acquire(
         bot,
         me,
@@ -48,7 +49,7 @@ async def acquire(
         nonce=nonce or f"nonce-{me}",
         floor=floor,
         origin=lease.origin if origin is None else origin,
-        how=how,
+        how=how or (How.RELEASED if lease.holder is None else How.EXPIRED),
         ttl=10.0,
         proof="proof",
         probation=probation,
@@ -121,6 +122,37 @@ class StoreContract:
         ):
             assert await acquire(b, "b", wrong) is None
 
+    async def test_of_a_holder_just_its_release_is_acquired(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        grant = await self.held(a)
+        held = lease_of(await a.read("bot", "a", DEADLINE))
+        await b.register(registration("b"), DEADLINE)
+        assert await claim(b, "b", "a")
+        assert await acquire(b, "b", held, how=How.RELEASED) is None  # it is held yet
+        assert await a.release("bot", "a", Held(grant.term, "nonce-a"), **STOPPED)
+        for wrong in (
+            replace(held, nonce="?"),
+            replace(held, term=held.term + 1),
+            replace(held, beat=held.beat + 1),  # the database went back: it is the release of an earlier beat
+            replace(held, holder=None),
+        ):
+            assert await acquire(b, "b", wrong, how=How.RELEASED) is None
+        assert await acquire(b, "b", held, how=How.DIED) is None  # nothing but a release is met unread
+        assert await acquire(b, "b", held, how=How.EXPIRED) is None
+        assert await acquire(b, "b", held, how=How.RELEASED) is not None
+        assert await acquire(b, "b", held, how=How.RELEASED) is None
+
+    async def test_who_was_taken_out_by_hand_has_not_released(
+        self, stores: Sequence[Store], execute: Callable[[str], Any]
+    ) -> None:
+        a, b = stores
+        await self.held(a)
+        held = lease_of(await a.read("bot", "a", DEADLINE))
+        await b.register(registration("b"), DEADLINE)
+        assert await claim(b, "b", "a")
+        await execute("UPDATE bot_leases SET holder = NULL, beat = beat + 1")
+        assert await acquire(b, "b", held, how=How.RELEASED) is None
+
     async def test_an_acquire_that_meets_another_database_is_refused(self, stores: Sequence[Store]) -> None:
         a, _ = stores
         view = await a.register(registration("a"), DEADLINE)
@@ -155,6 +187,24 @@ class StoreContract:
         again = await acquire(a, "a", lease, floor=500)
 
         assert again.term == 501
+
+    async def test_a_renewal_with_a_label_is_a_heartbeat_too(self, stores: Sequence[Store]) -> None:
+        a, b = stores
+        grant = await self.held(a)
+
+        async def shown() -> tuple[int, str]:
+            (row,) = (await b.overview(DEADLINE))["instances"]
+            peer = (await b.read("bot", "b", DEADLINE)).assigned
+            assert peer is not None
+            return peer.beat, row["state"]
+
+        before, _ = await shown()
+        assert await a.renew("bot", "a", Held(grant.term, "nonce-a"), 7, DEADLINE) is not None
+        assert (await shown())[0] == before
+        assert await a.renew("bot", "a", Held(grant.term, "nonce-a", (7,)), 8, DEADLINE, "busy") is not None
+        assert await shown() == (before + 1, "busy")
+        assert await a.renew("bot", "a", Held(grant.term, "other"), 9, DEADLINE, "late") is None
+        assert await shown() == (before + 1, "busy")
 
     async def test_renew_touches_exactly_one_term(self, stores: Sequence[Store]) -> None:
         a, b = stores

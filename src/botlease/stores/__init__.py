@@ -73,6 +73,8 @@ class Store(Protocol):
     url: str  # without a password: fit for people's eyes
     on_change: Callable[[], None] | None
     """Called from the event loop when the database changed, as a hint; may never be called."""
+    tells: bool
+    """Whether that means that something of a registered bot changed hands, rather than that anything was written."""
 
     async def open(self, deadline: float, *, upgrade: bool = True) -> None:
         """Connect; create or upgrade the tables, or refuse. Without ``upgrade`` nothing is changed: missing tables are
@@ -106,10 +108,14 @@ class Store(Protocol):
     ) -> Grant | None:
         """Begin a term above ``floor``, if this is still the database ``origin`` (a fail-over in between may have lost
         the very acquire that would defeat ours), the row is still exactly ``key``, the bot is not paused, and we are
-        assigned and not ended. ``probation``: whether it begins on probation."""
+        assigned and not ended. With ``RELEASED`` and the key of a holder, the row must be just that hold's release: its
+        term and nonce, nobody, and a later beat. ``probation``: whether it begins on probation."""
 
-    async def renew(self, bot: str, instance_id: str, held: Held, beat: int, deadline: float) -> Renewal | None:
-        """Write the new beat, if the row is still exactly this hold and shows one of its beats."""
+    async def renew(
+        self, bot: str, instance_id: str, held: Held, beat: int, deadline: float, label: str = ""
+    ) -> Renewal | None:
+        """Write the new beat, if the row is still exactly this hold and shows one of its beats. With a ``label`` it is
+        a :meth:`touch` as well."""
 
     async def release(
         self,

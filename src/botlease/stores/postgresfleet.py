@@ -182,6 +182,7 @@ WITH gone AS (
 # A member's part of it. Whoever has been added again meanwhile stays.
 CLEAR: Final = REMOVE.replace("THEN l.fleet = $1 END", "THEN l.fleet = $1 AND l.slot = {leaving} END")
 NOTIFY: Final = "SELECT pg_notify('botlease', $1)"
+NOTIFY_HOLDERS: Final = "SELECT pg_notify('botlease', bot) FROM bot_leases WHERE bot = ANY($1) AND holder IS NOT NULL"
 BOTS: Final = """
 SELECT bot, term, slot, paused, holder FROM bot_leases WHERE fleet = $1 ORDER BY bot
 """
@@ -329,7 +330,10 @@ class PostgresFleet:
         fresh = os.urandom(8).hex()
         found = await self._fetch(deadline, ADD, fleet, sorted(set(bots)), fresh, ttl, SYSTEM)
         await self._fetch(deadline, NOTIFY, fleet)
-        return [r["bot"] for r in found]
+        added = [r["bot"] for r in found]
+        # A supervisor of such a bot hears its bot's name alone.
+        await self._fetch(deadline, NOTIFY_HOLDERS, added)
+        return added
 
     async def remove(self, fleet: str, bots: Iterable[str], deadline: float) -> list[str]:
         """Returns the ones that were in the fleet. What runs is stopped first."""

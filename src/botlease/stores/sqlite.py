@@ -82,6 +82,7 @@ class SqliteStore:
         self.path = str(Path(path).absolute())
         self.url = f"sqlite:///{self.path}"
         self.on_change: Callable[[], None] | None = None
+        self.tells = False
         self._file: SqliteFile | None = None
         self._worker: Worker | None = None
         self._watch: JournalWatch | None = None
@@ -193,8 +194,10 @@ class SqliteStore:
 
         return await self._call(deadline, call)
 
-    async def renew(self, bot: str, instance_id: str, held: Held, beat: int, deadline: float) -> Renewal | None:
-        return await self._call(deadline, lambda f: f.renew(bot, instance_id, held, beat))
+    async def renew(
+        self, bot: str, instance_id: str, held: Held, beat: int, deadline: float, label: str = ""
+    ) -> Renewal | None:
+        return await self._call(deadline, lambda f: f.renew(bot, instance_id, held, beat, label))
 
     async def release(
         self,

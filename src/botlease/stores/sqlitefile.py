@@ -116,8 +116,10 @@ UPDATE bot_leases SET
   term = max(:floor, term, (SELECT coalesce(max(t.term), 0) FROM bot_terms t WHERE t.bot = :bot)) + 1,
   beat = 0, nonce = :new, holder = :me, ttl = :ttl, origin = :origin, proof = :proof, renewed_at = :now,
   served = max(served, (SELECT generation FROM bot_instances WHERE instance_id = :me))
-WHERE bot = :bot AND term = :term AND beat = :beat AND nonce = :nonce AND holder IS :holder AND NOT paused
-  AND :origin = :seen
+WHERE bot = :bot AND term = :term AND nonce = :nonce
+  AND CASE WHEN :how = 'released' AND :holder IS NOT NULL THEN holder IS NULL AND proof = '' AND beat > :beat
+      ELSE beat = :beat AND holder IS :holder END
+  AND NOT paused AND :origin = :seen
   AND EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = :me AND bot = :bot AND is_active AND ended_at IS NULL)
 RETURNING term
 """
@@ -458,9 +460,9 @@ class SqliteFile:
             "proof": proof,
             "probation": str(probation),
             "origin": self.origin,
-            "now": clock.iso(self.wall()),
         }
         with self._write() as db:
+            values["now"] = clock.iso(self.wall())  # after the lock was had: what is released here was released before
             old = db.execute(LAST_BEAT, values).fetchone()
             rows = db.execute(ACQUIRE, values).fetchall()
             if not rows:
@@ -472,12 +474,14 @@ class SqliteFile:
                 db.execute(BURY, values)
             return Grant(rows[0]["term"], self.origin)
 
-    def renew(self, bot: str, instance_id: str, held: Held, beat: int) -> Renewal | None:
+    def renew(self, bot: str, instance_id: str, held: Held, beat: int, label: str = "") -> Renewal | None:
         values = {"bot": bot, "me": instance_id, "beat": beat, "now": clock.iso(self.wall()), **_plain(held)}
         with self._write() as db:
             rows = db.execute(RENEW, values).fetchall()
             if not rows:
                 return None
+            if label:
+                db.execute(TOUCH, values | {"state": label})
             row = rows[0]
             return Renewal(bool(row["assigned"]), bool(row["vacant"]), self.origin, bool(row["paused"]))
 
@@ -487,9 +491,9 @@ class SqliteFile:
             return db.execute(PASSED, values).rowcount == 1
 
     def release(self, bot: str, instance_id: str, held: Held, *, reason: Reason, pass_on: bool, leave: bool) -> bool:
-        now = clock.iso(self.wall())
-        values = {"bot": bot, "me": instance_id, "reason": str(reason), "now": now, **_plain(held)}
+        values = {"bot": bot, "me": instance_id, "reason": str(reason), **_plain(held)}
         with self._write() as db:
+            values["now"] = clock.iso(self.wall())
             released = db.execute(RELEASE, values).rowcount == 1
             if released:
                 db.execute(CLOSE_TERM, values)
