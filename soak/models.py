@@ -36,8 +36,8 @@ class Size:
         return f"{self.instances} instances, {self.terms} terms, {self.faults} faults"
 
 
-SMALL = (Size(2, 2, 1, 1), Size(3, 2, 0, 1))
-LARGE = (*SMALL, Size(2, 3, 1, 1), Size(2, 2, 2, 1), Size(3, 2, 1, 1))
+SMALL = (Size(2, 2, 1, 1),)
+LARGE = (*SMALL, Size(3, 2, 0, 1), Size(2, 3, 1, 1), Size(2, 2, 2, 1), Size(3, 2, 1, 1))
 MUTANT = Size(2, 2, 1, 1)
 
 
