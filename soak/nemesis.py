@@ -70,8 +70,6 @@ class Run:
         except Exception as e:
             self.findings.append(f"the nemesis itself: {type(e).__name__}: {e}")
             raise
-        finally:
-            await self.world.close()
 
     def say(self, line: dict[str, object]) -> None:
         """To whoever started this world; who may be gone."""
@@ -214,17 +212,31 @@ def main(seed: int, kind: str, faults: int, plant: str) -> int:
         with contextlib.suppress(asyncio.CancelledError):
             loop = asyncio.new_event_loop()
             task = loop.create_task(run.go())
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, task.cancel)
+            _ends_at_a_signal(task)
             try:
                 loop.run_until_complete(task)
             finally:
+                loop.run_until_complete(run.world.close())
                 result = run.result()
                 if result["findings"]:
                     result["story"] = run.world.story[-60:]
                     result["logs"] = {p.name: p.read_text()[-3000:] for p in sorted(Path(folder).glob("log-*"))[-6:]}
                 run.say({"result": result})
     return 1 if run.broken() else 0
+
+
+def _ends_at_a_signal(task: asyncio.Task[None]) -> None:
+    """At the first one: ``timeout`` and a terminal signal a whole group, some of it twice, and a second one would cut
+    the cleaning up short."""
+    loop = task.get_loop()
+
+    def end() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, lambda: None)
+        task.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end)
 
 
 async def _world(seed: int, kind: str, faults: int, plant: str) -> AsyncIterator[dict[str, object]]:
@@ -271,6 +283,9 @@ class Log:
 
 
 async def _all(report: Report, log: Log, faults: int, worlds: tuple[str, ...], at_once: int, plant: str) -> None:
+    this = asyncio.current_task()
+    assert this is not None
+    _ends_at_a_signal(this)
     known = {(r["seed"], r["kind"]) for r in log.results}
     every = [(log.first + i, worlds[i % len(worlds)]) for i in range(-(-faults // FAULTS_EACH))]
     kinds = iter([k for k in every if k not in known])
@@ -349,7 +364,10 @@ def run(
     ):
         if not here:
             print(f"  nemesis: here are no {what}: it does without", file=sys.stderr)
-    asyncio.run(_all(report, log, faults, worlds, at_once, plant))
+    try:
+        asyncio.run(_all(report, log, faults, worlds, at_once, plant))
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
     _figures(report, log)
     return report
 

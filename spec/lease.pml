@@ -24,7 +24,7 @@
 
 mtype = { standby, holding, working, draining, reaping, dead };
 mtype = { nothing, acquire, renew, release };
-mtype = { released, expired, died };
+mtype = { released, expired, died, unread };
 
 /* The database: the row, what it was before the last acquire, and the timeline it is on. */
 byte term, holder, line_of_row, era;
@@ -78,6 +78,8 @@ bit flight;
 #else
 #define AS_SEEN(i) (s[i].r_term == term && s[i].r_holder == holder && s[i].r_fresh && s[i].r_line == era)
 #endif
+/* A release leaves the term in the row: nobody, of the very term that was seen. */
+#define RELEASED_SINCE(i) (holder == 0 && s[i].r_term == term && s[i].r_line == era)
 #ifdef NO_R5
 #define MAY_RELEASE(i) (s[i].phase == reaping || s[i].phase == draining)
 #else
@@ -165,6 +167,10 @@ end:
         fi
       fi;
       send(i, acquire) }
+  /* the release of a hold that was seen, taken without another look */
+  :: atomic { (STANDS(i) && term < TERMS && s[i].watched < PATIENCE && s[i].request == nothing && !s[i].doubt &&
+               s[i].seen_holder != 0 && s[i].seen_holder != i && s[i].seen_holder <= N && !DEAD_HOLDER(i) && !STOPPED(i)) ->
+      s[i].evidence = unread; send(i, acquire) }
   :: atomic { STANDS(i) && !gone_row && holder == i && SAME(i) ->
       s[i].phase = reaping; s[i].mine = term; s[i].wait = DELAY }
   :: atomic { STANDS(i) && STOPPED(i) && holder != i -> back_to_standby(i); s[i].phase = dead }
@@ -222,7 +228,8 @@ end:
   do
   :: atomic { s[i].request == acquire ->
       if
-      :: !gone_row && assigned == i && term < TERMS && s[i].phase != dead && AS_SEEN(i) ->
+      :: (!gone_row && assigned == i && term < TERMS && s[i].phase != dead &&
+          (s[i].r_evidence == unread -> RELEASED_SINCE(i) : AS_SEEN(i))) ->
         if :: s[i].r_evidence == died && flight_of == term -> flight = 0 :: else fi;
         old_term = term; old_holder = holder; old_line = line_of_row; old_by_expiry = by_expiry;
         by_expiry = (s[i].r_evidence == expired || (s[i].r_evidence == died && by_expiry));

@@ -447,7 +447,7 @@ def test_a_released_row_in_doubt_is_waited_out(lease: Lease) -> None:
         (1.9, 0, 0.2),
         (2.1, 0, 0.2),
         (2.5, 0, 0.6),
-        (90.0, 0, 2.0),
+        (90.0, 0, 2.1),
         (-90.0, 0, 2.1),
         (0.5, 1, 2.0),
     ],
@@ -456,6 +456,15 @@ def test_the_next_in_line_looks_shortly_after_each_beat(ago: float, ahead: int, 
     """A renewal comes every 2 s. The last one counts as unchanged from when it was seen."""
     d = Driver().joined(View(HELD, "db", OTHER, 4, renewed_ago=ago, ahead=ahead))
     assert core.next_wakeup(d.state) == pytest.approx(d.now + wait)
+
+
+@pytest.mark.parametrize("ttl", [40.0, 86400.0, 5.0])
+def test_nobody_looks_more_seldom_than_his_own_interval_whatever_ttl_is_in_the_row(ttl: float) -> None:
+    """Behind a pooler no notification tells of an assignment."""
+    lease = replace(HELD, ttl=ttl)
+    for ago in (0.0, 3.0, 86400.0):
+        d = Driver().joined(View(lease, "db", OTHER, 4, renewed_ago=ago))
+        assert core.next_wakeup(d.state) <= d.now + 1.05 * TIMING.renew_every
 
 
 def test_a_renewal_in_five_is_the_heartbeat_of_the_instance() -> None:

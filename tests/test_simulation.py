@@ -23,7 +23,7 @@ BEGIN = {
     "answers_do_not_name_their_question": 2000,
     "copies_of_one_holder_renew_for_one_another": 2460,
     "in_an_emptied_database_nobody_begins": 2320,
-    "no_lock_delay_after_a_death_that_followed_an_expiry": 1400,
+    "no_lock_delay_after_a_death_that_followed_an_expiry": 7220,
     "no_margin_for_clock_rates": 320,
     "quarantine_is_forgotten": 8540,
     "renewed_trust_counts_from_the_answer": 6840,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+from harness import until
 from planted_bugs import BUGS
 
 ROOT = Path(__file__).parent.parent
@@ -93,6 +98,35 @@ def test_a_short_run_of_the_nemesis_finds_nothing_counts_what_it_did_and_goes_on
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.rpartition("took")[0] == done.stdout.rpartition("took")[0]
     assert log.read_text() == kept
+
+
+def test_an_interrupted_nemesis_leaves_nothing_running() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)  # PostgreSQL is another user for root
+
+        def running() -> list[str]:
+            found = []
+            for process in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):  # it has just ended
+                    found.append((process / "cmdline").read_text())
+            return [command for command in found if folder in command]
+
+        soak = subprocess.Popen(
+            [sys.executable, "-m", "soak", "--part=nemesis", "--world=postgres", "--first=0"],
+            cwd=ROOT,
+            env=os.environ | {"TMPDIR": folder},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            until(lambda: len(running()) > 10, 60)
+            soak.send_signal(signal.SIGINT)  # as timeout(1) does it: its child, then the group
+            os.killpg(soak.pid, signal.SIGINT)
+            assert soak.wait(60) == 1
+            assert running() == []
+        finally:
+            soak.kill()
 
 
 @pytest.mark.timeout(300)  # mostly the second fault shows it; by bad luck it takes thirty

@@ -437,18 +437,18 @@ def _interval(s: State, view: View, lease: Lease | None) -> float:
     """How soon to look again where no notification comes: often while somebody is handing over to us. The next in line
     looks shortly after each beat: from when on the last one counts as unchanged depends on when it was seen, and at any
     other time it would be seen up to a whole interval later. (In step with one another only two look, not a hundred.)
-    That the database's clock tells when the beats are does no harm: at worst it is as if it did not."""
+    That the database's clock tells when the beats are does no harm: at worst it is as if it did not. Nobody looks more
+    seldom for a holder that renews more seldom, or a ttl that somebody set to hours by hand: only this look tells it of
+    its assignment where no notification comes."""
     mine = view.assigned is not None and view.assigned.instance_id == s.me.instance_id
     if mine:
         return min(0.2, s.timing.renew_every)
     if lease is None or lease.holder is None or view.ahead:
         return s.timing.renew_every
     every = lease.ttl * s.timing.renew_every / s.timing.ttl
-    late = view.renewed_ago - every
-    after = 0.05 * every  # the beat itself may be late by a little
-    if late < 0:
-        return min(every, -late) + after
-    return min(every, late + after)  # it is overdue: again soon, then ever later
+    most = min(every, s.timing.renew_every)
+    # A beat that is overdue: again soon, then ever later. It may be late by a little.
+    return min(abs(view.renewed_ago - every), most) + 0.05 * most
 
 
 def _why_not(paused: bool, vacant: bool) -> Reason:
