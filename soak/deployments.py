@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -73,6 +74,17 @@ def libfaketime() -> Path | None:
     if found is None or found.origin is None:
         return None
     return next(iter(Path(found.origin).parent.glob("vendor/libfaketime/src/libfaketime.so.1")), None)
+
+
+def free_subnet() -> tuple[int, socket.socket]:
+    """The second byte of addresses that no other world of this machine has, for as long as the socket is open: two with
+    the same get each other's packets. The kernel gives an abstract name to one only, until that dies."""
+    taken = socket.socket(socket.AF_UNIX)
+    for subnet in range(64, 192):
+        with contextlib.suppress(OSError):
+            taken.bind(f"\0botlease-nemesis-{subnet}")
+            return subnet, taken
+    raise RuntimeError("128 worlds are open already")
 
 
 class Host:
@@ -317,6 +329,7 @@ class World:
     primary: Postgres | None = None
     replica: Postgres | None = None
     library: Path | None = None
+    subnet: socket.socket | None = None
     count: int = 0
     explains: set[str] = field(default_factory=set)
     """What faults left in the database that ``verify`` may name: "clock", "lost", "edited"."""
@@ -375,7 +388,7 @@ class World:
             self.primary = Postgres(fake_time=self._clock()).start()
         else:
             self.file.parent.mkdir(mode=0o700)
-        subnet = 64 + (os.getpid() % 128)
+        subnet, self.subnet = free_subnet()
         for number in range(hosts):
             self.hosts.append(Host(number, subnet, None if self.primary is None else self.primary.port))
             await self.hosts[-1].open()
@@ -413,6 +426,8 @@ class World:
                 d.cgroup.remove()
         for host in self.hosts:
             await host.close()
+        if self.subnet is not None:
+            self.subnet.close()
         for server in (self.primary, self.replica):
             if server is not None:
                 with contextlib.suppress(ProcessLookupError):

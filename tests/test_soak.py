@@ -17,7 +17,7 @@ from planted_bugs import BUGS
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from soak import nemesis, oracle, stores  # noqa: E402 - after its folder
+from soak import deployments, nemesis, oracle, stores  # noqa: E402 - after its folder
 from soak.simulation import Sum, replay, run_seed  # noqa: E402
 
 
@@ -98,6 +98,13 @@ def test_a_short_run_of_the_nemesis_finds_nothing_counts_what_it_did_and_goes_on
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.rpartition("took")[0] == done.stdout.rpartition("took")[0]
     assert log.read_text() == kept
+
+
+def test_worlds_that_are_open_at_once_have_addresses_of_their_own() -> None:
+    """Two whose process numbers were alike got each other's packets, and no database answered."""
+    (first, one), (second, two) = deployments.free_subnet(), deployments.free_subnet()
+    with one, two:
+        assert first != second
 
 
 def test_an_interrupted_nemesis_leaves_nothing_running() -> None:
