@@ -16,7 +16,8 @@ from servers import Postgres, postgres_bindir
 
 from botlease.model import Held
 from botlease.stores import Registration
-from botlease.stores.postgres import RENEW, PostgresStore
+from botlease.stores.postgres import PostgresStore
+from botlease.stores.postgressql import RENEW
 from botlease.work.tree import descendants
 
 CORES = os.cpu_count() or 1

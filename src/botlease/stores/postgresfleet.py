@@ -149,7 +149,7 @@ WITH old AS (
 ) SELECT 1, pg_notify('botlease', $10) FROM gone
 """
 
-# As REGISTER (postgres.py) puts a lease in place: one that only the journal knows was lost, and is waited out.
+# As REGISTER (postgressql.py) puts a lease in place: one that only the journal knows was lost, and is waited out.
 ADD: Final = """
 INSERT INTO bot_leases AS l (bot, term, beat, nonce, holder, ttl, origin, proof, served, renewed_at, fleet, slot)
 SELECT w.bot, greatest(coalesce(max(t.term), 0), CASE WHEN own.here = own.first THEN 0 ELSE {era} END), 0, $3,
