@@ -20,13 +20,14 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cgroups import Cgroup, has_cgroups
+from cgroups import CGROUPS, Cgroup, has_cgroups
 from harness import BOTLEASE, clean_env
 from proxy import Proxy
 from servers import Postgres
 
 from botlease.work.tree import descendants
 from soak import ROOT
+from soak.agreement import Harm
 from soak.oracle import now
 
 TESTS = ROOT / "tests"
@@ -76,6 +77,24 @@ def libfaketime() -> Path | None:
     return next(iter(Path(found.origin).parent.glob("vendor/libfaketime/src/libfaketime.so.1")), None)
 
 
+def sweep() -> None:
+    """Take away what worlds left behind that were killed: the addresses of an old one would be those of a new one."""
+
+    def is_left(name: str) -> bool:
+        pid = name.removeprefix("botlease-").partition("-")[0]
+        return name.startswith("botlease-") and pid.isdigit() and not Path(f"/proc/{pid}").exists()
+
+    if has_netns():
+        there = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+        for name in {line.split()[0] for line in there.splitlines()}:
+            if is_left(name):
+                subprocess.run(["ip", "netns", "del", name], capture_output=True)  # its link goes with it
+    if has_cgroups():
+        for name in {path.parent.name for path in CGROUPS.glob("*/botlease-*/cgroup.procs")}:
+            if is_left(name):
+                Cgroup(name).remove()
+
+
 def free_subnet() -> tuple[int, socket.socket]:
     """The second byte of addresses that no other world of this machine has, for as long as the socket is open: two with
     the same get each other's packets. The kernel gives an abstract name to one only, until that dies."""
@@ -112,8 +131,8 @@ class Host:
             ):
                 subprocess.run(["ip", *line.split()], check=True, capture_output=True)
         if self.database:
-            self.proxy = Proxy(self.database, f"{self.address}.1" if self.netns else "127.0.0.1")
-            await self.proxy.__aenter__()
+            proxy = Proxy(self.database, f"{self.address}.1" if self.netns else "127.0.0.1")
+            self.proxy = await proxy.__aenter__()
 
     def url(self) -> str:
         assert self.proxy is not None
@@ -278,10 +297,14 @@ class Deployment:
             return pids
         return {"supervisor": pids[:1], "reaper": pids[1:2], "bot": pids[2:], "everything": pids}[name]
 
-    def send(self, name: str, number: int) -> None:
+    def send(self, name: str, number: int) -> bool:
+        """Whether there was anybody."""
+        sent = False
         for pid in self.part(name):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
+                sent = True
+        return sent
 
     async def retire(self, number: int = signal.SIGTERM, limit: float = 8.0) -> None:
         """The platform ends it for good."""
@@ -294,8 +317,7 @@ class Deployment:
             await asyncio.sleep(0.02)
         if self.keeper is not None:
             self.keeper.cancel()
-        if self.cgroup is not None:
-            self.cgroup.remove()
+        # What is left of it, if anything, stays in its cgroup: it must be seen to do no work.
         if self in self.world.deployments:
             self.world.deployments.remove(self)
 
@@ -325,14 +347,16 @@ class World:
     rng: random.Random = field(init=False)
     hosts: list[Host] = field(default_factory=list)
     deployments: list[Deployment] = field(default_factory=list)
+    cgroups: list[Cgroup] = field(default_factory=list)
     story: list[str] = field(default_factory=list)
     primary: Postgres | None = None
-    replica: Postgres | None = None
+    servers: list[Postgres] = field(default_factory=list)
+    closed: bool = False
     library: Path | None = None
     subnet: socket.socket | None = None
     count: int = 0
-    explains: set[str] = field(default_factory=set)
-    """What faults left in the database that ``verify`` may name: "clock", "lost", "edited"."""
+    harms: list[Harm] = field(default_factory=list)
+    """What faults left in the database that ``verify`` may name."""
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
@@ -368,8 +392,13 @@ class World:
         self.story.append(f"{now():.3f} {text}")
 
     def new_replica(self) -> Postgres:
+        """In a thread, whose world may be closed meanwhile."""
         assert self.primary is not None
-        return Postgres(copy_of=self.primary, fake_time=self._clock()).start()
+        server = Postgres(copy_of=self.primary, fake_time=self._clock())
+        self.servers.append(server)
+        if self.closed:
+            server.stop()
+        return server.start()
 
     def _clock(self) -> tuple[Path, Path] | None:
         if self.library is None:
@@ -385,7 +414,9 @@ class World:
 
     async def open(self, hosts: int) -> None:
         if self.store == "postgres":
-            self.primary = Postgres(fake_time=self._clock()).start()
+            self.primary = Postgres(fake_time=self._clock())
+            self.servers.append(self.primary)
+            self.primary.start()
         else:
             self.file.parent.mkdir(mode=0o700)
         subnet, self.subnet = free_subnet()
@@ -402,6 +433,7 @@ class World:
         new = Deployment(self, host, key, traits, self.count)
         if has_cgroups():
             new.cgroup = Cgroup(f"botlease-{os.getpid()}-{self.count}")
+            self.cgroups.append(new.cgroup)
         self.count += 1
         self.deployments.append(new)
         self.tell(f"deploy {new}")
@@ -421,15 +453,14 @@ class World:
             if d.keeper is not None:
                 d.keeper.cancel()
             d.end()
-            if d.cgroup is not None:
-                await asyncio.sleep(0.02)
-                d.cgroup.remove()
+        for cgroup in self.cgroups:
+            cgroup.remove()
         for host in self.hosts:
             await host.close()
         if self.subnet is not None:
             self.subnet.close()
-        for server in (self.primary, self.replica):
-            if server is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    server.signal(signal.SIGCONT)
-                server.stop()
+        self.closed = True
+        for server in [*self.servers]:
+            if server.process is not None:
+                server.signal(signal.SIGCONT)
+            server.stop()

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from cgroups import has_cgroups
 from proxy import ANSWERS, ASKS, Link
 
+from soak.agreement import Harm
 from soak.deployments import Deployment, Host, World, has_netns
 from soak.oracle import Oracle, now
 
-Fault = Callable[["Scene"], Awaitable[None]]
+Fault = Callable[["Scene"], Awaitable[bool | None]]
+"""False where there was nothing to do it to: it does not count."""
 KINDS: dict[str, tuple[Fault, Callable[[World], bool]]] = {}
 
 
@@ -60,10 +62,11 @@ class Scene:
     oracle: Oracle
     rng: random.Random
 
-    def whom(self) -> Deployment:
-        """Mostly the one at work."""
+    def whom(self, can: Callable[[Deployment], bool] = lambda d: True) -> Deployment:
+        """Mostly the one at work; of those that can."""
         self.oracle.read()
         living = [d for d in self.world.deployments if d.tree()] or self.world.deployments
+        living = [d for d in living if can(d)] or living
         working = [d for d in living if not d.retired and self.works(d)]
         return self.rng.choice(working if working and self.rng.random() < 0.7 else living)
 
@@ -84,9 +87,14 @@ class Scene:
     async def wait(self) -> None:
         await asyncio.sleep(self.while_)
 
-    async def sql(self, *statements: str) -> list[tuple[object, ...]]:
-        """As an operator, past everything."""
-        rows: list[tuple[object, ...]] = []
+    def harms(self, kind: str) -> None:
+        """What follows leaves this in the database (:class:`soak.agreement.Harm`)."""
+        self.oracle.read()
+        self.world.harms.append(Harm(kind, self.oracle.highest))
+
+    async def sql(self, *statements: str) -> list[tuple[object, ...]] | None:
+        """As an operator, past everything. The rows of the last one; None where the database did not do it."""
+        rows: list[tuple[object, ...]] | None = None
         if self.world.primary is None:
 
             def run() -> list[tuple[object, ...]]:
@@ -107,125 +115,139 @@ class Scene:
         with contextlib.suppress(OSError, asyncpg.PostgresError, asyncio.TimeoutError):
             c = await asyncpg.connect(self.world.direct, timeout=3, command_timeout=3)
             try:
-                for s in statements:
-                    rows = [tuple(r) for r in await c.fetch(s)]
+                done = [await c.fetch(s) for s in statements]
+                rows = [tuple(r) for r in done[-1]]
             finally:
                 await c.close(timeout=2)
         return rows
 
     async def live_instances(self) -> list[str]:
         rows = await self.sql("SELECT instance_id FROM bot_instances WHERE ended_at IS NULL")
-        return sorted(str(r[0]) for r in rows)
+        return sorted(str(r[0]) for r in rows or [])
 
 
 # Processes -------------------------------------------------------------------------------------------------------
 
 
-async def _stop(s: Scene, part: str) -> None:
-    d = s.whom()
-    if d.escapes and part == "everything":
-        part = "supervisor"
-    d.send(part, signal.SIGSTOP)
+async def _stop(s: Scene, part: str) -> bool:
+    d = s.whom(lambda d: part != "everything" or not d.escapes)
+    stopped = d.part(part)
+    if not d.send(part, signal.SIGSTOP):
+        return False
     await s.wait()
-    pids = d.part(part)
+    _continue(s, [*stopped, *d.tree()])
+    return True
+
+
+def _continue(s: Scene, pids: list[int]) -> None:
+    """Also those whose parent has ended meanwhile."""
     s.rng.shuffle(pids)
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
-    d.send("everything", signal.SIGCONT)
 
 
 @fault()
-async def stop_supervisor(s: Scene) -> None:
-    await _stop(s, "supervisor")
+async def stop_supervisor(s: Scene) -> bool:
+    return await _stop(s, "supervisor")
 
 
 @fault()
-async def stop_reaper(s: Scene) -> None:
-    await _stop(s, "reaper")
+async def stop_reaper(s: Scene) -> bool:
+    return await _stop(s, "reaper")
 
 
 @fault()
-async def stop_bot(s: Scene) -> None:
-    await _stop(s, "bot")
+async def stop_bot(s: Scene) -> bool:
+    return await _stop(s, "bot")
 
 
 @fault()
-async def stop_everything(s: Scene) -> None:
-    await _stop(s, "everything")
-
-
-async def _kill(s: Scene, part: str) -> None:
-    s.whom().send(part, signal.SIGKILL)
+async def stop_everything(s: Scene) -> bool:
+    return await _stop(s, "everything")
 
 
 @fault()
-async def kill_supervisor(s: Scene) -> None:
-    await _kill(s, "supervisor")
+async def kill_supervisor(s: Scene) -> bool:
+    return s.whom().send("supervisor", signal.SIGKILL)
 
 
 @fault()
-async def kill_reaper(s: Scene) -> None:
-    await _kill(s, "reaper")
+async def kill_reaper(s: Scene) -> bool:
+    return s.whom().send("reaper", signal.SIGKILL)
 
 
 @fault()
-async def kill_bot(s: Scene) -> None:
-    await _kill(s, "bot")
+async def kill_bot(s: Scene) -> bool:
+    return s.whom().send("bot", signal.SIGKILL)
 
 
 @fault()
-async def kill_everything(s: Scene) -> None:
-    await _kill(s, "everything")
+async def kill_everything(s: Scene) -> bool:
+    return s.whom().send("everything", signal.SIGKILL)
 
 
 @fault()
-async def kill_all_deployments(s: Scene) -> None:
-    for d in s.world.deployments:
-        d.send("everything", signal.SIGKILL)
+async def kill_all_deployments(s: Scene) -> bool:
+    sent = [d.send("everything", signal.SIGKILL) for d in s.world.deployments]
+    return any(sent)
 
 
 @fault()
-async def terminate(s: Scene) -> None:
+async def stop_all_deployments(s: Scene) -> bool:
+    """A machine that is suspended, as far as that can be done to processes."""
+    deployments = [d for d in s.world.deployments if not d.escapes]
+    stopped = [pid for d in deployments for pid in d.tree()]
+    sent = [d.send("everything", signal.SIGSTOP) for d in deployments]
+    await s.wait()
+    _continue(s, [*stopped, *(pid for d in deployments for pid in d.tree())])
+    return any(sent)
+
+
+@fault()
+async def terminate(s: Scene) -> bool:
     """The platform restarts it: a stop signal, then the same deployment again."""
-    d = s.whom()
-    d.send("supervisor", signal.SIGTERM)
+    if not s.whom().send("supervisor", signal.SIGTERM):
+        return False
     await asyncio.sleep(s.rng.uniform(0, 1))
+    return True
 
 
 @fault(cgroups)
-async def freeze(s: Scene) -> None:
+async def freeze(s: Scene) -> bool:
     """As ``docker pause`` does it. On thawing everything runs at once, the late and the fence."""
-    d = s.whom()
-    if d.cgroup is None or d.escapes:
-        return
-    d.cgroup.freeze(True)
+    d = s.whom(lambda d: not d.escapes)
+    if d.cgroup is None or d.escapes or not d.tree():
+        return False
+    took = d.cgroup.freeze(True)
     await s.wait()
     s.oracle.thaws.append(now())
     d.cgroup.freeze(False)
+    return took
 
 
 @fault(cgroups)
-async def freeze_all(s: Scene) -> None:
+async def freeze_all(s: Scene) -> bool:
     frozen = [d.cgroup for d in s.world.deployments if d.cgroup is not None and not d.escapes]
-    for cgroup in frozen:
-        cgroup.freeze(True)
+    took = [cgroup.freeze(True) for cgroup in frozen]
     await s.wait()
     s.rng.shuffle(frozen)
     for cgroup in frozen:
         s.oracle.thaws.append(now())
         cgroup.freeze(False)
+    return any(took)
 
 
 @fault(cgroups)
-async def starve(s: Scene) -> None:
+async def starve(s: Scene) -> bool:
     """1 to 5 % of a core for a whole deployment."""
     d = s.whom()
     if d.cgroup is None or not d.cgroup.has("cpu"):
-        return
-    d.cgroup.starve(s.rng.choice((0.01, 0.02, 0.05)))
+        return False
+    took = d.cgroup.starve(s.rng.choice((0.01, 0.02, 0.05)))
     await asyncio.sleep(2 * s.while_)
     d.cgroup.starve(None)
+    return took
 
 
 HOG = """
@@ -236,11 +258,12 @@ taken = [os.urandom(1 << 20) for _ in range(60)]
 
 
 @fault(cgroups)
-async def out_of_memory(s: Scene) -> None:
+async def out_of_memory(s: Scene) -> bool:
     """The kernel kills in this deployment until there is memory again."""
     d = s.whom()
     if d.cgroup is None or not d.cgroup.has("memory") or not d.tree():
-        return
+        return False
+    killed = d.cgroup.killed()
     d.cgroup.limit(d.cgroup.used() + (8 << 20))
     files = d.cgroup.files()
     script = "".join(f"echo $$ >{f} || exit 99; " for f in files) + 'exec "$@"'
@@ -252,6 +275,7 @@ async def out_of_memory(s: Scene) -> None:
     d.cgroup.limit(None)
     # Frozen by the fault beside this one it dies when that one is undone: to wait for it in our loop would be for ever.
     await asyncio.to_thread(hog.wait)
+    return d.cgroup.killed() > killed
 
 
 # Deployments -----------------------------------------------------------------------------------------------------
@@ -447,15 +471,14 @@ async def fail_over(s: Scene) -> None:
     w = s.world
     old = w.primary
     assert old is not None
-    new = w.replica = await asyncio.to_thread(w.new_replica)
+    s.harms("lost")
+    new = await asyncio.to_thread(w.new_replica)
     for pid in old.processes("walsender"):
         os.kill(pid, signal.SIGSTOP)
     await asyncio.sleep(s.rng.choice((0.0, 0.3, 1.0, 2.0, 4.0)) * w.ttl)
     await asyncio.to_thread(old.signal, signal.SIGKILL)
     await asyncio.sleep(s.rng.choice((0.0, 0.3, 1.5)) * w.ttl)
     await asyncio.to_thread(new.promote)
-    w.explains.add("lost")
-    w.replica = None
     w.point_at(new)
     await asyncio.to_thread(old.stop)
 
@@ -474,50 +497,58 @@ async def ask_a_standby_database(s: Scene) -> None:
 
 
 @fault(postgres)
-async def make_the_database_read_only(s: Scene) -> None:
+async def make_the_database_read_only(s: Scene) -> bool:
     """As hosts do when the disk is nearly full, or in a switch-over."""
     ours = "SET default_transaction_read_only = off"
-    await s.sql(ours, "ALTER SYSTEM SET default_transaction_read_only = on", "SELECT pg_reload_conf()")
+    made = await s.sql(ours, "ALTER SYSTEM SET default_transaction_read_only = on", "SELECT pg_reload_conf()")
     await s.wait()
     for _ in range(20):
         done = await s.sql(ours, "ALTER SYSTEM RESET default_transaction_read_only", "SELECT pg_reload_conf()")
         if done:
             break
         await asyncio.sleep(0.2)
+    return made is not None
 
 
 @fault(lambda w: postgres(w) and w.library is not None)
 async def step_the_databases_clock(s: Scene) -> None:
     sign = s.rng.choice((-1, 1))
-    s.world.explains.add("clock")
+    s.harms("clock")
     s.world.step_clock(sign * s.rng.choice((1, 5, 60, 3600, 86_400)))
     await s.wait()
 
 
 @fault(lambda w: w.library is not None)
-async def step_a_supervisors_clock(s: Scene) -> None:
-    for d in [d for d in s.world.deployments if d.traits.fake_time]:
+async def step_a_supervisors_clock(s: Scene) -> bool:
+    stepped = [d for d in s.world.deployments if d.traits.fake_time]
+    for d in stepped:
         d.clock.write_text(f"{s.rng.choice((-1, 1)) * s.rng.choice((1, 5, 60, 3600, 86_400)):+d}")
     await s.wait()
+    return bool(stepped)
 
 
 @fault(postgres)
-async def lock_the_tables(s: Scene) -> None:
+async def lock_the_tables(s: Scene) -> bool:
     """A migration, a VACUUM FULL: nothing can be read or written."""
     import asyncpg
 
+    done = False
     with contextlib.suppress(OSError, asyncpg.PostgresError, asyncio.TimeoutError):
         c = await asyncpg.connect(s.world.direct, timeout=3)
         try:
             await c.execute("BEGIN; SET LOCAL lock_timeout = '2s'; LOCK TABLE bot_leases, bot_instances")
+            done = True
             await s.wait()
         finally:
             await c.close(timeout=2)
+    return done
 
 
 @fault(postgres)
-async def end_sessions(s: Scene) -> None:
-    await s.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'botlease%'")
+async def end_sessions(s: Scene) -> bool:
+    return bool(
+        await s.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name LIKE 'botlease%'")
+    )
 
 
 LOCKER = """
@@ -546,7 +577,7 @@ async def lock_the_file(s: Scene) -> None:
 
 @fault(sqlite)
 async def delete_the_file(s: Scene) -> None:
-    s.world.explains |= {"lost"}
+    s.harms("emptied")
     s.world.file.unlink(missing_ok=True)
     if s.rng.random() < 0.3:
         s.world.file.touch(0o600)
@@ -556,7 +587,7 @@ async def delete_the_file(s: Scene) -> None:
 @fault(sqlite)
 async def rename_the_file(s: Scene) -> None:
     away = s.world.file.with_suffix(".away")
-    s.world.explains |= {"lost"}
+    s.harms("lost")
     with contextlib.suppress(OSError):
         s.world.file.rename(away)
         await s.wait()
@@ -567,21 +598,25 @@ async def rename_the_file(s: Scene) -> None:
 async def restore_an_older_file(s: Scene) -> None:
     """A backup is copied over it, or takes its place."""
     backup = s.world.file.with_suffix(".backup")
-    s.world.explains |= {"lost"}
+    s.harms("lost")
     with contextlib.suppress(OSError):
         shutil.copy(s.world.file, backup)
         await s.wait()
-        backup.replace(s.world.file)
+        if s.rng.random() < 0.2:
+            shutil.copyfile(backup, s.world.file)  # under whoever has it open: it may be damaged by that
+        else:
+            backup.replace(s.world.file)
 
 
 # The operator -------------------------------------------------------------------------------------------------------
 
 
 @fault()
-async def operator_deactivates(s: Scene) -> None:
-    await s.sql("UPDATE bot_instances SET is_active = FALSE")
+async def operator_deactivates(s: Scene) -> bool:
+    done = await s.sql("UPDATE bot_instances SET is_active = FALSE")
     await s.wait()
     await _promote(s)
+    return done is not None
 
 
 async def _promote(s: Scene) -> None:
@@ -604,33 +639,34 @@ async def operator_promotes(s: Scene) -> None:
 
 
 @fault()
-async def operator_deletes_the_lease(s: Scene) -> None:
-    s.world.explains.add("edited")
-    await s.sql("DELETE FROM bot_leases")
+async def operator_deletes_the_lease(s: Scene) -> bool:
+    s.harms("edited")
+    return await s.sql("DELETE FROM bot_leases") is not None
 
 
 @fault()
-async def operator_deletes_the_instances(s: Scene) -> None:
-    await s.sql("DELETE FROM bot_instances")
+async def operator_deletes_the_instances(s: Scene) -> bool:
+    done = await s.sql("DELETE FROM bot_instances")
     await _promote(s)
+    return done is not None
 
 
 @fault()
-async def operator_pauses(s: Scene) -> None:
-    await s.sql("UPDATE bot_leases SET paused = TRUE")
+async def operator_pauses(s: Scene) -> bool:
+    paused = await s.sql("UPDATE bot_leases SET paused = TRUE")
     await s.wait()
     for _ in range(50):
         await s.sql("UPDATE bot_leases SET paused = FALSE")
-        if not await s.sql("SELECT 1 FROM bot_leases WHERE paused"):
+        if await s.sql("SELECT 1 FROM bot_leases WHERE paused") == []:
             break
         await asyncio.sleep(0.1)
+    return paused is not None
 
 
 @fault()
-async def operator_edits_the_lease(s: Scene) -> None:
-    s.world.explains.add("edited")
-    await s.sql(
-        "UPDATE bot_leases SET "
-        + s.rng.choice(("beat = beat + 1000", "beat = 0", "nonce = 'x'", "term = term + 5", "ttl = 2 * ttl"))
-    )
+async def operator_edits_the_lease(s: Scene) -> bool:
+    s.harms("edited")
+    edits = ("beat = beat + 1000", "beat = 0", "nonce = 'x'", "term = term + 5", "ttl = 2 * ttl", "holder = NULL")
+    done = await s.sql(f"UPDATE bot_leases SET {s.rng.choice(edits)}")
     await s.sql("UPDATE bot_leases SET ttl = 1.5 WHERE ttl > 10")
+    return done is not None

@@ -44,6 +44,11 @@ class Oracle:
         self._offset = 0
         self._latest: Work | None = None
 
+    @property
+    def highest(self) -> int:
+        """The latest term under which anybody worked."""
+        return max((w.term for w in self.works.values()), default=0)
+
     def read(self) -> None:
         """Take in what was written since the last time."""
         if not self.path.exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -26,9 +27,12 @@ class Cgroup:
         for path in {*self.paths.values()}:
             path.mkdir(exist_ok=True)
 
-    def _write(self, kind: str, file: str, value: object) -> None:
+    def _write(self, kind: str, file: str, value: object) -> bool:
+        """Whether the kernel took it; not if the group is gone."""
         with contextlib.suppress(OSError):
             (self.paths[kind] / file).write_text(str(value))
+            return True
+        return False
 
     def has(self, kind: str) -> bool:
         return kind in self.paths
@@ -39,20 +43,18 @@ class Cgroup:
     def _is_old(self, kind: str) -> bool:
         return self.paths[kind].parent.name == kind
 
-    def freeze(self, frozen: bool) -> None:
+    def freeze(self, frozen: bool) -> bool:
         if self._is_old("freezer"):
-            self._write("freezer", "freezer.state", "FROZEN" if frozen else "THAWED")
-        else:
-            self._write("freezer", "cgroup.freeze", int(frozen))
+            return self._write("freezer", "freezer.state", "FROZEN" if frozen else "THAWED")
+        return self._write("freezer", "cgroup.freeze", int(frozen))
 
-    def starve(self, part: float | None) -> None:
+    def starve(self, part: float | None) -> bool:
         """At most this part of a core."""
         period = 100_000
         if self._is_old("cpu"):
             self._write("cpu", "cpu.cfs_period_us", period)
-            self._write("cpu", "cpu.cfs_quota_us", -1 if part is None else int(part * period))
-        else:
-            self._write("cpu", "cpu.max", f"{'max' if part is None else int(part * period)} {period}")
+            return self._write("cpu", "cpu.cfs_quota_us", -1 if part is None else int(part * period))
+        return self._write("cpu", "cpu.max", f"{'max' if part is None else int(part * period)} {period}")
 
     def used(self) -> int:
         file = "memory.usage_in_bytes" if self._is_old("memory") else "memory.current"
@@ -64,8 +66,22 @@ class Cgroup:
         else:
             self._write("memory", "memory.max", "max" if size is None else size)
 
+    def killed(self) -> int:
+        """How many processes the kernel has killed in it for want of memory."""
+        file = "memory.oom_control" if self._is_old("memory") else "memory.events"
+        with contextlib.suppress(OSError):
+            for line in (self.paths["memory"] / file).read_text().splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+        return 0
+
     def remove(self) -> None:
-        """When its last process is gone, which the kernel says a moment late."""
+        """When its last process is gone, which the kernel says a moment late; it is killed."""
+        self.freeze(False)
+        for file in self.files():
+            with contextlib.suppress(OSError):
+                for pid in Path(file).read_text().split():
+                    os.kill(int(pid), signal.SIGKILL)
         for path in {*self.paths.values()}:
             for _ in range(100):
                 try:

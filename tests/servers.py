@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -65,6 +66,8 @@ class Postgres:
         self.port = free_port()
         self._known = False  # once it has run, others know its port
         self.process: subprocess.Popen[bytes] | None = None
+        self._over = False
+        self._lock = threading.Lock()
         self.user: str | None = None
         self.env: dict[str, str] | None = None
         if fake_time is not None:
@@ -96,15 +99,19 @@ class Postgres:
         options |= {"wal_retrieve_retry_interval": "50ms"}  # or a promotion waits for the next try, up to 5 s
         deadline = time.monotonic() + 30
         while True:
-            self.process = subprocess.Popen(
-                [str(self.bin / "postgres"), "-D", str(self.data), *(f"--{k}={v}" for k, v in options.items())],
-                user=self.user,
-                cwd=self.folder,
-                env=self.env,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
+            with self._lock:
+                if self._over:
+                    raise RuntimeError("this server was stopped for good")
+                self.process = subprocess.Popen(
+                    [str(self.bin / "postgres"), "-D", str(self.data), *(f"--{k}={v}" for k, v in options.items())],
+                    user=self.user,
+                    cwd=self.folder,
+                    env=self.env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,  # what interrupts a whole terminal does not end it under those who use it
+                )
             while self.process.poll() is None and time.monotonic() < deadline:
                 try:
                     socket.create_connection(("127.0.0.1", self.port), 1).close()
@@ -175,6 +182,9 @@ class Postgres:
         return f"postgresql://postgres@127.0.0.1:{port or self.port}/{database}"
 
     def stop(self) -> None:
+        """For good, also if it is just being started in another thread, which would begin again."""
+        with self._lock:
+            self._over = True
         self.shut_down()
         # Of hundreds of databases there are tens of thousands of files: on a busy disk two minutes were not enough.
         subprocess.run(["sh", "-c", 'rm -rf "$0" >/dev/null 2>&1 &', self.folder], check=True)

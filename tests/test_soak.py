@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from soak import deployments, nemesis, oracle, stores  # noqa: E402 - after its folder
+from soak.agreement import Harm, differences  # noqa: E402
 from soak.simulation import Sum, replay, run_seed  # noqa: E402
 
 
@@ -100,11 +102,61 @@ def test_a_short_run_of_the_nemesis_finds_nothing_counts_what_it_did_and_goes_on
     assert log.read_text() == kept
 
 
+def row(term: int, who: str, begun: float, ended: float | None, how: str = "released") -> dict[str, object]:
+    begin, end = (t and datetime.fromtimestamp(t, UTC).replace(tzinfo=None).isoformat(" ") for t in (begun, ended))
+    return {"term": term, "instance_id": who, "from": begin, "until": end, "began": how}
+
+
+ROWS = [row(n, f"bot-{n}", 1000.0 + 10 * n, 1009.0 + 10 * n) for n in range(1, 8)]
+WORKS = [oracle.Work(f"bot-{n}/7/{n}", n, 10.0 * n, 10.0 * n + 8, before_thaws=10.0 * n + 8) for n in range(1, 8)]
+
+
+def test_the_journal_must_have_each_work_of_the_witnesses_with_its_instance_and_its_times() -> None:
+    assert differences(ROWS, [], WORKS, [], 1001.0) == ([], 0)
+    assert differences(ROWS, [], WORKS, [], None) == ([], 0)
+    assert "no term 3" in differences(ROWS[:2] + ROWS[3:], [], WORKS, [], None)[0][0]
+    other = [ROWS[0] | {"instance_id": "bot-9"}, *ROWS[1:]]
+    assert "gives term 1 of bot-1/7/1 to bot-9" in differences(other, [], WORKS, [], None)[0][0]
+    assert all("before its term began" in f for f in differences(ROWS, [], WORKS, [], 999.0)[0])
+    assert all("after its term had ended" in f for f in differences(ROWS, [], WORKS, [], 1002.0)[0])
+
+
+@pytest.mark.parametrize("kind", ["clock", "edited", "lost"])
+def test_a_fault_explains_only_what_it_can_have_done_to_the_terms_that_it_touched(kind: str) -> None:
+    harms = [Harm(kind, 3, 4)]
+    what = {"clock": "ended 1 s before it began", "edited": "has no lease beside it", "lost": "has no end"}[kind]
+    for term in range(1, 8):
+        left, explained = differences(ROWS, [{"term": term, "what": what}], WORKS, harms, 1001.0)
+        assert (len(left), explained) == ((0, 1) if term in (3, 4, 5, 6) else (1, 0)), term
+    between = [{"term": 5, "what": "OVERLAPS term 4 by 3 s"}], [{"term": 2, "what": "OVERLAPS term 1 by 3 s"}]
+    assert [len(differences(ROWS, said, WORKS, harms, 1001.0)[0]) for said in between] == [int(kind != "clock"), 1]
+
+
 def test_worlds_that_are_open_at_once_have_addresses_of_their_own() -> None:
     """Two whose process numbers were alike got each other's packets, and no database answered."""
     (first, one), (second, two) = deployments.free_subnet(), deployments.free_subnet()
     with one, two:
         assert first != second
+
+
+@pytest.mark.skipif(not deployments.has_netns(), reason="needs network namespaces")
+def test_what_a_world_that_was_killed_left_behind_is_swept_away_and_nothing_else() -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left, ours = f"botlease-{dead.pid}-7", f"botlease-{os.getpid()}-7"
+
+    def there() -> set[str]:
+        listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+        return {line.split()[0] for line in listed.splitlines()} & {left, ours}
+
+    try:
+        for name in (left, ours):
+            subprocess.run(["ip", "netns", "add", name], check=True)
+        deployments.sweep()
+        assert there() == {ours}
+    finally:
+        for name in there():
+            subprocess.run(["ip", "netns", "del", name], check=True)
 
 
 def test_an_interrupted_nemesis_leaves_nothing_running() -> None:
@@ -131,7 +183,7 @@ def test_an_interrupted_nemesis_leaves_nothing_running() -> None:
             soak.send_signal(signal.SIGINT)  # as timeout(1) does it: its child, then the group
             os.killpg(soak.pid, signal.SIGINT)
             assert soak.wait(60) == 1
-            assert running() == []
+            assert [command for command in running() if not command.startswith("rm\0")] == []
         finally:
             soak.kill()
 
