@@ -92,6 +92,12 @@ def renew_by_name() -> Iterator[None]:
 
 
 @bug
+def a_lease_whose_journal_is_gone_as_well_comes_back_free() -> Iterator[None]:
+    with sql("ADD_LEASE", "AND NOT EXISTS (SELECT 1 FROM bot_deployments WHERE bot = :bot)", ""):
+        yield
+
+
+@bug
 def copies_of_one_holder_renew_for_one_another() -> Iterator[None]:
     with sql("RENEW", "AND instr(:beats, ',' || beat || ',') > 0", ""):
         yield

@@ -336,6 +336,21 @@ class StoreContract:
         # Only a release clears the proof: should the holder be typed out of this row, it must not look like one.
         assert lease_of(view).proof
 
+    async def test_a_lease_row_that_vanished_with_its_journal_is_put_back_as_held_for_a_newcomer_too(
+        self, stores: Sequence[Store], execute: Callable[[str], Any]
+    ) -> None:
+        a, b = stores
+        grant = await self.held(a)
+        for table in ("bot_leases", "bot_terms"):
+            await execute(f"DELETE FROM {table}")  # noqa: S608
+        view = await b.register(registration("b", "d2"), DEADLINE)
+        assert lease_of(view).holder is not None and lease_of(view).proof and lease_of(view).term >= grant.term
+
+        for table in ("bot_leases", "bot_terms", "bot_instances"):
+            await execute(f"DELETE FROM {table}")  # noqa: S608
+        view = await b.register(registration("c", "d3"), DEADLINE)
+        assert lease_of(view).holder is not None and lease_of(view).proof
+
     async def test_the_operators_statements_keep_at_most_one_active(
         self, stores: Sequence[Store], execute: Callable[[str], Any]
     ) -> None:

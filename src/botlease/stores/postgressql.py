@@ -43,9 +43,9 @@ FROM (SELECT 1) x LEFT JOIN bot_leases l ON l.bot = $1
      LEFT JOIN failed mine ON mine.deployment = me.deployment
 """
 
-# A lease that is missing although the journal knows terms of this bot was lost, and on a database that is not
-# the one the schema was made in anything may have been lost: then it is put back as held by nobody we know,
-# to be waited out in full (R6, R7).
+# A lease that is missing although the bot is known here, by a term or a deployment, was lost, and on a database that is
+# not the one the schema was made in anything may have been lost: then it is put back as held by nobody we know, to be
+# waited out in full (R6, R7). Terms go on above the highest that is left anywhere.
 REGISTER: Final = """
 WITH deployed AS (
   INSERT INTO bot_deployments (bot, deployment, first_seen) VALUES ($1, $3, clock_timestamp())
@@ -57,14 +57,16 @@ WITH deployed AS (
   ON CONFLICT (instance_id) DO UPDATE SET generation = excluded.generation WHERE bot_instances.generation IS NULL
 ), lease AS (
   INSERT INTO bot_leases (bot, term, beat, nonce, holder, ttl, origin, proof, served, renewed_at)
-  SELECT $1, greatest(coalesce(max(term), 0), CASE WHEN $7 || {timeline} = (SELECT origin FROM botlease_schema)
-                                              THEN 0 ELSE {era} END),
-         0, $8, CASE WHEN max(term) IS NULL AND $7 || {timeline} = (SELECT origin FROM botlease_schema)
-                THEN NULL ELSE 'unknown' END,
+  SELECT $1, greatest(max(term), (SELECT max(i.term) FROM bot_instances i WHERE i.bot = $1),
+                      CASE WHEN $7 || {timeline} = (SELECT origin FROM botlease_schema) THEN 0 ELSE {era} END),
+         0, $8, CASE WHEN new THEN NULL ELSE 'unknown' END,
          greatest($9, max(ttl) FILTER (WHERE released_at IS NULL)), $7 || {timeline},
-         CASE WHEN max(term) IS NULL AND $7 || {timeline} = (SELECT origin FROM botlease_schema)
-         THEN '' ELSE '-' END, 0, clock_timestamp()
-  FROM bot_terms WHERE bot = $1
+         CASE WHEN new THEN '' ELSE '-' END, 0, clock_timestamp()
+  FROM (SELECT NOT EXISTS (SELECT 1 FROM bot_terms WHERE bot = $1)
+           AND NOT EXISTS (SELECT 1 FROM bot_deployments WHERE bot = $1)
+           AND $7 || {timeline} = (SELECT origin FROM botlease_schema) AS new) known
+       LEFT JOIN bot_terms ON bot = $1
+  GROUP BY new
   ON CONFLICT (bot) DO NOTHING
 ), old_instances AS (
   DELETE FROM bot_instances

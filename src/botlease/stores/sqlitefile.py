@@ -257,7 +257,7 @@ class SqliteFile:
             "now": clock.iso(now),
         }
         with self._write() as db:
-            for statement in (ADD_DEPLOYMENT, ADD_INSTANCE, ADD_LEASE):
+            for statement in (ADD_LEASE, ADD_DEPLOYMENT, ADD_INSTANCE):  # the first one asks what was there before
                 db.execute(statement, values)
             for statement in PRUNE:
                 kept = clock.iso(now - KEEP_ENDED_DAYS * 86_400)

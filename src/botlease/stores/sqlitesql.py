@@ -48,12 +48,16 @@ ON CONFLICT (instance_id) DO UPDATE SET generation = excluded.generation WHERE g
 """
 ADD_LEASE: Final = """
 INSERT INTO bot_leases (bot, term, beat, nonce, holder, ttl, origin, proof, served, renewed_at)
-SELECT :bot, max(coalesce(max(term), 0), CASE WHEN :origin = (SELECT origin FROM botlease_schema) THEN 0 ELSE :era END),
-       0, :nonce,
-       CASE WHEN max(term) IS NULL AND :origin = (SELECT origin FROM botlease_schema) THEN NULL ELSE 'unknown' END,
+SELECT :bot, max(coalesce(max(term), 0), coalesce((SELECT max(i.term) FROM bot_instances i WHERE i.bot = :bot), 0),
+                 CASE WHEN :origin = (SELECT origin FROM botlease_schema) THEN 0 ELSE :era END),
+       0, :nonce, CASE WHEN new THEN NULL ELSE 'unknown' END,
        max(:ttl, coalesce(max(CASE WHEN released_at IS NULL THEN ttl END), 0)), :origin,
-       CASE WHEN max(term) IS NULL AND :origin = (SELECT origin FROM botlease_schema) THEN '' ELSE '-' END, 0, :now
-FROM bot_terms WHERE bot = :bot
+       CASE WHEN new THEN '' ELSE '-' END, 0, :now
+FROM (SELECT NOT EXISTS (SELECT 1 FROM bot_terms WHERE bot = :bot)
+         AND NOT EXISTS (SELECT 1 FROM bot_deployments WHERE bot = :bot)
+         AND :origin = (SELECT origin FROM botlease_schema) AS new)
+     LEFT JOIN bot_terms ON bot = :bot
+WHERE TRUE GROUP BY new
 ON CONFLICT DO NOTHING
 """
 PRUNE: Final = (
