@@ -15,7 +15,12 @@ EXACT = 0.05
 """Seconds: the journal has the wall clock, which is slewed; the witnesses have the clock of the boot."""
 NEXT = 2
 """How many terms that begin after a fault can still show it: the one that was on its way, and the one that follows."""
-WHAT = {"clock": "before it began|too early", "edited": "lease|not journalled|took over", "lost": "", "emptied": ""}
+WHAT = {
+    "clock": "before it began|too early",
+    "edited": "lease|not journalled|took over|is open for",
+    "lost": "",
+    "emptied": "",
+}
 """The words of what each can leave behind."""
 
 
@@ -65,10 +70,14 @@ def differences(
             found.append((work.term, f"the journal gives term {work.term} of {work.who} to {row['instance_id']}"))
         if offset is None:
             continue
-        if work.first + offset < _seconds(row["from"]) - EXACT:
-            found.append((work.term, f"{work.who} worked before its term began in the journal"))
-        if row["until"] and work.before_thaws + offset > _seconds(row["until"]) + EXACT:
-            found.append((work.term, f"{work.who} worked after its term had ended in the journal"))
+        early = _seconds(row["from"]) - work.first - offset
+        # What escaped a stopped holder may outlive the end that its successor writes, until that has killed it.
+        released = row["until"] and row["ended"] not in ("expired", "died")
+        late = work.before_thaws + offset - _seconds(row["until"]) if released else 0.0
+        if early > EXACT:
+            found.append((work.term, f"{work.who} worked {early:.3f} s before its term began in the journal"))
+        if late > EXACT:
+            found.append((work.term, f"{work.who} worked {late:.3f} s after its term had ended in the journal"))
     left = [
         text
         for term, text in found

@@ -205,6 +205,34 @@ def test_another_time_namespace_is_another_host_as_its_start_times_are_told_by_a
     assert done.stdout.strip() and done.stdout.strip() != procfs.host()
 
 
+SUSPENDED = """
+import time
+from botlease import clock
+from botlease.work.fence import Fence
+assert clock.now() - time.monotonic() > 4000, "this clock stood still"
+fence = Fence()
+fence.arm(clock.now() + 0.3)
+time.sleep(10)
+print("outlived its fence")
+"""
+
+
+def test_the_clock_of_trust_and_the_fence_count_the_time_for_which_a_machine_was_suspended() -> None:
+    """A clock of the boot that is 5,000 s ahead of the monotonic one is what a suspend leaves behind."""
+    command = ["unshare", "--time", "--boottime", "5000", "--fork", sys.executable, "-c", SUSPENDED]
+    try:
+        probe = subprocess.run([*command[:5], "true"], capture_output=True)
+    except OSError:
+        pytest.skip("no time namespace can be made here")
+    if probe.returncode:
+        pytest.skip("no time namespace can be made here")
+    began = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, env=clean_env())
+    # unshare passes the signal on as far as it can
+    assert done.stdout == "" and "Traceback" not in done.stderr and done.returncode in (-9, 137, 1)
+    assert time.monotonic() - began < 5
+
+
 async def test_a_file_whose_time_lies_in_the_future_is_one_sign_of_life_and_not_many(tmp_path: Path) -> None:
     """The wall clock was set back: what was touched before would look new for hours."""
     beat = tmp_path / "beat"

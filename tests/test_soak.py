@@ -104,7 +104,7 @@ def test_a_short_run_of_the_nemesis_finds_nothing_counts_what_it_did_and_goes_on
 
 def row(term: int, who: str, begun: float, ended: float | None, how: str = "released") -> dict[str, object]:
     begin, end = (t and datetime.fromtimestamp(t, UTC).replace(tzinfo=None).isoformat(" ") for t in (begun, ended))
-    return {"term": term, "instance_id": who, "from": begin, "until": end, "began": how}
+    return {"term": term, "instance_id": who, "from": begin, "until": end, "began": how, "ended": "stopped"}
 
 
 ROWS = [row(n, f"bot-{n}", 1000.0 + 10 * n, 1009.0 + 10 * n) for n in range(1, 8)]
@@ -118,7 +118,9 @@ def test_the_journal_must_have_each_work_of_the_witnesses_with_its_instance_and_
     other = [ROWS[0] | {"instance_id": "bot-9"}, *ROWS[1:]]
     assert "gives term 1 of bot-1/7/1 to bot-9" in differences(other, [], WORKS, [], None)[0][0]
     assert all("before its term began" in f for f in differences(ROWS, [], WORKS, [], 999.0)[0])
-    assert all("after its term had ended" in f for f in differences(ROWS, [], WORKS, [], 1002.0)[0])
+    late = differences(ROWS, [], WORKS, [], 1002.0)[0]
+    assert len(late) == 7 and all("after its term had ended" in f for f in late)
+    assert differences([r | {"ended": "expired"} for r in ROWS], [], WORKS, [], 1002.0) == ([], 0)
 
 
 @pytest.mark.parametrize("kind", ["clock", "edited", "lost"])
