@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pty
+import re
 import select
 import socket
 import sqlite3
@@ -510,3 +511,80 @@ def test_what_can_be_a_name_stays_as_it_is_through_store_and_command(world: Worl
         text=True,
     )
     assert [i["deployment"] for i in json.loads(done.stdout)["instances"]] == [QUOTES]
+
+
+def test_a_crash_of_ours_leaves_no_core_and_the_bots_own_limit_is_as_it_was(sqlite_world: World) -> None:
+    """It would hold the database's password and the token."""
+
+    def limit(pid: int) -> str:
+        return re.findall(r"Max core file size +(\S+)", Path(f"/proc/{pid}/limits").read_text())[0]
+
+    world = sqlite_world
+    run = world.run(wrap=("prlimit", "--core=5000000:unlimited"))
+    world.works(1)
+    ((bot, _),) = world.stamps()
+    ours = [pid for pid in [run.pid, *run.children()] if pid != bot]
+    assert len(ours) == 2 and [limit(pid) for pid in ours] == ["1", "1"]
+    assert limit(bot) == "5000000"
+
+
+@pytest.mark.parametrize("server", ["health", "gateway", "gate"])
+def test_our_servers_listen_on_the_loopback_address_alone(sqlite_world: World, server: str) -> None:
+    code = "import os, time; print('at', *(os.environ.get(f'BOTLEASE_{k}_URL') for k in ('GATE', 'API')), flush=True)"
+    options = {
+        "health": ("--health-port", str(free_port())),
+        "gateway": ("--gateway",),
+        "gate": ("--warm",),
+    }[server]
+    token = {"TELEGRAM_BOT_TOKEN": "1:" + "a" * 35} if server == "gateway" else {}
+    run = sqlite_world.run(*options, bot=(sys.executable, "-c", code + "; time.sleep(60)"), env=token)
+    if server == "health":
+        port = int(options[1])
+    else:
+        run.says("at ")
+        port = int(re.findall(r"http://127\.0\.0\.1:(\d+)", run.text())[0])
+    until(lambda: answers("127.0.0.1", port))
+    for elsewhere in ("127.0.0.2", own_address()):
+        assert not answers(elsewhere, port), elsewhere
+
+
+def answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+def own_address() -> str:
+    """Of this machine, as others see it; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        try:
+            s.connect(("192.0.2.1", 9))
+            return str(s.getsockname()[0])
+        except OSError:
+            return "127.0.0.3"
+
+
+ALONE = """
+import importlib, pkgutil, sys
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("asyncpg", "telegram", "aiogram", "telebot", "aiohttp", "sqlalchemy", "psycopg"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Nothing())
+before = {*sys.modules}
+import botlease
+for found in pkgutil.walk_packages(botlease.__path__, "botlease."):
+    if "postgres" in found.name or found.name.startswith("botlease.telegram.") or found.name == "botlease.__main__":
+        continue
+    importlib.import_module(found.name)
+roots = {name.partition(".")[0] for name in {*sys.modules} - before}
+print(sorted(r for r in roots if r not in sys.stdlib_module_names and not r.startswith("_")))
+"""
+
+
+def test_what_is_imported_is_the_standard_library_and_two_packages() -> None:
+    """What is not imported cannot be poisoned."""
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, env=clean_env())
+    assert done.stderr == "" and done.stdout.strip() == "['botlease', 'click', 'h11']"

@@ -77,6 +77,7 @@ def _start(argv: list[str], env: dict[str, str], problem: int, gate: int) -> int
             os.set_inheritable(gate, True)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         os.setsid()  # a group of its own: signals reach it through us
+        tree.may_leave_a_core()
         os.execvpe(argv[0], argv, env)  # noqa: S606 - the user's command, as given
     except OSError as e:
         os.write(problem, (e.strerror or "cannot be started").encode())

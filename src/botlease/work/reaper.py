@@ -102,6 +102,7 @@ def _pipe() -> tuple[int, int]:
 
 def fork() -> tuple[int, socket.socket]:
     """Fork the reaper. Call it from the main thread, before threads and heavy imports."""
+    tree.leave_no_core()
     ours, its = socket.socketpair()
     pid = os.fork()
     if pid == 0:
@@ -329,6 +330,7 @@ class _Reaper:
                 signal.pthread_sigmask(signal.SIG_SETMASK, [])
                 if front:
                     self._front(argv, env, front, write, gate)
+                tree.may_leave_a_core()
                 os.execvpe(argv[0], argv, env)  # noqa: S606 - the user's command, as given
             except OSError as e:
                 os.write(write, (e.strerror or "cannot be started").encode())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 
 PR_SET_PDEATHSIG = 1
@@ -120,3 +121,23 @@ def reap() -> tuple[list[tuple[int, int]], bool]:
         if pid == 0:
             return dead, True
         dead.append((pid, os.waitstatus_to_exitcode(status)))
+
+
+_core: tuple[int, int] | None = None
+
+
+def leave_no_core() -> None:
+    """A crash dump of this process, or of one forked from it, would hold the database's password and the bot's token.
+
+    The limit is 1 and not 0: then a program that takes the dumps (``|`` in ``core_pattern``) gets none either.
+    """
+    global _core
+    if _core is None:
+        _core = resource.getrlimit(resource.RLIMIT_CORE)
+        resource.setrlimit(resource.RLIMIT_CORE, (1 if _core[1] else 0, _core[1]))
+
+
+def may_leave_a_core() -> None:
+    """What comes now, by exec, is the user's program: the limit is as it was given."""
+    if _core is not None:
+        resource.setrlimit(resource.RLIMIT_CORE, _core)
