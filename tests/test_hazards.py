@@ -544,3 +544,78 @@ def test_of_thirty_supervisors_that_start_at_once_one_works(sqlite_world: World)
             run.signal(signal.SIGTERM)
     sqlite_world.works(2, 60)
     assert sqlite_world.overlap() == 0 and sqlite_world.terms() == [1, 2]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a program that changes its user")
+def test_a_set_user_id_program_stays_ours_to_kill_and_dies_with_its_supervisor(sqlite_world: World) -> None:
+    """Run with its owner's rights it would lose the signal that is sent when its parent dies."""
+    program = sqlite_world.folder / "sleeper"
+    shutil.copyfile(shutil.which("sleep") or "/bin/sleep", program)
+    os.chown(program, 65534, 65534)
+    program.chmod(0o4755)
+    run = sqlite_world.run(bot=(str(program), "60"))
+    run.says("active")
+    bot = until(lambda: [p for p in run.children() if b"sleeper" in Path(f"/proc/{p}/cmdline").read_bytes()])
+    (pid,) = bot  # type: ignore[misc]
+    assert "Uid:\t0\t0\t0" in Path(f"/proc/{pid}/status").read_text()
+    for victim in (*[p for p in run.children() if p != pid], run.pid):
+        os.kill(victim, signal.SIGKILL)
+    until(lambda: procfs.start_time(pid) is None, 2)
+
+
+def test_beside_a_stopped_supervisor_the_reaper_ends_the_bot_itself_and_outlives_it(sqlite_world: World) -> None:
+    """The kernel's timer, a moment later, would have to kill the reaper to get at the bot."""
+    run = sqlite_world.run()
+    sqlite_world.works(1)
+    ((bot, _),) = sqlite_world.stamps()
+    (reaper,) = [p for p in run.children() if p != bot]
+    sqlite_world.freeze(run.pid)
+    until(lambda: procfs.start_time(bot) is None)
+    fence = time.monotonic() + 0.5
+    until(lambda: time.monotonic() > fence)
+    assert procfs.start_time(reaper) is not None
+
+
+def test_ctrl_z_stops_neither_supervisor_nor_bot(sqlite_world: World) -> None:
+    """Stopped it could not renew, and the bot would die at the end of trust."""
+    world = sqlite_world
+    run = subprocess.Popen(
+        [*BOTLEASE, "run", "--ttl", "1.5", "--", *world.bot()],
+        env=clean_env(BOTLEASE_DATABASE_URL=world.url),
+        process_group=0,  # a job of a shell: in a session of its own the kernel would ignore the signal by itself
+    )
+    try:
+        world.works(1)
+        os.killpg(run.pid, signal.SIGTSTP)
+        stopped = time.clock_gettime(time.CLOCK_BOOTTIME)
+        until(lambda: max(last for _, last in world.stamps().values()) > stopped + 2.0)
+        assert len(world.stamps()) == 1 and (procfs.stat(run.pid) or [b""])[0] not in (b"T", b"t")
+    finally:
+        run.send_signal(signal.SIGCONT)
+        run.terminate()
+        run.wait(10)
+
+
+@pytest.mark.parametrize("ttls", [("6", "1.5"), ("1.5", "6")])
+def test_the_longer_of_two_ttls_is_waited_out_between_hosts(
+    tmp_path: Path, postgres_url: str, ttls: tuple[str, str]
+) -> None:
+    apart = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+    if subprocess.run([*apart, "true"], capture_output=True).returncode:
+        pytest.skip("no process namespace can be made here")
+    world = World(tmp_path, postgres_url)
+    try:
+        first = world.run("--deployment", "v1", ttl=ttls[0])
+        world.works(1)
+        world.run("--deployment", "v1", ttl=ttls[1], wrap=apart).says("standby")
+        ((bot, _),) = world.stamps()
+        stopped = [first.pid, *(p for p in first.children() if p != bot)]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        world.works(2, 30)
+        assert world.overlap() == 0 and world.gap(2) > 1.0  # the lock-delay
+        for pid in stopped:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+    finally:
+        world.close()

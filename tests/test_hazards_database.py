@@ -13,6 +13,7 @@ import sqlite3
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ import harness
 import pytest
 from harness import BOTLEASE, clean_env, until
 from proxy import Proxy
-from servers import PgBouncer, Postgres, has_pgbouncer
+from servers import PgBouncer, Postgres, has_pgbouncer, libfaketime
 from simulation import Node, Plan
 from simulation import World as Simulated
 
@@ -169,6 +170,9 @@ def test_forged_notifications_make_nobody_act(tmp_path: Path, postgres_url: str)
         world.run("--deployment", "v1", ttl="3")
         world.works(1)
         world.run("--deployment", "v2", "--standby", ttl="3").says("standby")
+        for payload in ("bot", ""):  # which wake everybody
+            for _ in range(20):
+                world.sql(f"SELECT pg_notify('botlease', '{payload}')")
         for payload in ("drain", "v2", '{"holder": null}', "x" * 7_000):
             # each with a text of its own: the same one twice in a transaction is sent once
             world.sql(f"SELECT pg_notify('botlease', $${payload}$$ || n) FROM generate_series(1, 50) n")
@@ -176,6 +180,119 @@ def test_forged_notifications_make_nobody_act(tmp_path: Path, postgres_url: str)
         until(_stamps_after(world, last + 3))  # a whole ttl later
         assert world.terms() == [1] and len(world.stamps()) == 1
         world.close()
+
+
+STEPS = (1, -1, 5, -5, 60, -60, 3600, -3600, 86_400, -86_400)
+
+
+def change(file: Path, text: str) -> None:
+    """At once: who reads it meanwhile must not find it empty."""
+    new = file.with_suffix(".new")
+    new.write_text(text)
+    new.chmod(0o644)
+    new.replace(file)
+
+
+def stepped(world: harness.World, clock_file: Path) -> None:
+    """Each step in mid-lease, and a whole ttl after it; then the bot still changes hands."""
+    for step in STEPS:
+        change(clock_file, f"{step:+d}")
+        last = max(at for _, at in world.stamps().values())
+        until(_stamps_after(world, last + 1.6))
+        assert world.terms() == [1] and len(world.stamps()) == 1, step
+    world.runs[0].signal(signal.SIGTERM)
+    world.works(2)
+    assert world.overlap() == 0
+
+
+@pytest.mark.skipif(libfaketime() is None, reason="libfaketime is not here")
+def test_the_databases_clock_is_stepped_by_a_second_to_a_day_in_mid_lease_and_nobody_minds(tmp_path: Path) -> None:
+    library = libfaketime()
+    assert library is not None
+    with tempfile.TemporaryDirectory() as folder:
+        clock_file = Path(folder, "clock")
+        Path(folder).chmod(0o755)  # PostgreSQL is another user for root
+        clock_file.write_text("+0")
+        server = Postgres(fake_time=(library, clock_file)).start()
+        try:
+            for world in harness.world(tmp_path, server.url()):
+                world.run("--deployment", "v1")
+                world.works(1)
+                world.run("--deployment", "v1").says("standby")
+                stepped(world, clock_file)
+                world.close()
+        finally:
+            server.stop()
+
+
+def test_a_holders_own_clock_is_stepped_by_a_second_to_a_day_in_mid_lease_and_nobody_minds(
+    tmp_path: Path, any_url: str
+) -> None:
+    """On SQLite it is the clock of the rows as well."""
+    clock_file = tmp_path / "clock"
+    clock_file.write_text("+0")
+    site = str(Path(__file__).parent.parent / "soak" / "site")
+    for world in harness.world(tmp_path, any_url):
+        world.run("--deployment", "v1", env={"SOAK_CLOCK": str(clock_file), "PYTHONPATH": site})
+        world.works(1)
+        world.run("--deployment", "v1").says("standby")
+        stepped(world, clock_file)
+        world.close()
+
+
+def test_lease_and_journal_deleted_while_the_holders_supervisor_is_stopped_are_waited_out(
+    tmp_path: Path, postgres_url: str
+) -> None:
+    """An operator's reset. Whoever starts just then finds that the bot is known, and nothing else."""
+    for world in harness.world(tmp_path, postgres_url):
+        first = world.run("--deployment", "v1", ttl="3")
+        world.works(1)
+        first.signal(signal.SIGSTOP)
+        world.sql("DELETE FROM bot_leases; DELETE FROM bot_terms")
+        deleted = clock.now()
+        world.run("--deployment", "v2", ttl="3")
+        world.works(2)
+        began = max(first for first, _ in world.stamps().values())
+        assert world.overlap() == 0 and began > deleted + 3.0
+        assert world.terms()[1] > world.terms()[0]
+        first.signal(signal.SIGCONT)
+        world.close()
+
+
+async def test_after_a_promotion_that_lost_the_last_commits_nobody_begins_for_a_whole_ttl_and_no_term_comes_twice(
+    tmp_path: Path,
+) -> None:
+    ttl = 3.0
+    old = Postgres().start()
+    new = None
+    loop = asyncio.get_running_loop()
+    try:
+        async with Proxy(old.port) as proxy:
+            for world in harness.world(tmp_path, f"postgresql://postgres@127.0.0.1:{proxy.port}/postgres"):
+                world.run("--deployment", "v1", ttl="3")
+                await loop.run_in_executor(None, world.works, 1)
+                new = await loop.run_in_executor(None, lambda: Postgres(copy_of=old).start())
+                for pid in old.processes("walsender"):
+                    os.kill(pid, signal.SIGSTOP)  # what follows is committed, and lost
+                world.run("--deployment", "v2", ttl="3")
+                await loop.run_in_executor(None, world.works, 2)
+                assert world.terms() == [1, 2]
+                await loop.run_in_executor(None, old.signal, signal.SIGKILL)
+                await loop.run_in_executor(None, new.promote)
+                connection = await asyncpg.connect(new.url())
+                assert await connection.fetchval("SELECT term FROM bot_leases") == 1
+                await connection.close()
+                promoted = clock.now()
+                proxy.target = new.port
+                proxy.reset()
+                await loop.run_in_executor(None, until, _grows(world, 2), 30)
+                began = min(first for (_, term), (first, _) in world.stamps().items() if term > 2)
+                assert began > promoted + ttl and world.overlap() == 0
+                await loop.run_in_executor(None, world.close)
+    finally:
+        for server in (old, new):
+            if server is not None:
+                server.stop()
 
 
 def quiet(nodes: int, *, same_host: bool = False) -> Simulated:

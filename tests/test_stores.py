@@ -743,6 +743,32 @@ async def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     await store.aclose()
 
 
+async def test_a_clock_that_is_ahead_by_more_than_rows_are_kept_for_costs_nobody_his_place(any_url: str) -> None:
+    """Every row looks 40 days old: the third one's registration prunes what is older than 30."""
+    contract = StoreContract()
+    store = open_store(any_url)
+    await store.open(DEADLINE)
+    try:
+        grant = await contract.held(store)
+        await store.register(registration("b"), DEADLINE)
+        back = "datetime({}, '-40 days')" if any_url.startswith("sqlite") else "{} - interval '40 days'"
+        for table, columns in {
+            "bot_instances": ("started_at", "last_heartbeat"),
+            "bot_terms": ("acquired_at",),
+            "bot_leases": ("renewed_at",),
+            "bot_deployments": ("first_seen",),
+        }.items():
+            await run_sql(any_url, f"UPDATE {table} SET " + ", ".join(f"{c} = {back.format(c)}" for c in columns))
+        await store.register(registration("c", "d2"), DEADLINE)
+
+        assert await store.renew("bot", "a", Held(grant.term, "nonce-a"), 7, DEADLINE) is not None
+        assert [t["term"] for t in await store.terms("bot", 10, DEADLINE)] == [grant.term]
+        view = await store.register(registration("b"), DEADLINE)
+        assert view.generation > 0 and not view.ended
+    finally:
+        await store.aclose()
+
+
 async def test_the_file_and_its_lock_are_for_the_owner_only(tmp_path: Path) -> None:
     store = await opened(tmp_path / "sub")
     await StoreContract().held(store)

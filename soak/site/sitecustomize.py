@@ -1,10 +1,13 @@
 """Loaded by the supervisors of the nemesis: a clock that drifts (SOAK_RATE), and a bug planted on purpose (SOAK_PLANT).
+And a wall clock that is ahead by what a file says (SOAK_CLOCK): beside SQLite libfaketime, which can do that, makes a
+program of several threads stand still for a second now and then.
 
 The kernel's timers of a drifting machine drift with its clocks, so what is armed is turned back into real time.
 """
 
 import os
 import time
+from pathlib import Path
 
 _RATE = float(os.environ.get("SOAK_RATE") or 1)
 
@@ -32,3 +35,13 @@ if _RATE != 1:
 
     botlease.clock.now = _now
     botlease.work.fence.Fence.arm = _drifting_arm
+
+if os.environ.get("SOAK_CLOCK"):
+    import botlease.clock
+
+    _wall = botlease.clock.wall
+
+    def _stepped() -> float:
+        return _wall() + float(Path(os.environ["SOAK_CLOCK"]).read_text())
+
+    botlease.clock.wall = _stepped
