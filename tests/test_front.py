@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -9,12 +10,15 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import asyncpg
 import pytest
 from harness import BOTLEASE, Run, World, clean_env, until
+from servers import free_port
 from telegram_thread import BOT, TOKEN, Telegram
 
 from botlease import clock
@@ -385,3 +389,57 @@ botlease.wait_at_gate()
     assert [m for _, _, m in telegram.simulator.calls].count("sendMessage") == sent
     os.kill(reaper, signal.SIGCONT)
     until(lambda: [m for _, _, m in telegram.simulator.calls].count("sendMessage") == sent + 1)
+
+
+def test_nothing_of_a_token_or_a_password_is_in_any_output_page_row_file_or_title(
+    tmp_path: Path, postgres_url: str, telegram: Telegram
+) -> None:
+    """Of a whole life behind the gateway, and of every command that looks or changes something."""
+    secret = "pa55canary"
+    url = postgres_url.replace("postgres@", f"postgres:{secret}@")
+    world, port = World(tmp_path, url), free_port()
+    (tmp_path / "notes").mkdir(0o700)
+    folder = {"XDG_RUNTIME_DIR": str(tmp_path / "notes")}
+    said: dict[str, str] = {}
+    try:
+        run = world.run("--gateway", "--health-port", str(port), bot=PLAIN, env=telegram.env | folder, ttl="4")
+        telegram.answered()
+        pids = [run.pid, *descendants(run.pid)]
+        ours = [p for p in pids if comm(p).startswith("botlease")]
+        said["titles"] = str([Path(f"/proc/{p}/cmdline").read_bytes() for p in pids])
+        assert len(ours) >= 2
+        for page in ("health", "metrics", "leader", "nothing"):
+            with contextlib.suppress(urllib.error.HTTPError):
+                said[page] = urllib.request.urlopen(f"http://127.0.0.1:{port}/{page}").read().decode()
+        for command in (
+            *("status", "status --json", "status --ended", "history", "history --json", "verify", "verify --json"),
+            *("doctor", "doctor --json", "check", "check --json", "wait --active", "pause", "resume"),
+            *("prune --older-than 1d", "deactivate", "promote nobody", "status --name 123:" + TOKEN),
+        ):
+            done = subprocess.run(
+                [*BOTLEASE, *command.split()],
+                env=clean_env(BOTLEASE_DATABASE_URL=url) | telegram.env | folder,
+                capture_output=True,
+                text=True,
+            )
+            said[command] = done.stdout + done.stderr
+        notes = [p.read_text() for p in (tmp_path / "notes").rglob("*") if p.is_file()]
+        assert notes and said["check"] and str(BOT) in said["status"]
+        rows = asyncio.run(everything(postgres_url))
+        assert str(BOT) in rows
+        run.signal(signal.SIGTERM)
+        run.wait()
+        said |= {str(p): p.read_bytes().decode(errors="replace") for p in tmp_path.rglob("*") if p.is_file()}
+        said |= {"rows": rows, "notes": str(notes)}
+    finally:
+        world.close()
+    for canary in (TOKEN, TOKEN.partition(":")[2], secret):
+        assert [where for where, text in said.items() if canary in text] == []
+
+
+async def everything(url: str) -> str:
+    connection = await asyncpg.connect(url)
+    tables = await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+    rows = [await connection.fetch(f'SELECT t::text FROM "{name}" t') for (name,) in tables]
+    await connection.close()
+    return str(rows)

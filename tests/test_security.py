@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -23,9 +24,11 @@ from harness import BOTLEASE, World, clean_env, until
 from servers import free_port
 from test_gateway import BOT, TOKEN, House, opened
 
-from botlease import http, procfs, settings
+from botlease import http, presence, procfs, settings
 from botlease.settings import ConfigurationError, bot_name
-from botlease.stores import Registration, open_store
+from botlease.stores import Registration, StoreError, open_store
+from botlease.stores.inbox import Holding, open_inbox
+from botlease.testing import StoreContract
 from botlease.text import passwords
 from botlease.web.health import Snapshot, serve
 
@@ -588,3 +591,50 @@ def test_what_is_imported_is_the_standard_library_and_two_packages() -> None:
     """What is not imported cannot be poisoned."""
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, env=clean_env())
     assert done.stderr == "" and done.stdout.strip() == "['botlease', 'click', 'h11']"
+
+
+@pytest.mark.parametrize("what", ["a file of another", "a link", "a linked folder", "a folder of another", "open"])
+def test_no_note_is_left_where_somebody_else_may_have_his_hands(tmp_path: Path, what: str) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir(0o700)
+    ours, victim = folder / "botlease", tmp_path / "victim"
+    victim.mkdir()
+    if what == "a linked folder":
+        ours.symlink_to(victim)
+    else:
+        ours.mkdir(0o777 if what == "open" else 0o700)
+        ours.chmod(0o777 if what == "open" else 0o700)
+    if what == "a folder of another":
+        if os.geteuid() != 0:
+            pytest.skip("only root can make one")
+        os.chown(ours, 65534, 65534)
+    if what == "a link":
+        (ours / "me.json").symlink_to(victim / "written")
+    if what == "a file of another":
+        (ours / "me.json").write_text("theirs")
+    env = {"XDG_RUNTIME_DIR": str(folder), "TMPDIR": str(tmp_path / "none"), "HOME": str(tmp_path / "home")}
+    with presence.announced("bot", "me", 1.0, env) as path:
+        assert path is None or ours not in path.parents
+    assert not list(victim.iterdir())
+    if what == "a file of another":
+        assert (ours / "me.json").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("suffix", ["-updates", "-journal"])
+async def test_a_link_beside_the_database_is_not_followed(tmp_path: Path, suffix: str) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    path = tmp_path / "db" / "lease.db"
+    path.parent.mkdir(0o700)
+    Path(f"{path}{suffix}").symlink_to(victim)
+    store = open_store(f"sqlite:///{path}")
+    with contextlib.suppress(StoreError):
+        await store.open(5.0)
+        await StoreContract().held(store)
+        inbox = open_inbox(f"sqlite:///{path}")
+        try:
+            await inbox.begin(Holding("bot", 1, "nonce-a"), "api", 5.0)
+        finally:
+            await inbox.aclose()
+    await store.aclose()
+    assert victim.read_text() == "precious"
