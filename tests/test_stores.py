@@ -18,6 +18,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from harness import World, clean_env
 from proxy import Proxy
 from servers import PgBouncer, has_pgbouncer
 
@@ -899,3 +900,60 @@ async def test_a_table_that_demands_other_values_is_refused(any_url: str) -> Non
     with pytest.raises(StoreRefused, match="demands a value for owner"):
         await store.open(DEADLINE)
     await store.aclose()
+
+
+MEDDLER = """
+import asyncio, os, sys, threading, time
+import botlease
+
+path, witness, seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])
+fd = os.open(witness, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+end = time.monotonic() + seconds
+
+
+def meddle():
+    # POSIX: whoever closes any descriptor of a file drops all locks that his process has on it
+    while time.monotonic() < end:
+        for file in (path, path + "-journal"):
+            try:
+                open(file, "rb").close()
+            except OSError:
+                pass
+
+
+async def main():
+    threading.Thread(target=meddle, daemon=True).start()
+    while time.monotonic() < end:
+        try:
+            async with botlease.active(ttl=1.5, deployment=str(os.getpid())) as term:
+                until = time.monotonic() + 0.5
+                while time.monotonic() < until:
+                    now = time.clock_gettime(time.CLOCK_BOOTTIME)
+                    os.write(fd, f"{os.getpid()} {term.number} {now:.6f}\\n".encode())
+                    await asyncio.sleep(0.002)
+        except (botlease.LeaseLost, botlease.StoreError) as e:
+            print(type(e).__name__, e, flush=True)
+            await asyncio.sleep(0.05)
+
+
+asyncio.run(main())
+"""
+
+
+def test_a_program_that_opens_and_closes_the_file_beside_us_loses_its_locks_and_still_one_works(
+    sqlite_world: World,
+) -> None:
+    world = sqlite_world
+    file = world.url.removeprefix("sqlite:///")
+    programs = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEDDLER, file, str(world.witness), "8"],
+            env=clean_env(BOTLEASE_DATABASE_URL=world.url),
+            stdout=subprocess.DEVNULL,
+        )
+        for _ in range(3)
+    ]
+    assert [p.wait(60) for p in programs] == [0, 0, 0]
+    assert world.overlap() == 0 and len(world.terms()) > 3
+    with contextlib.closing(sqlite3.connect(file)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
