@@ -799,7 +799,7 @@ async def test_the_side_car_lock_lasts_as_long_as_somebody_keeps_its_descriptor(
 
 
 async def a_life(store: PostgresStore, me: str) -> None:
-    """Every statement of one that runs bots: a life of its lease, and the inbox of its gateway."""
+    """Every statement of one that runs bots: a life of its lease, the inbox of its gateway, what an operator asks."""
     view = await store.register(registration(me), DEADLINE)
     assert await claim(store, me, view.assigned.instance_id if view.assigned else None)
     grant = await acquire(store, me, lease_of(view), probation=Probation.ON)
@@ -817,7 +817,13 @@ async def a_life(store: PostgresStore, me: str) -> None:
     held = held._replace(beats=(7,))
     assert await store.passed("bot", me, held, DEADLINE)
     await store.touch(me, "active", DEADLINE)
-    assert (await store.overview(DEADLINE))["leases"]
+    assert (await store.overview(DEADLINE))["leases"] and await store.terms("bot", 5, DEADLINE)
+    assert await store.diagnose(DEADLINE)
+    for on in (True, False):
+        await store.pause("bot", on, DEADLINE)
+    await store.deactivate("bot", None, DEADLINE)
+    await store.promote(me, DEADLINE)
+    await store.prune("bot", 30, DEADLINE)
     stopped: dict[str, Any] = {"reason": Reason.STOPPED, "pass_on": True, "leave": True}
     assert await store.release("bot", me, held, deadline=DEADLINE, **stopped)
 
