@@ -355,6 +355,7 @@ class World:
         self.running: set[Work] = set()
         self.last_term = 0
         self.granted = 0  # the highest term
+        self.only_instances_know = False  # it, as the journal was deleted
         self.anew = False  # the database was emptied, and nobody has said since that nobody shall work
         self.side_car = 0  # the same, where it is kept beside a database that was emptied
         self.in_flight_until: dict[int, float] = {}
@@ -741,8 +742,10 @@ class World:
     def delete_the_leases(self) -> None:
         self.faults["lease rows deleted"] += 1
         self.db.db.execute("DELETE FROM bot_leases")
-        if self.seed % 4 == 0 and len({t.ttl for t in self.plan.timings}) == 1:
-            self.db.db.execute("DELETE FROM bot_terms")  # which alone knew of a longer ttl
+        (known,) = self.db.db.execute("SELECT coalesce(max(term), 0) FROM bot_instances").fetchone()
+        if self.seed % 4 == 0 and len({t.ttl for t in self.plan.timings}) == 1 and known >= self.granted:
+            self.db.db.execute("DELETE FROM bot_terms")  # which alone knew of a longer ttl, or of a higher term
+            self.only_instances_know = True
 
     def empty_the_database(self) -> None:
         """The file is deleted, or all rows are: as the side-car lock has it, nobody works or is about to."""
@@ -886,8 +889,10 @@ class World:
                 db.execute("UPDATE bot_instances SET is_active = TRUE WHERE instance_id = ?", (who,))
                 self.trace(f"operator: TRUE for {who}")
             elif ids:
-                db.execute("DELETE FROM bot_instances WHERE instance_id = ?", (rng.choice(ids),))
-                self.trace("operator: deletes a row")
+                who = rng.choice(ids)
+                if not self.only_instances_know:
+                    db.execute("DELETE FROM bot_instances WHERE instance_id = ?", (who,))
+                    self.trace("operator: deletes a row")
         except sqlite3.Error:
             pass
         self.changed(core.Woken())

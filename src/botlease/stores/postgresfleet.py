@@ -153,9 +153,7 @@ WITH old AS (
 # of a fleet have no deployments of their own: they are known by their terms.)
 ADD: Final = """
 INSERT INTO bot_leases AS l (bot, term, beat, nonce, holder, ttl, origin, proof, served, renewed_at, fleet, slot)
-SELECT w.bot, greatest(max(t.term), CASE WHEN own.here = own.first THEN 0 ELSE {era} END,
-    CASE WHEN max(t.term) IS NULL AND max(d.bot) IS NOT NULL THEN extract(epoch FROM clock_timestamp())::bigint END),
-  0, $3,
+SELECT w.bot, greatest(coalesce(max(t.term), 0), CASE WHEN own.here = own.first THEN 0 ELSE {era} END), 0, $3,
   CASE WHEN max(t.term) IS NULL AND max(d.bot) IS NULL AND own.here = own.first THEN NULL ELSE 'unknown' END,
   greatest($4, max(t.ttl) FILTER (WHERE t.released_at IS NULL)), own.here,
   CASE WHEN max(t.term) IS NULL AND max(d.bot) IS NULL AND own.here = own.first THEN '' ELSE '-' END, 0,

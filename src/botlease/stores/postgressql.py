@@ -45,8 +45,7 @@ FROM (SELECT 1) x LEFT JOIN bot_leases l ON l.bot = $1
 
 # A lease that is missing although the bot is known here, by a term or a deployment, was lost, and on a database that is
 # not the one the schema was made in anything may have been lost: then it is put back as held by nobody we know, to be
-# waited out in full (R6, R7). Terms go on above the highest that is left anywhere; where the journal is empty that may
-# be none, and they go on above the seconds since 1970, as no term has been until then.
+# waited out in full (R6, R7). Terms go on above the highest that the journal or an instance still knows.
 REGISTER: Final = """
 WITH deployed AS (
   INSERT INTO bot_deployments (bot, deployment, first_seen) VALUES ($1, $3, clock_timestamp())
@@ -59,8 +58,7 @@ WITH deployed AS (
 ), lease AS (
   INSERT INTO bot_leases (bot, term, beat, nonce, holder, ttl, origin, proof, served, renewed_at)
   SELECT $1, greatest(max(term), (SELECT max(i.term) FROM bot_instances i WHERE i.bot = $1),
-                      CASE WHEN $7 || {timeline} = (SELECT origin FROM botlease_schema) THEN 0 ELSE {era} END,
-                      CASE WHEN new OR count(term) > 0 THEN 0 ELSE extract(epoch FROM clock_timestamp())::bigint END),
+                      CASE WHEN $7 || {timeline} = (SELECT origin FROM botlease_schema) THEN 0 ELSE {era} END),
          0, $8, CASE WHEN new THEN NULL ELSE 'unknown' END,
          greatest($9, max(ttl) FILTER (WHERE released_at IS NULL)), $7 || {timeline},
          CASE WHEN new THEN '' ELSE '-' END, 0, clock_timestamp()

@@ -254,7 +254,6 @@ class SqliteFile:
             "nonce": os.urandom(8).hex(),
             "origin": self.origin,
             "era": self.era(),
-            "seconds": int(now),
             "now": clock.iso(now),
         }
         with self._write() as db:

@@ -49,8 +49,7 @@ ON CONFLICT (instance_id) DO UPDATE SET generation = excluded.generation WHERE g
 ADD_LEASE: Final = """
 INSERT INTO bot_leases (bot, term, beat, nonce, holder, ttl, origin, proof, served, renewed_at)
 SELECT :bot, max(coalesce(max(term), 0), coalesce((SELECT max(i.term) FROM bot_instances i WHERE i.bot = :bot), 0),
-                 CASE WHEN :origin = (SELECT origin FROM botlease_schema) THEN 0 ELSE :era END,
-                 CASE WHEN new OR count(term) > 0 THEN 0 ELSE :seconds END),
+                 CASE WHEN :origin = (SELECT origin FROM botlease_schema) THEN 0 ELSE :era END),
        0, :nonce, CASE WHEN new THEN NULL ELSE 'unknown' END,
        max(:ttl, coalesce(max(CASE WHEN released_at IS NULL THEN ttl END), 0)), :origin,
        CASE WHEN new THEN '' ELSE '-' END, 0, :now
