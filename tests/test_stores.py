@@ -931,13 +931,16 @@ async def main():
     threading.Thread(target=meddle, daemon=True).start()
     while time.monotonic() < end:
         try:
-            async with botlease.active(ttl=1.5, deployment=str(os.getpid())) as term:
+            async with (
+                asyncio.timeout(end - time.monotonic()),
+                botlease.active(ttl=1.5, deployment=str(os.getpid())) as term,
+            ):
                 until = time.monotonic() + 0.5
                 while time.monotonic() < until:
                     now = time.clock_gettime(time.CLOCK_BOOTTIME)
                     os.write(fd, f"{os.getpid()} {term.number} {now:.6f}\\n".encode())
                     await asyncio.sleep(0.002)
-        except (botlease.LeaseLost, botlease.StoreError) as e:
+        except (botlease.LeaseLost, botlease.StoreError, TimeoutError) as e:
             print(type(e).__name__, e, flush=True)
             await asyncio.sleep(0.05)
 
@@ -946,9 +949,11 @@ asyncio.run(main())
 """
 
 
-def test_a_program_that_opens_and_closes_the_file_beside_us_loses_its_locks_and_still_one_works(
+def test_a_program_that_opens_and_closes_the_file_beside_us_may_damage_it_and_still_no_two_work(
     sqlite_world: World,
 ) -> None:
+    """As SQLite documents it: without the locks two write at once (an index lost a row in every other run). The lock
+    beside the file, which it does not touch, is what keeps them apart."""
     world = sqlite_world
     file = world.url.removeprefix("sqlite:///")
     programs = [
@@ -959,7 +964,10 @@ def test_a_program_that_opens_and_closes_the_file_beside_us_loses_its_locks_and_
         )
         for _ in range(3)
     ]
-    assert [p.wait(60) for p in programs] == [0, 0, 0]
-    assert world.overlap() == 0 and len(world.terms()) > 3
-    with contextlib.closing(sqlite3.connect(file)) as db:
-        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    try:
+        assert [p.wait(60) for p in programs] == [0, 0, 0]
+    finally:
+        for p in programs:
+            p.kill()
+            p.wait()
+    assert world.stamps() and world.overlap() == 0
