@@ -39,6 +39,11 @@ def test_at_most_one_works_and_exactly_one_in_the_end(first: int) -> None:
         World(seed).run()
 
 
+@pytest.mark.parametrize("seed", [16600, 56776, 61284, 95415])
+def test_worlds_in_which_a_version_of_ours_broke_are_whole(seed: int) -> None:
+    World(seed).run()
+
+
 def test_the_same_seed_gives_the_same_run() -> None:
     worlds = [World(7, tracing=True) for _ in range(2)]
     for world in worlds:
