@@ -13,6 +13,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from servers import libfaketime
 
 from botlease import clock
 from soak import ROOT
-from soak.agreement import differences
+from soak.agreement import NEXT, differences
 from soak.deployments import GRACE, WORLDS, World, has_netns, has_pid_namespaces, sweep
 from soak.faults import KINDS, Scene, possible
 from soak.oracle import Oracle, now
@@ -185,13 +186,22 @@ class Run:
             self.findings.append(f"neither history nor verify could be asked: {code}, {verdict}")
             return
         waited_out = {row["term"] for row in rows if row["began"] == "expired"}
-        edited = {h.first for h in self.world.harms if h.kind == "edited"}
+        terms = sorted(w.term for w in self.oracle.works.values())
+
+        def harmed(term: int) -> bool:
+            """Where rows were lost or edited it is not the row's silence that was waited out (assumptions 6 and 7)."""
+            return any(
+                h.kind != "clock"
+                and h.first <= term
+                and bisect_right(terms, term) - bisect_right(terms, h.last) <= NEXT
+                for h in self.world.harms
+            )
+
         for work in self.oracle.works.values():
             if work.term not in waited_out or work.margin is None or work.who in self.margins:
                 continue
             self.margins[work.who] = work.margin
-            # who sets a beat back by hand to what somebody had seen hides renewals from him (assumption 7)
-            if work.margin < MARGIN + self.world.lock_delay and not edited & {work.term - 1, work.term}:
+            if work.margin < MARGIN + self.world.lock_delay and not harmed(work.term):
                 self.findings.append(f"work began {work.margin:.3f} s after the one before it, in term {work.term}")
         offset = None if self.world.fake_time else clock.wall() - now()
         said = [finding for verdict in verdicts for finding in verdict["findings"]]
