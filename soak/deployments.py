@@ -22,7 +22,7 @@ from pathlib import Path
 from cgroups import CGROUPS, Cgroup, has_cgroups
 from harness import BOTLEASE, clean_env
 from proxy import Proxy
-from servers import Postgres, libfaketime
+from servers import Postgres, libfaketime, set_clock
 
 from botlease.work.tree import descendants
 from soak import ROOT
@@ -66,14 +66,6 @@ def has_pid_namespaces() -> bool:
     except OSError:
         return False
     return is_root() and tried.returncode == 0
-
-
-def set_clock(file: Path, seconds: float) -> None:
-    """At once: who reads it meanwhile must not find it empty."""
-    new = file.with_suffix(".new")
-    new.write_text(f"{seconds:+.0f}")
-    new.chmod(0o644)
-    new.replace(file)
 
 
 def sweep() -> None:

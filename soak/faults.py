@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 from cgroups import has_cgroups
 from proxy import ANSWERS, ASKS, Link
+from servers import set_clock
 
 from soak.agreement import Harm
-from soak.deployments import Deployment, Host, World, has_netns, set_clock
+from soak.deployments import Deployment, Host, World, has_netns
 from soak.oracle import Oracle, now
 
 Fault = Callable[["Scene"], Awaitable[bool | None]]

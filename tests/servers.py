@@ -60,6 +60,14 @@ def libfaketime() -> Path | None:
     return next(iter(Path(found.origin).parent.glob("vendor/libfaketime/src/libfaketime.so.1")), None)
 
 
+def set_clock(file: Path, seconds: float) -> None:
+    """At once: who reads it meanwhile must not find it empty."""
+    new = file.with_suffix(".new")
+    new.write_text(f"{seconds:+.0f}")
+    new.chmod(0o644)
+    new.replace(file)
+
+
 class Postgres:
     """One cluster. ``initdb`` refuses root, so as root everything runs as nobody.
 

@@ -24,7 +24,7 @@ import harness
 import pytest
 from harness import BOTLEASE, clean_env, until
 from proxy import Proxy
-from servers import PgBouncer, Postgres, has_pgbouncer, libfaketime
+from servers import PgBouncer, Postgres, has_pgbouncer, libfaketime, set_clock
 from simulation import Node, Plan
 from simulation import World as Simulated
 
@@ -185,18 +185,10 @@ def test_forged_notifications_make_nobody_act(tmp_path: Path, postgres_url: str)
 STEPS = (1, -1, 5, -5, 60, -60, 3600, -3600, 86_400, -86_400)
 
 
-def change(file: Path, text: str) -> None:
-    """At once: who reads it meanwhile must not find it empty."""
-    new = file.with_suffix(".new")
-    new.write_text(text)
-    new.chmod(0o644)
-    new.replace(file)
-
-
 def stepped(world: harness.World, clock_file: Path) -> None:
     """Each step in mid-lease, and a whole ttl after it; then the bot still changes hands."""
     for step in STEPS:
-        change(clock_file, f"{step:+d}")
+        set_clock(clock_file, step)
         last = max(at for _, at in world.stamps().values())
         until(_stamps_after(world, last + 1.6))
         assert world.terms() == [1] and len(world.stamps()) == 1, step
