@@ -33,6 +33,11 @@ class Harm:
     first: int
     last: int = -1  # while it goes on
 
+    def end(self, terms: list[int]) -> int:
+        """The last of these (sorted) that can still show it."""
+        after = bisect_right(terms, self.last)
+        return terms[after + NEXT - 1] if after + NEXT <= len(terms) else 1 << 62
+
 
 def differences(
     rows: Iterable[dict[str, Any]],
@@ -48,15 +53,11 @@ def differences(
     works = list(works)
     terms = sorted({*journal, *(w.term for w in works)})
 
-    def end(harm: Harm) -> int:
-        after = bisect_right(terms, harm.last)
-        return terms[after + NEXT - 1] if after + NEXT <= len(terms) else 1 << 62
-
     def explains(harm: Harm, term: int, what: str) -> bool:
         overlap = re.match(r"OVERLAPS term (\d+)", what)
         if harm.kind == "clock" and overlap:  # the step lies between the two
-            return int(overlap[1]) <= end(harm) and term >= harm.first
-        if term > end(harm) or overlap or (term < harm.first and harm.kind != "emptied"):
+            return int(overlap[1]) <= harm.end(terms) and term >= harm.first
+        if term > harm.end(terms) or overlap or (term < harm.first and harm.kind != "emptied"):
             return False
         return bool(re.search(WHAT[harm.kind], what))
 

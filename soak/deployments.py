@@ -342,6 +342,7 @@ class World:
     story: list[str] = field(default_factory=list)
     primary: Postgres | None = None
     servers: list[Postgres] = field(default_factory=list)
+    """All that are to be stopped at the end."""
     closed: bool = False
     library: Path | None = None
     subnet: socket.socket | None = None

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+import asyncpg
 from cgroups import has_cgroups
 from proxy import ANSWERS, ASKS, Link
 from servers import set_clock
@@ -25,6 +26,8 @@ from soak.oracle import Oracle, now
 Fault = Callable[["Scene"], Awaitable[bool | None]]
 """False where there was nothing to do it to: it does not count."""
 KINDS: dict[str, tuple[Fault, Callable[[World], bool]]] = {}
+NOT_DONE = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+"""The database did not do it. The last two are no PostgresError: a connection that another fault ends under a query."""
 
 
 def postgres(w: World) -> bool:
@@ -111,9 +114,7 @@ class Scene:
             with contextlib.suppress(sqlite3.Error):
                 rows = await asyncio.to_thread(run)
             return rows
-        import asyncpg
-
-        with contextlib.suppress(OSError, asyncpg.PostgresError, asyncio.TimeoutError):
+        with contextlib.suppress(*NOT_DONE):
             c = await asyncpg.connect(self.world.direct, timeout=3, command_timeout=3)
             try:
                 done = [await c.fetch(s) for s in statements]
@@ -531,10 +532,8 @@ async def step_a_supervisors_clock(s: Scene) -> bool:
 @fault(postgres)
 async def lock_the_tables(s: Scene) -> bool:
     """A migration, a VACUUM FULL: nothing can be read or written."""
-    import asyncpg
-
     done = False
-    with contextlib.suppress(OSError, asyncpg.PostgresError, asyncio.TimeoutError):
+    with contextlib.suppress(*NOT_DONE):
         c = await asyncpg.connect(s.world.direct, timeout=3)
         try:
             await c.execute("BEGIN; SET LOCAL lock_timeout = '2s'; LOCK TABLE bot_leases, bot_instances")

@@ -13,7 +13,6 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -25,7 +24,7 @@ from servers import libfaketime
 
 from botlease import clock
 from soak import ROOT
-from soak.agreement import NEXT, differences
+from soak.agreement import differences
 from soak.deployments import GRACE, WORLDS, World, has_netns, has_pid_namespaces, sweep
 from soak.faults import KINDS, Scene, possible
 from soak.oracle import Oracle, now
@@ -190,12 +189,7 @@ class Run:
 
         def harmed(term: int) -> bool:
             """Where rows were lost or edited it is not the row's silence that was waited out (assumptions 6 and 7)."""
-            return any(
-                h.kind != "clock"
-                and h.first <= term
-                and bisect_right(terms, term) - bisect_right(terms, h.last) <= NEXT
-                for h in self.world.harms
-            )
+            return any(h.kind != "clock" and h.first <= term <= h.end(terms) for h in self.world.harms)
 
         for work in self.oracle.works.values():
             if work.term not in waited_out or work.margin is None or work.who in self.margins:

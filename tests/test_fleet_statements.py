@@ -350,3 +350,30 @@ async def test_a_take_of_rows_as_they_were_seen_before_somebody_else_had_them_is
     (row,) = b.rows
     assert row.slot == b.hold.number != LEAVING
     assert await b.fleet.take(b.hold, [(bot, row.term, row.slot)], LIMIT) == [(bot, term + 2)]
+
+
+@pytest.mark.parametrize("left", ["nothing", "a deployment", "a term"])
+async def test_a_bot_that_is_added_without_its_lease_is_free_only_if_nobody_knew_it(
+    members: list[Member], left: str
+) -> None:
+    """An operator deletes a lease, and a journal too: who was at work by it works on until it looks."""
+    a, *_ = members
+    bot = f"added-knowing-{left.split()[-1]}"
+    rows = {
+        "nothing": [],
+        "a deployment": [
+            "INSERT INTO bot_deployments (bot, deployment, first_seen) VALUES ($1, 'd', clock_timestamp())",
+            "INSERT INTO bot_deployments (bot, deployment, first_seen) VALUES ($1, 'e', clock_timestamp())",
+        ],
+        "a term": [
+            "INSERT INTO bot_terms (bot, term, instance_id, ttl, acquired_at, how)"
+            " VALUES ($1, 7, 'i', 10, clock_timestamp(), 'released')"
+        ],
+    }[left]
+    for sql in rows:
+        await a.store.call(LIMIT, lambda c, sql=sql: c.execute(sql, bot))
+    assert await a.fleet.add(bot, [bot], 10.0, LIMIT) == [bot]
+    lease = "SELECT term, holder, proof FROM bot_leases WHERE bot = $1"
+    (row,) = await a.store.call(LIMIT, lambda c: c.fetch(lease, bot))
+    free = left == "nothing"
+    assert tuple(row) == (7 if left == "a term" else 0, None if free else "unknown", "" if free else "-")

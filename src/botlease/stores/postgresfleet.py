@@ -154,13 +154,14 @@ WITH old AS (
 ADD: Final = """
 INSERT INTO bot_leases AS l (bot, term, beat, nonce, holder, ttl, origin, proof, served, renewed_at, fleet, slot)
 SELECT w.bot, greatest(coalesce(max(t.term), 0), CASE WHEN own.here = own.first THEN 0 ELSE {era} END), 0, $3,
-  CASE WHEN max(t.term) IS NULL AND max(d.bot) IS NULL AND own.here = own.first THEN NULL ELSE 'unknown' END,
+  CASE WHEN max(t.term) IS NULL AND NOT w.known AND own.here = own.first THEN NULL ELSE 'unknown' END,
   greatest($4, max(t.ttl) FILTER (WHERE t.released_at IS NULL)), own.here,
-  CASE WHEN max(t.term) IS NULL AND max(d.bot) IS NULL AND own.here = own.first THEN '' ELSE '-' END, 0,
+  CASE WHEN max(t.term) IS NULL AND NOT w.known AND own.here = own.first THEN '' ELSE '-' END, 0,
   clock_timestamp(), $1, {unplaced}
-FROM unnest($2::text[]) w(bot) CROSS JOIN (SELECT $5 || {timeline} AS here, origin AS first FROM botlease_schema) own
-  LEFT JOIN bot_terms t ON t.bot = w.bot LEFT JOIN bot_deployments d ON d.bot = w.bot
-GROUP BY w.bot, own.here, own.first
+FROM (SELECT bot, EXISTS (SELECT FROM bot_deployments d WHERE d.bot = b.bot) AS known FROM unnest($2::text[]) b(bot)) w
+  CROSS JOIN (SELECT $5 || {timeline} AS here, origin AS first FROM botlease_schema) own
+  LEFT JOIN bot_terms t ON t.bot = w.bot
+GROUP BY w.bot, w.known, own.here, own.first
 ON CONFLICT (bot) DO UPDATE SET fleet = $1, slot = {unplaced}
   WHERE l.fleet IS NULL OR l.fleet = $1 AND l.slot = {leaving}
 RETURNING bot
