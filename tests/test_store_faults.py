@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from harness import BOTLEASE, World, clean_env, until
 from proxy import Link, Proxy
+from servers import PgBouncer, has_pgbouncer
 from test_stores import run_sql
 
 from botlease.model import Held, How, Lease, Probation, Reason
@@ -30,6 +31,8 @@ from botlease.testing import DEADLINE, lease_of, registration
 
 SHORT = 0.4
 """Seconds: the deadline of a call that will not be answered."""
+LONGEST = 200
+"""More messages than any call has, connecting included."""
 
 # PostgreSQL: every message ----------------------------------------------------------------------------------------
 
@@ -159,9 +162,9 @@ async def direct(postgres_url: str) -> AsyncIterator[PostgresStore]:
     await store.aclose()
 
 
-async def through(proxy: Proxy, url: str) -> PostgresStore:
-    """A store behind the proxy, connected."""
-    store = PostgresStore(url.replace(url.split(":")[-1].split("/")[0], str(proxy.port)))
+async def connected(url: str, port: int) -> PostgresStore:
+    """A store that has nothing left to ask for itself."""
+    store = PostgresStore(url.replace(str(port_of(url)), str(port)))
     store.listens = False  # its messages come when they like
     await store.open(DEADLINE)
     await store.read("x", "x", DEADLINE)
@@ -172,9 +175,52 @@ async def through(proxy: Proxy, url: str) -> PostgresStore:
     return store
 
 
-@pytest.mark.parametrize("verb", (*VERBS, *OTHERS))
+def port_of(url: str) -> int:
+    return int(url.split(":")[-1].split("/")[0])
+
+
+ROADS = ("direct", "connecting", "before a pooler", "behind a pooler")
+
+
+@contextlib.asynccontextmanager
+async def road(kind: str, url: str) -> AsyncIterator[tuple[Proxy, Callable[[], Awaitable[PostgresStore]]]]:
+    """A proxy on the way to the server, and how to make a store that goes this way. "connecting": the store has lost
+    its connection, so that the messages of making one count too."""
+    if "pooler" in kind and not has_pgbouncer():
+        pytest.skip("PgBouncer is not installed (Debian: apt-get install pgbouncer)")
+    async with contextlib.AsyncExitStack() as over:
+        port = port_of(url)
+        if kind == "before a pooler":
+            pooler = PgBouncer(port, 2)
+            over.callback(pooler.stop)
+            port = pooler.port
+        proxy = await over.enter_async_context(Proxy(port))
+        port = proxy.port
+        if kind == "behind a pooler":
+            pooler = PgBouncer(port, 2)
+            over.callback(pooler.stop)
+            port = pooler.port
+
+        async def new() -> PostgresStore:
+            store = await connected(url, port)
+            if kind == "connecting":
+                store._drop()
+            return store
+
+        yield proxy, new
+
+
+WAYS = [
+    *(("direct", verb) for verb in (*VERBS, *OTHERS)),
+    ("connecting", "acquire"),
+    *((way, verb) for way in ROADS[2:] for verb in ("acquire", "release")),
+]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("way", "verb"), WAYS)
 async def test_a_connection_cut_at_any_message_leaves_the_verb_done_or_not_and_never_half(
-    direct: PostgresStore, postgres_url: str, verb: str
+    direct: PostgresStore, postgres_url: str, way: str, verb: str
 ) -> None:
     def before(link: Link) -> bool:
         link.reset()
@@ -185,11 +231,11 @@ async def test_a_connection_cut_at_any_message_leaves_the_verb_done_or_not_and_n
         return True
 
     outcomes = set()
-    async with Proxy(int(postgres_url.split(":")[-1].split("/")[0])) as proxy:
+    async with road(way, postgres_url) as (proxy, new):
         for how in (before, after):
-            for number in range(1, 40):
+            for number in range(1, LONGEST):
                 case = await Case(direct, f"{verb}-{how.__name__}-{number}").prepare(verb)
-                store = await through(proxy, postgres_url)
+                store = await new()
                 proxy.on_message, count = at_message(number, how)
                 try:
                     answered = await case.call(verb, store, 2.0) not in (False, None)
@@ -210,34 +256,64 @@ async def test_a_connection_cut_at_any_message_leaves_the_verb_done_or_not_and_n
     assert outcomes == {(True, True), (True, False), (False, False)}
 
 
-@pytest.mark.parametrize("verb", (*VERBS, *OTHERS))
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("way", "verb"), [w for w in WAYS if w[0] == "direct" or w[1] == "acquire"])
 async def test_a_link_that_stalls_at_any_message_costs_a_call_its_deadline_and_no_more(
-    direct: PostgresStore, postgres_url: str, verb: str
+    direct: PostgresStore, postgres_url: str, way: str, verb: str
 ) -> None:
     slowest = 0.0
-    async with Proxy(int(postgres_url.split(":")[-1].split("/")[0])) as proxy:
+    short = SHORT / 2 if way == "connecting" else SHORT  # it has a hundred messages
+    async with road(way, postgres_url) as (proxy, new):
 
         def stall(link: Link) -> bool:
             proxy.stall()
             return False
 
-        for number in range(1, 40):
+        for number in range(1, LONGEST):
             case = await Case(direct, f"{verb}-stall-{number}").prepare(verb)
-            store = await through(proxy, postgres_url)
+            store = await new()
             proxy.on_message, count = at_message(number, stall)
             began = time.monotonic()
             with contextlib.suppress(StoreError):
-                await case.call(verb, store, SHORT)
+                await case.call(verb, store, short)
             slowest = max(slowest, time.monotonic() - began)
             proxy.on_message = None
             proxy.go_on()
+            proxy.reset()  # a pooler would wait for the answer to what was held up for ever
             await consistent(postgres_url, case.bot)
             await store.aclose()
             if count[0] < number:
                 break
         else:
             pytest.fail("it never ended")
-    assert SHORT <= slowest < SHORT + 0.3
+    assert short <= slowest < short + 0.3
+
+
+async def test_a_store_that_is_closed_while_it_connects_leaves_no_connection(postgres_url: str) -> None:
+    async with Proxy(port_of(postgres_url)) as proxy:
+        for number in range(1, LONGEST):
+            store = await connected(postgres_url, proxy.port)
+            store._drop()
+            closing: list[asyncio.Task[None]] = []
+
+            def close(link: Link, store: PostgresStore = store, to: list[asyncio.Task[None]] = closing) -> bool:
+                to.append(asyncio.ensure_future(store.aclose()))
+                return True
+
+            proxy.on_message, _ = at_message(number, close)
+            with contextlib.suppress(StoreError, asyncio.CancelledError):
+                await store.read("x", "x", 2.0)
+            proxy.on_message = None
+            if not closing:
+                await store.aclose()
+                break
+            await asyncio.wait(closing)
+            assert store._connection is None
+            async with asyncio.timeout(2):
+                while proxy.links:
+                    await asyncio.sleep(0.001)
+        else:
+            pytest.fail("it never ended")
 
 
 # Tables that are somebody else's, or drifted ------------------------------------------------------------------------

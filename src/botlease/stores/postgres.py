@@ -161,11 +161,13 @@ class PostgresStore:
         """Connecting takes several round trips and may take longer than one attempt: it goes on across attempts, or a
         slow link would never be connected again (measured: never at 150 ms a round trip)."""
         if self._connecting is None or self._connecting.done():
-            self._connecting = asyncio.ensure_future(within(CONNECT_LIMIT, self._connect(), lambda: None))
+            over = asyncio.Event()
+            self._connecting = asyncio.ensure_future(within(CONNECT_LIMIT, self._connect(over), over.set))
             self._connecting.add_done_callback(lambda task: None if task.cancelled() else task.exception())
         return await asyncio.shield(self._connecting)
 
-    async def _connect(self) -> asyncpg.Connection:
+    async def _connect(self, over: asyncio.Event) -> asyncpg.Connection:
+        """``over``: nobody waits for it any more. The driver may finish all the same."""
         connection = await asyncpg.connect(
             self._dsn,
             timeout=CONNECT_LIMIT,
@@ -177,12 +179,14 @@ class PostgresStore:
             self.pooled = pid != connection.get_server_pid()
             if self.listens and not self.pooled:
                 await connection.add_listener(CHANNEL, self._notified)
+            if not self.pooled:
+                with contextlib.suppress(asyncpg.PostgresError):  # not everything that speaks the protocol has it
+                    await connection.execute("SET plan_cache_mode = 'force_generic_plan'")
+            if over.is_set():
+                raise StoreError("connected, and closed meanwhile")
         except BaseException:
             connection.terminate()
             raise
-        if not self.pooled:
-            with contextlib.suppress(asyncpg.PostgresError):  # not everything that speaks the protocol has it
-                await connection.execute("SET plan_cache_mode = 'force_generic_plan'")
         self._connection, self._limited, self._prepared = connection, 0, {}
         return connection
 
@@ -295,6 +299,7 @@ class PostgresStore:
         self.on_change = None
         if self._connecting is not None:
             self._connecting.cancel()
+            await asyncio.wait({self._connecting})  # it ends at once; until then a connection may still be made
         if self._planning is not None:
             self._planning.cancel()
         if self._later is not None and not self._later.done():
