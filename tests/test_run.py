@@ -183,6 +183,37 @@ def test_the_bots_descriptors_are_its_three_standard_ones(world: World) -> None:
     assert len(fds.split()) <= 4  # ls itself opens the folder
 
 
+LEND = """
+import os, resource, sys
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 8192), most))
+os.dup2(os.open(sys.argv[1], os.O_RDONLY), min(most, 8192) - 1)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+def test_reaper_and_bot_have_nothing_open_of_the_supervisors_and_of_who_started_it_also_when_forked_anew(
+    sqlite_world: World,
+) -> None:
+    world = sqlite_world
+    lent = world.folder / "lent"
+    lent.touch()
+    run = world.run(wrap=(sys.executable, "-c", LEND, str(lent)))
+    world.works(1)
+
+    def opened(pid: int) -> set[str]:
+        return {os.path.realpath(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+
+    assert str(lent) in opened(run.pid)
+    for anew in (False, True):
+        reaper, bot = run.children()
+        for pid in (reaper, bot):
+            assert not {name for name in opened(pid) if name in (str(lent), world.url.removeprefix("sqlite:///"))}
+        if not anew:
+            os.kill(reaper, signal.SIGKILL)
+            until(lambda: run.text().count("active: term 1, started") == 2)
+
+
 def test_a_bot_that_crashes_is_restarted_within_the_term(sqlite_world: World) -> None:
     marker = sqlite_world.folder / "crashed"
     script = f"echo term $BOTLEASE_TERM; test -e {marker} && exit 0; touch {marker}; exit 1"

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -314,6 +315,69 @@ async def test_a_store_that_is_closed_while_it_connects_leaves_no_connection(pos
                     await asyncio.sleep(0.001)
         else:
             pytest.fail("it never ended")
+
+
+async def test_an_order_that_stalls_between_check_and_commit_keeps_a_takeover_waiting_or_is_refused(
+    direct: PostgresStore, postgres_url: str
+) -> None:
+    """The fencing token of ``trading_bot.ledger``: the bot has asked whether it may, and is held up for so long that
+    its term is over and another one's begins. Held up after each message of the transaction."""
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from trading_bot.ledger import Order, Stale, open_ledger
+
+    outcomes = set()
+    async with Proxy(port_of(postgres_url)) as proxy:
+        for number in range(1, LONGEST):
+            case = await Case(direct, f"order-{number}").prepare("renew")
+            away = postgres_url.replace(str(port_of(postgres_url)), str(proxy.port))
+            ledger = open_ledger(away, case.bot, case.held.term)
+            await ledger.open()
+
+            def stall(link: Link) -> bool:
+                proxy.stall()
+                return True
+
+            proxy.on_message, count = at_message(number, stall)
+            placing = asyncio.ensure_future(ledger.place(Order(number, 1, "BTC", 0.1, 50_000.0)))
+            while count[0] < number and not placing.done():
+                await asyncio.sleep(0.001)
+            # The holder is taken for dead, and another one begins.
+            lease = lease_of(await direct.read(case.bot, "a" + case.bot, DEADLINE))
+            try:
+                newer = await direct.acquire(
+                    *(case.bot, "a" + case.bot, lease.key),
+                    nonce="newer",
+                    floor=0,
+                    origin=case.origin,
+                    how=How.EXPIRED,
+                    ttl=10.0,
+                    proof="p",
+                    probation=Probation.NONE,
+                    deadline=0.3,
+                )
+            except StoreError:
+                newer = None  # an order is on its way into the database
+            orders = f"SELECT term FROM trades WHERE bot = '{case.bot}'"
+            before = await run_sql(postgres_url, orders)
+            proxy.on_message = None
+            proxy.go_on()
+            try:
+                await placing
+                outcome = "placed"
+            except Stale:
+                outcome = "refused"
+            after = await run_sql(postgres_url, orders)
+            assert len(after) == (outcome == "placed")
+            if newer is not None:
+                assert len(before) == len(after), f"held up at message {number}: placed after a newer term began"
+            outcomes.add((outcome, newer is not None))
+            await ledger.close()
+            if count[0] < number:
+                break
+        else:
+            pytest.fail("it never ended")
+    # refused; waited for; placed before it
+    assert outcomes == {("refused", True), ("placed", False), ("placed", True)}
 
 
 # Tables that are somebody else's, or drifted ------------------------------------------------------------------------

@@ -43,11 +43,7 @@ def become(
     the exit code, negative for a signal."""
     tree.prctl(tree.PR_SET_NAME, b"botlease-front")
     retitle("botlease-front")
-    low = 3
-    for fd in sorted(keep):  # nothing of the reaper's may live on in here: not the side-car lock, not its sockets
-        os.closerange(low, fd)
-        low = fd + 1
-    os.closerange(low, 4096)
+    tree.keep_only(*keep)  # nothing of the reaper's may live on in here: not the side-car lock, not its sockets
     # Until there are handlers for them; a signal of the first moments must not end us.
     signal.pthread_sigmask(signal.SIG_BLOCK, (*FORWARDED, signal.SIGTERM, signal.SIGINT))
     pid = _start(argv, env, problem, gate)

@@ -108,8 +108,7 @@ def fork() -> tuple[int, socket.socket]:
     if pid == 0:
         try:
             # Nothing of the supervisor's may live on in here: not its database socket, not its side-car lock.
-            os.closerange(3, its.fileno())
-            os.closerange(its.fileno() + 1, 4096)
+            tree.keep_only(its.fileno())
             _Reaper(its).run()
         finally:
             os._exit(70)

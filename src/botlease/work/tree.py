@@ -6,6 +6,7 @@ into a session of its own. So "no children left" means that nothing of the work 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -25,6 +26,20 @@ def prctl(option: int, value: int | bytes) -> bool:
         return False
     argument = ctypes.c_char_p(value) if isinstance(value, bytes) else ctypes.c_ulong(value)
     return bool(call(option, argument, 0, 0, 0) == 0)
+
+
+def keep_only(*fds: int) -> None:
+    """Close all descriptors but these and the three standard ones: also those that whoever started us left open."""
+    keep = {0, 1, 2, *fds}
+    try:
+        names = os.listdir("/proc/self/fd")  # noqa: PTH208
+        there = [int(name) for name in names]
+    except OSError:
+        there = list(range(4096))  # more than anything of ours has open
+    for fd in there:
+        if fd not in keep:
+            with contextlib.suppress(OSError):  # that of the folder itself is closed by now
+                os.close(fd)
 
 
 def _look(pid: int) -> tuple[int, bytes] | None:
