@@ -401,8 +401,9 @@ class World:
             clock.chmod(0o644)
         return self.library, clock
 
-    def step_clock(self, seconds: float) -> None:
-        set_clock(self.folder / "clock-database", seconds)
+    def step_clock(self, seconds: float, rate: float = 1.0) -> None:
+        """The database's. What it is ahead stays, what it drifts ends with the next step."""
+        set_clock(self.folder / "clock-database", seconds, rate)
 
     async def open(self, hosts: int) -> None:
         if self.store == "postgres":

@@ -520,6 +520,15 @@ async def step_the_databases_clock(s: Scene) -> None:
     await s.wait()
 
 
+@fault(lambda w: postgres(w) and w.library is not None)
+async def drift_the_databases_clock(s: Scene) -> None:
+    """It runs a tenth too fast or too slow, and as each of its processes counts from its start, they differ as well."""
+    s.harms("clock")
+    s.world.step_clock(0, s.rng.choice((0.9, 1.1)))
+    await s.wait()
+    s.world.step_clock(0)
+
+
 @fault(lambda w: w.library is not None)
 async def step_a_supervisors_clock(s: Scene) -> bool:
     stepped = [d for d in s.world.deployments if d.traits.fake_time]

@@ -60,10 +60,11 @@ def libfaketime() -> Path | None:
     return next(iter(Path(found.origin).parent.glob("vendor/libfaketime/src/libfaketime.so.1")), None)
 
 
-def set_clock(file: Path, seconds: float) -> None:
-    """At once: who reads it meanwhile must not find it empty."""
+def set_clock(file: Path, seconds: float, rate: float | None = None) -> None:
+    """At once: who reads it meanwhile must not find it empty. A ``rate`` holds until another one is named, and is
+    counted from the start of each process."""
     new = file.with_suffix(".new")
-    new.write_text(f"{seconds:+.0f}")
+    new.write_text(f"{seconds:+.0f}" + ("" if rate is None else f" x{rate:g}"))
     new.chmod(0o644)
     new.replace(file)
 

@@ -333,6 +333,31 @@ def test_no_row_and_no_error_writes_control_characters_to_the_terminal(
     assert b"\x1b]0" not in on_a_terminal(*command, tmp_path=tmp_path, DATABASE_URL=url)
 
 
+def test_a_megabyte_in_every_column_keeps_commands_short_and_a_newcomer_takes_over(tmp_path: Path) -> None:
+    """Quotes and control characters too. The patterns for secrets took minutes for a megabyte, and the supervisor that
+    wanted to name the holder neither began nor could be stopped."""
+    url = f"sqlite:///{tmp_path}/x.db"
+    assert cli("run", "--name", "bot", "--", "true", tmp_path=tmp_path, DATABASE_URL=url).returncode == 0
+    odd = ESCAPE + "'; DROP TABLE bot_leases; --\"\n" + "x" * 1_000_000
+    with sqlite3.connect(tmp_path / "x.db") as db:
+        db.execute(
+            "UPDATE bot_instances SET (instance_id, host, state, deployment, ended_at) = (?, ?, ?, ?, NULL)", [odd] * 4
+        )
+        db.execute("UPDATE bot_terms SET (instance_id, deployment, reason, host) = (?, ?, ?, ?)", [odd] * 4)
+        db.execute("UPDATE bot_leases SET (holder, proof, nonce, ttl) = (?, ?, ?, 1)", [odd] * 3)
+    db.close()
+    for command in (
+        *(("status",), ("history",), ("verify",), ("check",), ("wait", "--active", "--timeout", "0"), ("doctor",)),
+        *(("pause",), ("resume",), ("promote", "x"), ("promote", odd[:100_000].replace("\n", " "))),
+        ("run", "--name", "bot", "--ttl", "1", "--", "true"),
+    ):
+        done = cli(*command, tmp_path=tmp_path, DATABASE_URL=url)
+        said = done.stdout + done.stderr
+        assert len(said) < 100_000 and ESCAPE not in said and "Traceback" not in said, (command, said[:1000])
+    assert "active: term 2" in done.stderr
+    assert odd in cli("history", "--json", tmp_path=tmp_path, DATABASE_URL=url).stdout.encode().decode("unicode_escape")
+
+
 @pytest.mark.parametrize("args", [("run", "--", ESCAPE), ("status", "--database", f"sqlite:////no/{ESCAPE}")])
 def test_an_argument_that_is_quoted_back_is_cleaned(tmp_path: Path, args: tuple[str, ...]) -> None:
     assert b"\x1b]0" not in on_a_terminal(*args, tmp_path=tmp_path, DATABASE_URL="sqlite:///x.db")

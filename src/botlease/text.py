@@ -12,16 +12,28 @@ BOT_TOKEN: Final = re.compile(r"[0-9]{3,20}:[A-Za-z0-9_-]{1,80}")
 """The whole of a token of Telegram's."""
 _HOSTS: Final = re.compile(r"((\[[0-9A-Fa-f:.]+\]|[\w.-]*)(:\d+)?,?)*", re.ASCII)
 _WORD: Final = re.compile(r"[\w./%@+-]*", re.ASCII)
-_PARAMETER: Final = re.compile(r"(?i)([a-z]*(?:password|passwd|pwd)\s*=\s*)('[^']*'|\"[^\"]*\"|[^&\s]+)")
+_PARAMETER: Final = re.compile(r"(?i)((?:password|passwd|pwd)\s*=\s*)('[^']*'|\"[^\"]*\"|[^&\s]+)")
+LONGEST: Final = 4096
+"""Characters of a line of ours, or of a cell: no path is longer. Rows can be written by anybody, of any length."""
 
 
 def clean(text: Any) -> str:
     """Rows, and what a server says, can be written by anybody: no control characters may reach the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))
+    return "".join(c if c.isprintable() else "?" for c in _cut(str(text), LONGEST))
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def redact(text: str) -> str:
     """Blot out passwords of URLs and bot tokens in anything that people may see."""
+    # The patterns would not be done with a megabyte: a supervisor that wants to say it neither renews nor stops. Cut
+    # once more at the end, as the first cut may have left half of a secret, which no pattern knows.
+    return _cut(_blotted(_cut(text, 2 * LONGEST)), LONGEST)
+
+
+def _blotted(text: str) -> str:
     # up to the last @ before white space: a password may hold one itself
     text = re.sub(r"(?<=://)([^/@\s:]*):\S*(?=@)", r"\1:***", text)
     text = _PARAMETER.sub(r"\1***", text)
