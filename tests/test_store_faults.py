@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from harness import BOTLEASE, World, clean_env, until
-from proxy import Link, Proxy
+from proxy import ASKS, Link, Proxy
 from servers import PgBouncer, has_pgbouncer
 from test_stores import run_sql
 
@@ -255,6 +255,64 @@ async def test_a_connection_cut_at_any_message_leaves_the_verb_done_or_not_and_n
                 pytest.fail("it never ended")
     # the one that matters was among them: done, and whoever asked did not learn of it
     assert outcomes == {(True, True), (True, False), (False, False)}
+
+
+@pytest.mark.parametrize("verb", [v for v in VERBS if v != "register"])
+async def test_a_request_that_arrives_once_more_byte_for_byte_after_a_newer_term_began_changes_nothing(
+    direct: PostgresStore, postgres_url: str, verb: str
+) -> None:
+    # Its own row may look fresher by that: a sign of life that came late.
+    own = "to_jsonb(t) ->> 'instance_id' = 'areplayed' THEN to_jsonb(t) - 'beat' - 'last_heartbeat'"
+    rows = f"SELECT (CASE WHEN {own} ELSE to_jsonb(t) END)::text FROM {{}} t ORDER BY 1"
+    async with Proxy(port_of(postgres_url)) as proxy:
+        case = await Case(direct, "replayed").prepare(verb)
+        store = await connected(postgres_url, proxy.port)
+        # a statement is prepared once for a connection, and that can't be said twice
+        await (await Case(direct, "earlier").prepare(verb)).call(verb, store, DEADLINE)
+        recorded: list[bytes] = []
+        answered: list[bytes] = []
+
+        def record(link: Link, direction: str, message: bytes) -> bool:
+            if direction == ASKS:
+                recorded.append(message)
+            return True
+
+        def swallow(link: Link, direction: str, message: bytes) -> bool:
+            answered.append(message)
+            return False
+
+        proxy.on_message = record
+        await case.call(verb, store, DEADLINE)
+        assert await case.done(verb)
+        syncs = sum(message[:1] in (b"S", b"Q") for message in recorded)
+        assert syncs
+
+        await direct.register(registration("b", "d2", case.bot), DEADLINE)
+        await direct.promote("b", DEADLINE)
+        view = await direct.read(case.bot, "b", DEADLINE)
+        newer = await direct.acquire(
+            *(case.bot, "b", lease_of(view).key),
+            nonce="newer",
+            floor=0,
+            origin=view.origin,
+            how=How.EXPIRED,
+            ttl=10.0,
+            proof="q",
+            probation=Probation.ON,
+            deadline=DEADLINE,
+        )
+        assert newer is not None
+        tables = ("bot_leases", "bot_terms", "bot_instances", "bot_deployments")
+        before = [await run_sql(postgres_url, rows.format(table)) for table in tables]
+        (link,) = proxy.links
+        proxy.on_message = swallow
+        link.server.write(b"".join(recorded))
+        async with asyncio.timeout(5):
+            while sum(message[:1] == b"Z" for message in answered) < syncs:
+                await asyncio.sleep(0.001)
+        assert not [message for message in answered if message[:1] == b"E"]  # each of them was carried out
+        assert [await run_sql(postgres_url, rows.format(table)) for table in tables] == before
+        await store.aclose()
 
 
 @pytest.mark.timeout(120)
