@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -292,6 +293,35 @@ def test_a_python_bot_that_prints_into_the_pipe_is_heard(sqlite_world: World) ->
     env = {"PYTHONUNBUFFERED": ""} if "PYTHONUNBUFFERED" in os.environ else {}
     new = sqlite_world.run("--deployment", "v2", *rule, bot=(sys.executable, "-c", code), env=env)
     new.says("has passed its probation")
+
+
+LOUD = """
+import os, sys, time
+stamps = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+while True:
+    print("got updates", "x" * 4000, flush=True)
+    os.write(stamps, b"%f\\n" % time.clock_gettime(time.CLOCK_BOOTTIME))
+    time.sleep(0.001)
+"""
+
+
+def test_a_bot_that_says_megabytes_while_the_database_is_away_ends_in_time_and_begins_again(
+    sqlite_world: World,
+) -> None:
+    world = sqlite_world
+    stamps = world.folder / "stamps"
+    rule = ("--healthy-if", "stdout:got updates")
+    run = world.run(*rule, bot=(sys.executable, "-S", "-c", LOUD, str(stamps)))
+    until(lambda: run.log.stat().st_size > 1_000_000)
+    with contextlib.closing(sqlite3.connect(world.url.removeprefix("sqlite:///"), timeout=10)) as db:
+        db.execute("BEGIN EXCLUSIVE")
+        locked = time.clock_gettime(time.CLOCK_BOOTTIME)
+        said = run.log.stat().st_size
+        until(lambda: time.clock_gettime(time.CLOCK_BOOTTIME) > locked + 2.5)
+        (last,) = stamps.read_text().split()[-1:]
+        assert run.log.stat().st_size > said + 100_000
+        assert float(last) < locked + 1.5  # the ttl
+    until(lambda: float(stamps.read_text().split()[-1]) > locked + 2.5, 20)
 
 
 def test_a_newcomer_that_never_gets_healthy_is_rolled_back(sqlite_world: World) -> None:
