@@ -9,6 +9,7 @@ the lock and of giving it back are written to the file.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -23,8 +24,26 @@ bare = sys.argv[5] == "--bare"
 command = sys.argv[5:]
 
 Release = Callable[[], Any]
-lost = threading.Event()
 stopping = threading.Event()
+wake, woken = os.pipe()
+os.set_blocking(woken, False)
+
+
+class Lost:
+    """Set by a thread of a library: the lock is not ours any more."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+    def set(self) -> None:
+        self.is_set = True
+        os.write(woken, b"l")
+
+    def clear(self) -> None:
+        self.is_set = False
+
+
+lost = Lost()
 
 
 def advisory() -> Release:
@@ -39,7 +58,10 @@ def filelock() -> Release:
     from filelock import FileLock
 
     lock = FileLock(url)
-    lock.acquire()
+    if ttl < 10:  # its own are 0.05 s
+        lock.acquire(poll_interval=0.005)
+    else:
+        lock.acquire()
     return lock.release
 
 
@@ -94,7 +116,7 @@ def kazoo() -> Release:
 def redis_py() -> Release:
     import redis
 
-    lock = redis.Redis.from_url(url).lock(key, timeout=ttl)
+    lock = redis.Redis.from_url(url).lock(key, timeout=ttl, **({"sleep": 0.01} if ttl < 10 else {}))
     lock.acquire(blocking=True)
 
     def renew() -> None:
@@ -227,13 +249,15 @@ def notifelect(start: Callable[[], subprocess.Popen[bytes]]) -> None:
         async with Coordinator(connection, namespace=key, **settings) as outcome:
             while not stopping.is_set():
                 await asyncio.sleep(0.1)
+                if child is not None and child.poll() is not None:
+                    break
                 if outcome.winner and child is None:
                     child = start()
                 elif not outcome.winner and child is not None:
                     child.terminate()
                     child.wait()
                     child = None
-            if child is not None:
+            if child is not None and child.poll() is None:
                 child.terminate()
                 child.wait()
             os._exit(0)
@@ -246,6 +270,9 @@ def boot() -> float:
 
 
 def main() -> None:
+    # No waiting in Python's own locks: a handler that runs meanwhile takes them as well. And no polling: it would count
+    # as the processor time of every library.
+    signal.set_wakeup_fd(woken)
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     if peer == "notifelect":
         notifelect(lambda: subprocess.Popen(command))
@@ -256,21 +283,24 @@ def main() -> None:
     if bare:
         with Path(sys.argv[6]).open("a") as out:
             print(os.getpid(), 0, f"{boot():.6f}", file=out, flush=True)
-            while not stopping.wait(0.002):
-                pass
+            while not stopping.is_set():
+                select.select([wake], [], [])
+                os.read(wake, 4096)
             print(os.getpid(), 0, f"{boot():.6f}", file=out, flush=True)
         release()
         os._exit(0)
     child = subprocess.Popen(command)
-    while not stopping.is_set() and not lost.is_set() and child.poll() is None:
-        stopping.wait(0.005)
+    ended = os.pidfd_open(child.pid)
+    while not stopping.is_set() and not lost.is_set and child.poll() is None:
+        if wake in select.select([wake, ended], [], [])[0]:
+            os.read(wake, 4096)
     if child.poll() is None:
-        child.send_signal(signal.SIGKILL if lost.is_set() else signal.SIGTERM)
-        child.wait()
+        child.send_signal(signal.SIGKILL if lost.is_set else signal.SIGTERM)
+    status = child.wait()
     try:
         release()
     finally:
-        os._exit(0)
+        os._exit(0 if status in (0, -signal.SIGTERM, -signal.SIGKILL) else 1)
 
 
 main()
