@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +39,11 @@ def main(
     """Measure handover, crash, overlap, memory, idle cost and start-up of botlease and of its peers; what many bots
     cost; how many leases a PostgreSQL server carries. Each figure stands beside its floor of the same run.
 
-    A whole run takes an hour or two, and wants the machine for itself. It writes docs/benchmarks.md. With --json it
+    A whole run takes two hours or three, and wants the machine for itself. It writes docs/benchmarks.md. With --json it
     may be cut off: what is there is not measured again, only the floors are measured once more, and count together.
 
     \b
-    scripts/bench --check                       ten minutes: our own figures against their bounds
+    scripts/bench --check                       half an hour: our own figures against their bounds
     scripts/bench --only peers --system etcd    one peer
     """
     if checking and not parts:
@@ -62,31 +64,36 @@ def main(
 
     def keep(**more: object) -> None:
         if path:
-            Path(path).write_text(json.dumps(found | more))
+            new = Path(f"{path}.new")
+            new.write_text(json.dumps(found | more))
+            new.replace(path)  # cut off in between, the old figures are still whole
 
     with compare.laboratory(say) as lab, tempfile.TemporaryDirectory(prefix="botlease-bench-") as name:
         folder = Path(name)
-        found["versions"] = lab.versions
-        for what, values in floors.measure(CHILD, folder, 10 if quick else 30).items():
+        found["versions"] = lab.versions | {"botlease": _commit()}
+        postgres = lab.servers["postgres"]
+        n = 10 if quick else 30
+        known_floors = floors.measure(CHILD, folder, n) | asyncio.run(floors.postgres(postgres.url(), n))
+        for what, values in known_floors.items():
             found["floors"][what] = found["floors"].get(what, []) + values
             say(f"floor: {what}: {floors.ms(values)}")
+        measures: dict[str, Callable[[], Any]] = {
+            "peers": lambda: compare.measure(
+                lab, [*chosen], say, lambda rows: keep(peers=rows), found.get("peers", []), quick=quick
+            ),
+            "own": lambda: own.measure(folder, postgres, say, quick=quick),
+            "gateway": lambda: _gateway(folder, quick=quick),
+            "fleet": lambda: fleet.measure(folder, postgres, say, quick=quick),
+            "capacity": lambda: capacity.measure(postgres, say, quick=quick),
+        }
         for part in todo:
-            if part in found and part != "peers":
+            if part in found and part != "peers" and "failed" not in found[part]:
                 continue
-            match part:
-                case "peers":
-                    known = found.get("peers", [])
-                    found["peers"] = compare.measure(
-                        lab, [*chosen], say, lambda rows: keep(peers=rows), known, quick=quick
-                    )
-                case "own":
-                    found["own"] = own.measure(folder, lab.servers["postgres"], say, quick=quick)
-                case "gateway":
-                    found["gateway"] = _gateway(folder, quick=quick)
-                case "fleet":
-                    found["fleet"] = fleet.measure(folder, lab.servers["postgres"], say, quick=quick)
-                case _:
-                    found["capacity"] = capacity.measure(lab.servers["postgres"], say, quick=quick)
+            try:
+                found[part] = measures[part]()
+            except Exception as e:  # the rest of an hour's figures is not to be lost with it
+                found[part] = {"failed": f"{type(e).__name__}: {e}"}
+                say(f"{part}: failed: {e}")
             keep()
     if write or (len(todo) == len(PARTS) and not chosen and not quick):
         click.echo(f"written: {page.write(found).relative_to(ROOT)}")
@@ -96,6 +103,14 @@ def main(
             click.echo(f"broken: {line}")
         click.echo("bench: FAILED" if broken else "bench: ok")
         raise SystemExit(1 if broken else 0)
+
+
+def _commit() -> str:
+    """Of what is measured; with a + where it was changed since."""
+    said = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    return said or "?"
 
 
 def _gateway(folder: Path, *, quick: bool) -> list[str]:

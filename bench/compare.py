@@ -11,9 +11,10 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import asyncpg
 from servers import Postgres
@@ -25,6 +26,8 @@ from bench.wire import Wire
 from botlease.work.tree import descendants
 
 KEYS = itertools.count()
+T = TypeVar("T")
+AT_ONCE = 15
 Say = Callable[[str], None]
 
 
@@ -37,11 +40,18 @@ def boot() -> float:
 
 
 def until(what: Callable[[], object], limit: float, why: str) -> None:
+    """Looks seldom: the moments are those that the children wrote."""
     end = time.monotonic() + limit
     while not what():
         if time.monotonic() > end:
             raise Gone(f"{why}: not within {limit:g} s")
-        time.sleep(0.003)
+        time.sleep(0.01)
+
+
+def together(n: int, at_once: int, one: Callable[[], T]) -> list[T]:
+    """``n`` times, so many at once: where a lease is waited out there is nothing to do for the machine."""
+    with ThreadPoolExecutor(at_once) as pool:
+        return [f.result() for f in [pool.submit(one) for _ in range(n)]]
 
 
 @dataclass
@@ -124,7 +134,15 @@ class Bench:
 
     def works(self, n: int, limit: float) -> str:
         """Wait for the n-th child. Returns who it is."""
-        until(lambda: len(self.track.read()) >= n, limit, f"child {n}")
+
+        def there() -> bool:
+            if len(self.track.read()) >= n:
+                return True
+            if all(process.poll() is not None for process in self.running):
+                raise Gone(f"child {n}: all have ended, with {[process.returncode for process in self.running][-4:]}")
+            return False
+
+        until(there, limit, f"child {n}")
         return max(self.track.spans, key=lambda who: self.track.spans[who][0])
 
     def waits(self, process: subprocess.Popen[bytes]) -> None:
@@ -182,7 +200,7 @@ def bench(lab: Lab, system: System, wrap: tuple[str, ...] = ()) -> Iterator[Benc
 
 def handover(lab: Lab, system: System, n: int, *, bare: bool = False) -> dict[str, Any]:
     """M1: the holder is told to stop while another one waits. Gap: nobody works."""
-    gaps, totals = [], []
+    gaps, totals, gone = [], [], []
     with bench(lab, system) as b:
         holder = b.start(bare=bare)
         b.works(1, 60)
@@ -193,23 +211,36 @@ def handover(lab: Lab, system: System, n: int, *, bare: bool = False) -> dict[st
             old = max(b.track.spans, key=lambda who: b.track.spans[who][0])
             asked = boot()
             b.stop(holder)
-            new = b.works(rep + 2, 40)
-            holder.wait(40)
+            try:
+                new = b.works(rep + 2, 40)
+                holder.wait(40)
+            except (Gone, subprocess.TimeoutExpired) as e:
+                gone.append(str(e))
+                break  # what waits is in an unknown state
             time.sleep(0.02)
             b.track.read()
             gaps.append(b.track.spans[new][0] - b.track.spans[old][1])
             totals.append(b.track.spans[new][0] - asked)
             holder = waiting
-        return {"gap": gaps, "total": totals, "overlap": b.track.overlap()}
+        return _kept({"gap": gaps, "total": totals, "overlap": b.track.overlap()}, "gap", gone)
 
 
-def crash(lab: Lab, system: System, n: int, *, elsewhere: bool = False) -> dict[str, Any]:
+def _kept(found: dict[str, Any], key: str, gone: list[str]) -> dict[str, Any]:
+    """What there is, and what there is not."""
+    if not found[key]:
+        raise Gone(gone[0] if gone else "nothing was measured")
+    return found | ({"gone": gone} if gone else {})
+
+
+def crash(lab: Lab, system: System, n: int, at_once: int, *, elsewhere: bool = False) -> dict[str, Any]:
     """M2: everything of the holder is killed; ``elsewhere``: its host is gone as well, so nobody tells the server, and
     nothing of it can be seen from the host of the one that waits."""
-    took = []
     wrap = floors.namespace() if elsewhere and system.ours else ()
-    limit = 4 * max(system.ttl, 10) + 20
-    for _ in range(n):
+    if elsewhere and system.ours and not wrap:
+        raise Gone("needs a pid namespace (root, or unshare)")
+    limit = min(4 * max(system.ttl, 10) + 20, 100)
+
+    def one() -> float | str:
         with bench(lab, system, wrap) as b:
             holder = b.start(wired=elsewhere)
             first = b.works(1, 60)
@@ -219,17 +250,29 @@ def crash(lab: Lab, system: System, n: int, *, elsewhere: bool = False) -> dict[
                 wire.keep = wire.silent = True
             killed = boot()
             b.kill(holder)
-            second = b.works(2, limit)
+            try:
+                second = b.works(2, limit)
+            except Gone:
+                return f"not within {limit:g} s"
             if first == second:
                 raise Gone("the same child")
-            took.append(b.track.spans[second][0] - killed)
-    return {"took": took}
+            return b.track.spans[second][0] - killed
+
+    if elsewhere and not system.ttl and isinstance(tried := one(), str):
+        return {"took": [], "gone": [tried]}  # a session that nobody ends: once is enough
+    return _sorted(together(n, at_once, one))
 
 
-def child_dies(lab: Lab, system: System, n: int) -> dict[str, Any]:
+def _sorted(found: list[float | str]) -> dict[str, Any]:
+    gone = [x for x in found if isinstance(x, str)]
+    return {"took": [x for x in found if not isinstance(x, str)]} | ({"gone": gone} if gone else {})
+
+
+def child_dies(lab: Lab, system: System, n: int, at_once: int) -> dict[str, Any]:
     """Only the child is killed: until one works again, in the same place or another."""
-    took = []
-    for _ in range(n):
+    limit = min(3 * max(system.ttl, 10) + 20, 100)
+
+    def one() -> float | str:
         with bench(lab, system) as b:
             b.start()
             child = b.works(1, 60)
@@ -237,19 +280,24 @@ def child_dies(lab: Lab, system: System, n: int) -> dict[str, Any]:
             b.waits(waiting)
             killed = boot()
             os.kill(pid_of(child), signal.SIGKILL)
-            b.works(2, 3 * max(system.ttl, 10) + 20)
-            took.append(max(span[0] for span in b.track.spans.values()) - killed)
-    return {"took": took}
+            try:
+                b.works(2, limit)
+            except Gone:
+                return f"not within {limit:g} s"
+            return max(span[0] for span in b.track.spans.values()) - killed
+
+    return _sorted(together(n, at_once, one))
 
 
 FAULTS = ("kill -9 of the supervisor", "supervisor stopped", "connection cut")
 
 
 def overlap(lab: Lab, system: System, fault: str, n: int) -> dict[str, Any]:
-    """M3: milliseconds for which two children worked. ``took_over``: in how many runs the second one began at all."""
-    worst, took_over, still = [], 0, 0
+    """M3: milliseconds for which two children worked. ``took over``: in how many runs the second one began at all;
+    ``still``: in how many both were at work when watching ended."""
     ttl = system.ttl or 4.0
-    for _ in range(n):
+
+    def one() -> tuple[float, bool, bool]:
         with bench(lab, system) as b:
             holder = b.start(wired=fault == "connection cut")
             b.works(1, 60)
@@ -274,38 +322,97 @@ def overlap(lab: Lab, system: System, fault: str, n: int) -> dict[str, Any]:
                 wire.refuse = False
             time.sleep(min(ttl, 10) + 3)
             b.track.read()
-            took_over += len(b.track.spans) > 1
             latest = max(span[1] for span in b.track.spans.values())
-            still += sum(latest - span[1] < 0.5 for span in b.track.spans.values()) > 1
-            worst.append(b.track.overlap())
-    return {"overlap": worst, "took over": took_over, "still": still, "runs": n}
+            still = sum(latest - span[1] < 0.5 for span in b.track.spans.values()) > 1
+            return b.track.overlap(), len(b.track.spans) > 1, still
+
+    found = together(n, AT_ONCE, one)
+    return {
+        "overlap": [f[0] for f in found],
+        "took over": sum(f[1] for f in found),
+        "still": sum(f[2] for f in found),
+        "runs": n,
+    }
+
+
+COUNTERS = """
+SELECT (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint AS wal,
+  txid_snapshot_xmax(txid_current_snapshot())::bigint AS xids,
+  (SELECT sum(xact_commit + xact_rollback) FROM pg_stat_database)::bigint AS statements
+"""
+
+
+async def _counters(url: str) -> dict[str, int]:
+    connection = await asyncpg.connect(url)
+    row = await connection.fetchrow(COUNTERS)
+    await connection.close()
+    return {name: int(value) for name, value in row.items()}
+
+
+class Counted:
+    """What the PostgreSQL server was asked for and wrote meanwhile, an hour, without our own asking."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        asyncio.run(self._checkpoint())  # one that came by itself would write whole pages
+
+    async def _checkpoint(self) -> None:
+        connection = await asyncpg.connect(self.url)
+        await connection.execute("CHECKPOINT")
+        await connection.close()
+
+    def start(self) -> None:
+        one = asyncio.run(_counters(self.url))
+        self.before = asyncio.run(_counters(self.url))
+        self.ours = {k: self.before[k] - one[k] for k in one}
+        self.began = boot()
+
+    def stop(self) -> dict[str, float]:
+        time.sleep(1.2)  # a session's own counts come a second late
+        after, span = asyncio.run(_counters(self.url)), boot() - self.began
+        return {k: max(0, after[k] - self.before[k] - self.ours[k]) / span * 3600 for k in after}
 
 
 def idle(lab: Lab, system: System, seconds: float) -> dict[str, Any]:
-    """M4: what holder and standby cost while nothing happens; the child apart."""
+    """M4: what holder and standby cost while nothing happens; the child apart. Where two at once is how it works there
+    is no standby. ``database``: transactions, bytes of WAL and transaction ids an hour, of the holder alone and of
+    both."""
     out: dict[str, Any] = {}
     with bench(lab, system) as b:
-        holder = b.start(wired=True)
+        running = [b.start(wired=True)]
         child = b.works(1, 60)
-        standby = b.start(wired=True)
-        b.waits(standby)
-        time.sleep(1)
 
         def pids(process: subprocess.Popen[bytes]) -> list[int]:
             return [p for p in [process.pid, *descendants(process.pid)] if p != pid_of(child)]
 
-        before = {p.pid: floors.cpu(pids(p)) for p in (holder, standby)}
-        asked = [w.requests for w in b.wires]
-        began = boot()
-        time.sleep(seconds)
-        span = boot() - began
-        for n, (name, process) in enumerate((("holder", holder), ("standby", standby))):
-            requests = (b.wires[n].requests - asked[n]) / span if b.wires else 0.0
-            out[name] = {
-                "cpu": (floors.cpu(pids(process)) - before[process.pid]) / span * 3600,
-                "pss": floors.pss(pids(process)),
-                "requests": requests,
-            }
+        def watch(name: str) -> None:
+            counted = Counted(lab.url(system, "-")) if system.server == "postgres" else None
+            time.sleep(1 + system.ttl / 3)  # the first write of each page after the checkpoint is a whole one
+            before = [floors.cpu(pids(p)) for p in running]
+            asked = [w.requests for w in b.wires]
+            if counted is not None:
+                counted.start()
+            began = boot()
+            time.sleep(seconds)
+            span = boot() - began
+            used = [floors.cpu(pids(p)) for p in running]
+            requests = [w.requests for w in b.wires]
+            if counted is not None:
+                out.setdefault("database", {})[name] = counted.stop()
+            for n, process in enumerate(running):
+                who = "holder" if n == 0 else "standby"
+                out[who] = {
+                    "cpu": (used[n] - before[n]) / span * 3600,
+                    # alone: beside a standby it shares what a host of its own would not share
+                    "pss": out[who]["pss"] if who in out else floors.pss(pids(process)),
+                    "requests": (requests[n] - asked[n]) / span if b.wires else None,
+                }
+
+        watch("holder")
+        if system.exclusive:
+            running.append(b.start(wired=True))
+            b.waits(running[1])
+            watch("holder and standby")
     return out
 
 
@@ -316,7 +423,8 @@ def start_up(lab: Lab, system: System, n: int) -> list[float]:
         with bench(lab, system) as b:
             began = time.perf_counter()
             process = b.start(child=("true",))
-            process.wait(60)
+            if process.wait(60):
+                raise Gone(f"it ended with {process.returncode}")
             out.append(time.perf_counter() - began)
     return out
 
@@ -331,7 +439,7 @@ def laboratory(say: Say) -> Iterator[Lab]:
     versions: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="botlease-bench-", ignore_cleanup_errors=True) as name:
         try:
-            postgres = Postgres()
+            postgres = Postgres(durable=True)
             postgres.start()
             servers["postgres"] = postgres
             versions["PostgreSQL"] = asyncio.run(_prepare(postgres.url()))
@@ -366,20 +474,22 @@ Job = tuple[str, Callable[[], Any]]
 
 def _jobs(lab: Lab, system: System, *, quick: bool) -> Iterator[Job]:
     n = 6 if quick else 30
-    fast = 0 < system.ttl <= 10
     if system.exclusive:  # where two at once is how it works, there is no holder to be told to stop
         yield "handover", lambda: handover(lab, system, n)
         if system.bare:
             yield "in-process", lambda: handover(lab, system, n, bare=True)
-        yield "crash", lambda: crash(lab, system, 3 if system.ttl and not system.ours else min(n, 12))
-        if system.server != "file":
-            yield "elsewhere", lambda: crash(lab, system, 2 if fast else 1, elsewhere=True)
-    if system.ttl <= 3 or system.ours:
+    # One by one where a crash is seen at once. Where a lease is waited out the machine has nothing to do meanwhile.
+    at_once = AT_ONCE if system.ttl and not system.ours else 1
+    yield "child", lambda: child_dies(lab, system, n, at_once)
+    yield "crash", lambda: crash(lab, system, n, at_once)
+    if system.server != "file":
+        yield "elsewhere", lambda: crash(lab, system, n, AT_ONCE, elsewhere=True)
+    if system.overlaps:
         for fault in FAULTS:
             if fault != "connection cut" or system.server != "file":
-                yield fault, lambda fault=fault: overlap(lab, system, fault, 1 if quick else 3)  # type: ignore[misc]
-    yield "idle", lambda: idle(lab, system, 10 if quick else 40)
-    yield "start-up", lambda: start_up(lab, system, min(n, 15))
+                yield fault, lambda fault=fault: overlap(lab, system, fault, n)  # type: ignore[misc]
+    yield "idle", lambda: idle(lab, system, 10 if quick else 30)
+    yield "start-up", lambda: start_up(lab, system, n)
 
 
 def measure(
@@ -391,27 +501,31 @@ def measure(
     *,
     quick: bool,
 ) -> list[dict[str, Any]]:
-    """Every system whose name has one of ``chosen`` in it (or all) and that is not ``known``, one by one.
-    ``keep``: called with all that is known after each, for who may be cut off."""
+    """Every system whose name has one of ``chosen`` in it (or all), one by one; of what is ``known`` only what had
+    failed. ``keep``: called with all that is known after each figure, for who may be cut off."""
     out = [*known]
     for system in systems():
-        if (chosen and not any(c in system.name for c in chosen)) or system.name in [row["name"] for row in known]:
+        if chosen and not any(c in system.name for c in chosen):
             continue
-        row: dict[str, Any] = {"name": system.name, "settings": system.settings, "version": system.version()}
-        row |= {"ttl": system.ttl, "server": system.server, "ours": system.ours}
-        out.append(row)
+        row = next((row for row in out if row["name"] == system.name), None)
+        if row is None:
+            out.append(row := {"name": system.name})
         row["missing"] = unavailable(system, lab.missing)
+        row |= {"settings": system.settings, "ttl": system.ttl, "server": system.server, "ours": system.ours}
+        row["version"] = "" if row["missing"] else system.version()
         if row["missing"]:
             say(f"{system.name}: not measured: {row['missing']}")
             continue
         for name, job in _jobs(lab, system, quick=quick):
+            if (system.only and name not in system.only) or "failed" not in row.get(name, "failed"):
+                continue
             began = time.monotonic()
             try:
                 row[name] = job()
-            except (Gone, subprocess.TimeoutExpired, OSError, ValueError) as e:
+            except Exception as e:  # a peer that cannot be measured is a figure as well, and no reason to lose the rest
                 row[name] = {"failed": f"{type(e).__name__}: {e}"}
             say(f"{system.name}: {name}: {_short(row[name])} ({time.monotonic() - began:.0f} s)")
-        keep(out)
+            keep(out)
     return out
 
 
@@ -423,5 +537,9 @@ def _short(value: Any) -> str:
     for key in ("gap", "took", "overlap"):
         if key in value:
             more = "".join(f", {k} {value[k]}" for k in ("took over", "still") if k in value)
-            return floors.ms(value[key]) + more
-    return ", ".join(f"{k}: " + " ".join(f"{n} {x:.2f}" for n, x in v.items()) for k, v in value.items())
+            return (
+                (floors.ms(value[key]) if value[key] else "")
+                + more
+                + "".join(f", {g}" for g in value.get("gone", [])[:1])
+            )
+    return ", ".join(f"{k}: {v}" for k, v in value.items())

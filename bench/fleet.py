@@ -16,11 +16,13 @@ from servers import Postgres
 from test_fleet import Members, add, boot, names, placed, verify
 
 from bench import floors
+from bench.capacity import used as server_used
+from bench.compare import Counted
 
 BOTS, TTL = 10_000, 10.0
 
 
-def once(folder: Path, url: str, seconds: float, wrap: tuple[str, ...]) -> dict[str, float]:
+def once(folder: Path, postgres: Postgres, url: str, seconds: float, wrap: tuple[str, ...]) -> dict[str, float]:
     folder.mkdir()
     m = Members(folder, url)
     out: dict[str, float] = {}
@@ -35,11 +37,16 @@ def once(folder: Path, url: str, seconds: float, wrap: tuple[str, ...]) -> dict[
         out["start"] = time.monotonic() - began
         until(lambda: placed(url, BOTS, 4) or time.sleep(0.3), 120)
         before = m.settled(BOTS, {0, 1, 2, 3}, 20)
-        time.sleep(3)
+        counted = Counted(url)
+        time.sleep(7)  # three renewals: the first write of each page after a checkpoint is a whole one
         members = [run.children()[0] if wrap else run.pid for run in m.runs]
-        used, at = floors.cpu(members), boot()
+        counted.start()
+        used, server, at = floors.cpu(members), server_used(postgres), boot()
         time.sleep(seconds)
-        out["cpu"] = (floors.cpu(members) - used) / (boot() - at) / 4 * 3600
+        span = boot() - at
+        out["cpu"] = (floors.cpu(members) - used) / span / 4 * 3600
+        out["cores"] = (server_used(postgres) - server) / span
+        out |= {k: v / 3600 for k, v in counted.stop().items()}
         out["pss"] = floors.pss(members) / 4
         victim = m.runs[1]
         if wrap:
@@ -73,6 +80,6 @@ def measure(folder: Path, postgres: Postgres, say: Callable[[str], None], *, qui
             continue
         database = name.replace(" ", "_")
         asyncio.run(create(database))
-        out[name] = once(folder / database, postgres.url(database), 5 if quick else 30, wrap)
+        out[name] = once(folder / database, postgres, postgres.url(database), 5 if quick else 30, wrap)
         say(f"fleet of {BOTS:,}, killed on {name}: {out[name]}")
     return out

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import select
 import subprocess
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -83,7 +86,67 @@ def measure(child: tuple[str, ...], folder: Path, n: int) -> dict[str, list[floa
         "python -c 'import asyncio'": timed([sys.executable, "-c", "import asyncio"], n),
         "a commit on SQLite": _commits(folder, n),
         "flock: to a waiting process": _flock(folder, n),
+        "true": timed(["true"], n),
+        "a death, seen by pidfd": _deaths(n),
     }
+
+
+def _deaths(n: int) -> list[float]:
+    """From SIGKILL until a process that waits for it knows."""
+    out = []
+    for _ in range(n):
+        process = subprocess.Popen(["sleep", "100"])
+        fd = os.pidfd_open(process.pid)
+        time.sleep(0.01)
+        began = time.perf_counter()
+        process.kill()
+        select.select([fd], [], [])
+        out.append(time.perf_counter() - began)
+        process.wait()
+        os.close(fd)
+    return out
+
+
+async def postgres(url: str, n: int) -> dict[str, list[float]]:
+    """Seconds of what every hand-over by a PostgreSQL server is made of, between two connections that are there."""
+    import asyncpg
+
+    a, b = await asyncpg.connect(url), await asyncpg.connect(url)
+    heard = asyncio.Event()
+    await b.add_listener("floor", lambda *_: heard.set())
+    await a.execute("CREATE TABLE IF NOT EXISTS floor (n int); INSERT INTO floor VALUES (0)")
+    ask, write = await a.prepare("SELECT 1"), await a.prepare("UPDATE floor SET n = n + 1")
+    lock, unlock = "SELECT pg_advisory_lock(4711)", "SELECT pg_advisory_unlock(4711)"
+    out: dict[str, list[float]] = {}
+
+    async def time_of(what: str, do: Callable[[], Awaitable[object]]) -> None:
+        began = time.perf_counter()
+        await do()
+        out.setdefault(what, []).append(time.perf_counter() - began)
+
+    for _ in range(n):
+        await time_of("PostgreSQL: a question", ask.fetch)
+        await time_of("PostgreSQL: a durable commit", write.fetch)
+        heard.clear()
+
+        async def tell() -> None:
+            await a.execute("NOTIFY floor")
+            await heard.wait()
+
+        await time_of("PostgreSQL: NOTIFY until it is heard", tell)
+        await a.execute(lock)
+        waiting = asyncio.ensure_future(b.execute(lock))
+        await asyncio.sleep(0.02)
+
+        async def hand_on(waiting: asyncio.Future[str] = waiting) -> None:
+            await a.execute(unlock)
+            await waiting
+
+        await time_of("PostgreSQL: an advisory lock, let go here and had there", hand_on)
+        await b.execute(unlock)
+    await a.close()
+    await b.close()
+    return out
 
 
 def _commits(folder: Path, n: int) -> list[float]:

@@ -58,7 +58,7 @@ def filelock() -> Release:
     from filelock import FileLock
 
     lock = FileLock(url)
-    if ttl < 10:  # its own are 0.05 s
+    if peer == "filelock-fast":
         lock.acquire(poll_interval=0.005)
     else:
         lock.acquire()
@@ -153,12 +153,12 @@ def dislock() -> Release:
         lease_interval_seconds=max(1.0, ttl * 0.3),
         lease_loss_policy=library.LeaseLossPolicy.TERMINATE,
     )
-    while True:  # it does not wait by itself: once a second is ours
+    while True:  # it does not wait by itself: how often is ours
         session = library.acquire_locks(context, ["lease"])
         try:
             got = session.__enter__()
         except library.LockNotAcquiredError:
-            time.sleep(1.0)
+            time.sleep(1.0 if ttl > 10 else 0.05)
             continue
         break
     if got.lease_lost is not None:
@@ -222,6 +222,7 @@ def seed() -> Release:
 PEERS: dict[str, Callable[[], Release]] = {
     "pg-advisory": advisory,
     "filelock": filelock,
+    "filelock-fast": filelock,
     "sqlalchemy-dlock": sqlalchemy_dlock,
     "pals": pals,
     "tooz": tooz,

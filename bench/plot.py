@@ -10,9 +10,8 @@ ROW, LEFT, WIDTH, RIGHT, TOP = 22, 190, 430, 130, 44
 OURS, THEIRS, FLOOR = "#2f855a", "#718096", "#c05621"
 
 
-def bars(title: str, unit: str, rows: Sequence[tuple[str, float, float, bool]]) -> str:
-    """``rows``: name, median, the longer end (p99 or max), whether it is ours. A thin line reaches from the one to the
-    other."""
+def bars(title: str, unit: str, rows: Sequence[tuple[str, float, float, str]]) -> str:
+    """``rows``: name, median, the longer end (p99 or max), its colour. A thin line reaches from the one to the other."""
     values = [v for _, low, high, _ in rows for v in (low, high) if v > 0]
     least = 10 ** math.floor(math.log10(min(values)))
     most = 10 ** math.ceil(math.log10(max(values) * 1.0001))
@@ -38,10 +37,9 @@ def bars(title: str, unit: str, rows: Sequence[tuple[str, float, float, bool]]) 
         out.append(f'<text x="{at:.1f}" y="{height - 6}" text-anchor="middle">{_number(mark)}</text>')
         mark *= 10
     out.append(f'<text x="{LEFT + WIDTH + 24}" y="{height - 6}">{escape(unit)}</text>')
-    for n, (name, low, high, ours) in enumerate(rows):
+    for n, (name, low, high, colour) in enumerate(rows):
         y = TOP + ROW * n
-        colour = OURS if ours else THEIRS
-        weight = ' font-weight="600"' if ours else ""
+        weight = ' font-weight="600"' if colour == OURS else ""
         out.append(f'<text x="{LEFT - 8}" y="{y + 12}" text-anchor="end"{weight}>{escape(name)}</text>')
         out.append(
             f'<rect x="{LEFT}" y="{y + 2}" width="{max(1.0, x(low) - LEFT):.1f}" height="13" rx="2" fill="{colour}"/>'

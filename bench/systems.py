@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness import BOTLEASE, clean_env
@@ -16,6 +16,7 @@ from bench import ROOT
 
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 HOLDER = str(ROOT / "bench" / "holder.py")
+Command = Callable[[str, str, tuple[str, ...]], list[str]]
 CHILD = (sys.executable, "-I", "-S", str(ROOT / "tests" / "witness.py"))
 WHO = ("--who", "1")
 """The child says whose it is: in namespaces numbers of processes are given more than once."""
@@ -31,7 +32,7 @@ class System:
     ttl: float
     """Seconds after which a lease that nobody renews is over; 0: the lock is held by a session or a process."""
     settings: str
-    command: Callable[[str, str, tuple[str, ...]], list[str]]
+    command: Command
     scheme: str = "{server}"
     env: Callable[[str, str], dict[str, str]] = lambda url, key: {}
     group: bool = False
@@ -42,8 +43,10 @@ class System:
     """False: a second one works at once, and the first finds out."""
     bare: bool = False
     """It can be measured without a child, in-process."""
-    missing: str = ""
-    notes: list[str] = field(default_factory=list)
+    only: tuple[str, ...] = ()
+    """The jobs that it is there for; all, if empty."""
+    overlaps: bool = True
+    """False: it waits for half a minute or more, and its faster settings stand for it."""
 
     def version(self) -> str:
         if self.ours:
@@ -54,19 +57,27 @@ class System:
             code = f"import importlib.metadata as m; print(m.version({self.package!r}))"
             done = subprocess.run([PEERS_PYTHON, "-c", code], capture_output=True, text=True)
             return done.stdout.strip() or "?"
-        program = self.command("u", "k", ())[0]
+        program = self.command("u", "k", ("-", "-"))[0]
         said = subprocess.run(
             [program, "version" if program == "etcdctl" else "--version"], capture_output=True, text=True
         )
         return next((word for word in said.stdout.split() if word[0].isdigit()), "")
 
 
-def _library(peer: str, ttl: float) -> Callable[[str, str, tuple[str, ...]], list[str]]:
+def _library(peer: str, ttl: float) -> Command:
     return lambda url, key, child: [str(PEERS_PYTHON), HOLDER, peer, url, key, f"{ttl:g}", *child]
 
 
 def library(
-    name: str, server: str, ttl: float, settings: str, package: str, peer: str = "", scheme: str = ""
+    name: str,
+    server: str,
+    ttl: float,
+    settings: str,
+    package: str,
+    peer: str = "",
+    scheme: str = "",
+    *,
+    overlaps: bool = True,
 ) -> System:
     peer = peer or name
     return System(
@@ -79,23 +90,44 @@ def library(
         package=package,
         bare=peer not in ("seed", "notifelect"),
         exclusive=peer not in ("seed", "notifelect"),
+        overlaps=overlaps,
     )
 
 
-def _ours(*options: str) -> Callable[[str, str, tuple[str, ...]], list[str]]:
+def _ours(*options: str) -> Command:
     return lambda url, key, child: [*BOTLEASE, "run", "--name", key, "--deployment", "v1", *options, "--", *child]
 
 
 def ours(name: str, server: str, ttl: float, settings: str, *options: str) -> System:
+    return _of_ours(name, server, ttl, settings, _ours("--ttl", f"{ttl:g}", *options))
+
+
+def warm(name: str, server: str) -> System:
+    """The child is started before its turn, and waits at its gate."""
+    run = _ours("--ttl", "10", "--warm")
+    return _of_ours(
+        name, server, 10, "--warm", lambda url, key, child: [*run(url, key, child), "--gate", "fd"], "handover"
+    )
+
+
+def inside(name: str, server: str) -> System:
+    """Beside the libraries: ``botlease.active`` in a program, without a child."""
+    program = [sys.executable, str(ROOT / "bench" / "inside.py")]
+    return _of_ours(name, server, 10, "in a program", lambda url, key, child: [*program, key, child[1]], "in-process")
+
+
+def _of_ours(name: str, server: str, ttl: float, settings: str, command: Command, *only: str) -> System:
     return System(
         name,
         server,
         ttl,
         settings,
-        _ours("--ttl", f"{ttl:g}", *options),
+        command,
         scheme="sqlite:///{file}" if server == "file" else "{server}",
         env=lambda url, key: {"BOTLEASE_DATABASE_URL": url},
         ours=True,
+        bare="in-process" in only,
+        only=only,
     )
 
 
@@ -104,30 +136,38 @@ def systems() -> list[System]:
         ours("botlease, SQLite", "file", 10, "defaults"),
         ours("botlease, PostgreSQL", "postgres", 10, "defaults"),
         ours("botlease-fast, PostgreSQL", "postgres", 3, "--ttl 3"),
+        warm("botlease, warm, SQLite", "file"),
+        warm("botlease, warm, PostgreSQL", "postgres"),
+        inside("botlease.active, SQLite", "file"),
+        inside("botlease.active, PostgreSQL", "postgres"),
         System("flock", "file", 0, "util-linux", lambda url, key, child: ["flock", url, *child], group=True),
         System("flock -o", "file", 0, "the child does not have it", lambda url, key, child: ["flock", "-o", url, *child], group=True),
-        library("filelock", "file", 0, "defaults", "filelock"),
+        library("filelock", "file", 0, "defaults: polls each 50 ms", "filelock"),
+        library("filelock-fast", "file", 0, "polls each 5 ms", "filelock", "filelock-fast"),
         library("pg-advisory", "postgres", 0, "psycopg 3, blocking", "psycopg"),
         library("sqlalchemy-dlock", "postgres", 0, "defaults", "sqlalchemy-dlock"),
         library("pals", "postgres", 0, "defaults", "pals"),
         library("tooz-pg", "postgres", 0, "defaults", "tooz", "tooz"),
-        library("tooz-etcd", "etcd", 30, "defaults", "tooz", "tooz", "etcd3+http://127.0.0.1:{port}"),
+        library("tooz-etcd", "etcd", 30, "defaults", "tooz", "tooz", "etcd3+http://127.0.0.1:{port}", overlaps=False),
         library("tooz-etcd-fast", "etcd", 2, "timeout 2 s", "tooz", "tooz", "etcd3+http://127.0.0.1:{port}?timeout=2"),
-        library("tooz-redis", "redis", 30, "defaults", "tooz", "tooz", "redis://127.0.0.1:{port}"),
+        library("tooz-redis", "redis", 30, "defaults", "tooz", "tooz", "redis://127.0.0.1:{port}", overlaps=False),
         library("tooz-redis-fast", "redis", 2, "timeout 2 s", "tooz", "tooz", "redis://127.0.0.1:{port}?timeout=2&lock_timeout=2"),
-        library("tooz-zk", "zookeeper", 10, "defaults", "tooz", "tooz", "zookeeper://127.0.0.1:{port}"),
-        library("redis-py", "redis", 10, "10 s, extended each third by us", "redis"),
-        library("redis-py-fast", "redis", 2, "2 s", "redis", "redis-py"),
-        library("python-redis-lock", "redis", 10, "10 s, auto_renewal", "python-redis-lock"),
-        library("kazoo", "zookeeper", 10, "session 10 s", "kazoo", scheme="127.0.0.1:{port}"),
+        library("tooz-zk", "zookeeper", 10, "defaults", "tooz", "tooz", "zookeeper://127.0.0.1:{port}", overlaps=False),
+        library("tooz-zk-fast", "zookeeper", 4, "timeout 4 s, the server's least", "tooz", "tooz", "zookeeper://127.0.0.1:{port}?timeout=4"),
+        library("redis-py", "redis", 10, "10 s, extended each third by us", "redis", overlaps=False),
+        library("redis-py-fast", "redis", 2, "2 s, polls each 10 ms", "redis", "redis-py"),
+        library("python-redis-lock", "redis", 10, "10 s, auto_renewal", "python-redis-lock", overlaps=False),
+        library("python-redis-lock-fast", "redis", 2, "2 s, auto_renewal", "python-redis-lock", "python-redis-lock"),
+        library("kazoo", "zookeeper", 10, "session 10 s", "kazoo", scheme="127.0.0.1:{port}", overlaps=False),
         library("kazoo-fast", "zookeeper", 4, "session 4 s, the server's least", "kazoo", "kazoo", "127.0.0.1:{port}"),
-        library("dislock", "postgres", 60, "defaults; waits by our loop of 1 s", "dislock"),
-        library("mithril", "redis", 30, "defaults, auto_renewal", "mithril-locks"),
+        library("dislock", "postgres", 60, "defaults; waits by our loop of 1 s", "dislock", overlaps=False),
+        library("dislock-fast", "postgres", 4, "ttl 4 s; waits by our loop of 50 ms", "dislock", "dislock"),
+        library("mithril", "redis", 30, "defaults, auto_renewal", "mithril-locks", overlaps=False),
         library("mithril-fast", "redis", 2, "ttl 2 s, auto_renewal", "mithril-locks", "mithril"),
         System(
             "etcdctl lock", "etcd", 10, "defaults",
             lambda url, key, child: ["etcdctl", "--endpoints", url, "lock", key, "--", *child],
-            scheme="127.0.0.1:{port}", env=lambda url, key: {"ETCDCTL_API": "3"}, group=True,
+            scheme="127.0.0.1:{port}", env=lambda url, key: {"ETCDCTL_API": "3"}, group=True, overlaps=False,
         ),
         System(
             "etcdctl lock-fast", "etcd", 2, "--ttl 2",
@@ -139,16 +179,29 @@ def systems() -> list[System]:
             lambda url, key, child: ["consul", "lock", f"-http-addr={url}", key, *child],
             scheme="127.0.0.1:{port}",
         ),
-        System(
-            "single-beat", "redis", 5, "defaults",
-            lambda url, key, child: [str(PEERS_PYTHON.parent / "single-beat"), *child],
-            env=lambda url, key: {"SINGLE_BEAT_REDIS_SERVER": url, "SINGLE_BEAT_IDENTIFIER": key},
-            package="single-beat",
-        ),
-        library("notifelect-fast", "postgres", 1.5, "1 s + 0.5 s", "notifelect", "notifelect"),
-        library("seed's plain design", "postgres", 10, "heartbeat 10 s", "psycopg", "seed"),
+        _single_beat("single-beat", 5, "defaults", {}, overlaps=False),
+        _single_beat("single-beat-fast", 3, "LOCK_TIME 3, the least", {"SINGLE_BEAT_LOCK_TIME": "3"}),
+        library("notifelect-fast", "postgres", 1.5, "1 s + 0.5 s (defaults: half an hour + 30 s)", "notifelect", "notifelect"),
+        library("seed's plain design", "postgres", 10, "heartbeat 10 s", "psycopg", "seed", overlaps=False),
         library("seed-fast", "postgres", 1, "heartbeat 1 s", "psycopg", "seed"),
+        replace(
+            library("no lock at all", "file", 0, "the program that libraries are measured in", "psycopg", "none"),
+            only=("start-up", "idle"), exclusive=False,
+        ),
     ]  # fmt: skip
+
+
+def _single_beat(name: str, ttl: float, settings: str, env: dict[str, str], *, overlaps: bool = True) -> System:
+    return System(
+        name,
+        "redis",
+        ttl,
+        settings,
+        lambda url, key, child: [str(PEERS_PYTHON.parent / "single-beat"), *child],
+        env=lambda url, key: {"SINGLE_BEAT_REDIS_SERVER": url, "SINGLE_BEAT_IDENTIFIER": key, **env},
+        package="single-beat",
+        overlaps=overlaps,
+    )
 
 
 def environment(system: System, url: str, key: str) -> dict[str, str]:
@@ -159,9 +212,9 @@ def unavailable(system: System, servers: dict[str, str]) -> str:
     """Why it cannot be measured here, or nothing. ``servers``: what is wrong with each that did not start."""
     if system.server in servers:
         return servers[system.server]
-    if (system.package and not system.ours) and not PEERS_PYTHON.exists():
-        return "its packages are not installed (scripts/bench --peers installs them)"
-    program = system.command("u", "k", ())[0]
+    if system.package and not (PEERS_PYTHON.parents[1] / ".installed").exists():
+        return "its package could not be installed (requirements/peers.txt): what pip said stands where this run began"
+    program = system.command("u", "k", ("-", "-"))[0]
     return (
         ""
         if shutil.which(program, path=f"{PEERS_PYTHON.parent}:{os.environ['PATH']}") or Path(program).exists()

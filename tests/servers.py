@@ -72,12 +72,19 @@ def set_clock(file: Path, seconds: float, rate: float | None = None) -> None:
 class Postgres:
     """One cluster. ``initdb`` refuses root, so as root everything runs as nobody.
 
-    ``fake_time`` is a pair (libfaketime, file): the server's clock follows the file.
+    ``fake_time`` is a pair (libfaketime, file): the server's clock follows the file. ``durable``: with the
+    settings that it has by itself, as somebody has it who needs his data.
     """
 
     def __init__(
-        self, bindir: Path | None = None, *, copy_of: Postgres | None = None, fake_time: tuple[Path, Path] | None = None
+        self,
+        bindir: Path | None = None,
+        *,
+        copy_of: Postgres | None = None,
+        fake_time: tuple[Path, Path] | None = None,
+        durable: bool = False,
     ) -> None:
+        self.durable = durable
         self.bin = copy_of.bin if copy_of else bindir or postgres_bindir()
         self.folder = Path(tempfile.mkdtemp(prefix="botlease-pg-"))
         self.data = self.folder / "data"
@@ -112,8 +119,10 @@ class Postgres:
             raise RuntimeError(f"{tool} failed: {done.stdout}{done.stderr}")
 
     def start(self) -> Postgres:
-        options = {"port": self.port, "listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
-        options |= {"max_connections": "200", "log_min_messages": "fatal", "shared_buffers": "16MB"}
+        options = {"port": self.port, "listen_addresses": "127.0.0.1", "unix_socket_directories": ""}
+        options |= {"max_connections": "200", "log_min_messages": "fatal"}
+        if not self.durable:
+            options |= {"fsync": "off", "shared_buffers": "16MB"}
         options |= {"wal_retrieve_retry_interval": "50ms"}  # or a promotion waits for the next try, up to 5 s
         deadline = time.monotonic() + 30
         while True:
