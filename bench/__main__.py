@@ -77,6 +77,8 @@ def main(
         for what, values in known_floors.items():
             found["floors"][what] = found["floors"].get(what, []) + values
             say(f"floor: {what}: {floors.ms(values)}")
+        if "nobody" not in found:
+            found["nobody"] = compare.nobody(postgres.url(), 10 if quick else 30)
         measures: dict[str, Callable[[], Any]] = {
             "peers": lambda: compare.measure(
                 lab, [*chosen], say, lambda rows: keep(peers=rows), found.get("peers", []), quick=quick

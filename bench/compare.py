@@ -373,6 +373,15 @@ class Counted:
         return {k: max(0, after[k] - self.before[k] - self.ours[k]) / span * 3600 for k in after}
 
 
+def nobody(url: str, seconds: float) -> dict[str, float]:
+    """What a server that nobody uses does in an hour by itself."""
+    counted = Counted(url)
+    time.sleep(1)
+    counted.start()
+    time.sleep(seconds)
+    return counted.stop()
+
+
 def idle(lab: Lab, system: System, seconds: float) -> dict[str, Any]:
     """M4: what holder and standby cost while nothing happens; the child apart. Where two at once is how it works there
     is no standby. ``database``: transactions, bytes of WAL and transaction ids an hour, of the holder alone and of

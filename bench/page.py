@@ -246,6 +246,9 @@ def _idle(found: dict[str, Any], measured: list[dict[str, Any]]) -> list[str]:
                     ),
                 )
                 for r in asked
+            ]
+            + [
+                ("floor: nobody", *(f"{found['nobody'][k] / s:,.0f}" for k, s in (("statements", 1), ("wal", 1000), ("xids", 1))), "–", "–", "–")
             ],
         )  # fmt: skip
         out += [""]

@@ -75,6 +75,8 @@ class Wire:
             await asyncio.wait({up, down}, return_when=asyncio.FIRST_COMPLETED)
             while self.keep and up.done() and not down.done():
                 await asyncio.sleep(0.05)
+        except asyncio.CancelledError:
+            pass  # the wire is closed
         finally:
             up.cancel()
             down.cancel()

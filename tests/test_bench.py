@@ -28,14 +28,23 @@ def figures(**ours: Any) -> dict[str, Any]:
         },
         "handover": {"gap": [0.015, 0.016], "total": [0.02, 0.02], "overlap": 0.0},
         "crash": {"took": [0.03]},
+        "elsewhere": {"took": [11.0, 11.1]},
         "supervisor stopped": {"overlap": [0.0], "took over": 1, "still": 0, "runs": 1},
         "idle": {w: {"cpu": 1.0, "pss": 20.0, "requests": 0.5} for w in ("holder", "standby")},
         "start-up": [0.1, 0.11],
     }
     peer = row | {"name": "pg <advisory>", "ours": False, "ttl": 0, "in-process": {"gap": [0.002]}}
+    peer |= {"elsewhere": {"took": [], "gone": ["not within 60 s"]}, "start-up": {"failed": "Gone: it ended with 1"}}
     peer |= {"supervisor stopped": {"overlap": [3.0], "took over": 1, "still": 1, "runs": 1}}
     gone = {"name": "consul lock", "ours": False, "missing": "consul is not installed"}
-    floors = {"start of the child (python -I -S)": [0.01], "python -c 'import asyncio'": [0.06]}
+    floors = {
+        "start of the child (python -I -S)": [0.01],
+        "python -c 'import asyncio'": [0.06],
+        "a commit on SQLite": [0.001],
+        "flock: to a waiting process": [0.0001],
+        "true": [0.001],
+        "PostgreSQL: an advisory lock, let go here and had there": [0.0005],
+    }
     return {"floors": floors, "versions": {"PostgreSQL": "15"}, "peers": [row | ours, peer, gone]}
 
 
@@ -47,6 +56,25 @@ def test_figures_within_their_bounds_break_nothing_and_each_that_is_beyond_is_na
     assert "overlap, supervisor stopped" in check.broken(two)[0]
     fat = figures(idle={w: {"cpu": 1.0, "pss": 27.0, "requests": 0.5} for w in ("holder", "standby")})
     assert len(check.broken(fat)) == 2
+
+
+def test_what_of_ours_could_not_be_measured_breaks_the_check() -> None:
+    assert check.broken({"floors": figures()["floors"]}) == ["botlease: nothing of ours was measured"]
+    assert "Gone: why" in check.broken(figures(crash={"failed": "Gone: why"}))[0]
+    assert "not within 60 s" in check.broken(figures(elsewhere={"took": [11.0], "gone": ["not within 60 s"]}))[0]
+    late = figures(**{"connection cut": {"overlap": [0.0], "took over": 0, "still": 0, "runs": 1}})
+    assert "taken over in 0 of 1 runs" in check.broken(late)[0]
+    assert check.broken(figures() | {"fleet": {"failed": "why"}}) == ["fleet: why"]
+
+
+def test_the_goals_say_which_are_met() -> None:
+    goals = {g.what: g for g in check.goals(figures())}
+    planned = next(g for what, g in goals.items() if what.startswith("planned gap with a child, PostgreSQL"))
+    assert "pg <advisory>" in planned.what and planned.met and abs(planned.most - 15.5) < 1e-9
+    assert goals["another host is gone, worst, botlease, PostgreSQL"].met
+    assert goals["start-up, more than that of true, botlease, PostgreSQL"].met
+    late = figures(elsewhere={"took": [11.0, 11.4]})
+    assert [g.what for g in check.goals(late) if not g.met] == ["another host is gone, worst, botlease, PostgreSQL"]
 
 
 def test_a_slow_machine_breaks_no_bound() -> None:
@@ -66,15 +94,19 @@ def test_the_page_names_what_was_not_measured_and_what_overlapped(
     text = page.write(figures()).read_text()
 
     assert "not measured: consul lock: consul is not installed" in text
-    assert "| pg <advisory> | – | **3,000** (1 of 1 still open) | – |" in text
-    assert "| **botlease, PostgreSQL** | 15.5 / 16.0 / 16.0 |" in text
+    assert "| pg <advisory> | – | **3,000 / 3,000 / 3,000 (of 1)** (1 of 1 still open) | – |" in text
+    assert "| **botlease, PostgreSQL** | 15.5 / 16.0 / 16.0 (of 2) |" in text
+    assert "| not within 60 s: 1 of 1 |" in text and "Gone: it ended with 1" in text
     for drawing in (tmp_path / "docs" / "benchmarks").glob("*.svg"):
         assert f"benchmarks/{drawing.name}" in text
         ElementTree.fromstring(drawing.read_text())
 
 
 def test_a_plot_reaches_from_the_median_to_the_far_end_and_is_drawn_for_any_figures() -> None:
-    for rows in ([("a", 0.02, 0.0, True)], [("a", 1.0, 1.0, False), ("b", 12_345.0, 99_999.0, True)]):
+    for rows in (
+        [("a", 0.02, 0.0, plot.OURS)],
+        [("a", 1.0, 1.0, plot.THEIRS), ("b", 12_345.0, 99_999.0, plot.FLOOR)],
+    ):
         drawing = ElementTree.fromstring(plot.bars("t", "ms", rows))
         assert len(drawing.findall("{*}rect")) == len(rows)
 
