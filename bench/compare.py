@@ -252,8 +252,8 @@ def crash(lab: Lab, system: System, n: int, at_once: int, *, elsewhere: bool = F
             b.kill(holder)
             try:
                 second = b.works(2, limit)
-            except Gone:
-                return f"not within {limit:g} s"
+            except Gone as e:
+                return str(e)
             if first == second:
                 raise Gone("the same child")
             return b.track.spans[second][0] - killed
@@ -268,7 +268,7 @@ def _sorted(found: list[float | str]) -> dict[str, Any]:
     return {"took": [x for x in found if not isinstance(x, str)]} | ({"gone": gone} if gone else {})
 
 
-def child_dies(lab: Lab, system: System, n: int, at_once: int) -> dict[str, Any]:
+def child_dies(lab: Lab, system: System, n: int) -> dict[str, Any]:
     """Only the child is killed: until one works again, in the same place or another."""
     limit = min(3 * max(system.ttl, 10) + 20, 100)
 
@@ -282,11 +282,11 @@ def child_dies(lab: Lab, system: System, n: int, at_once: int) -> dict[str, Any]
             os.kill(pid_of(child), signal.SIGKILL)
             try:
                 b.works(2, limit)
-            except Gone:
-                return f"not within {limit:g} s"
+            except Gone as e:
+                return str(e)
             return max(span[0] for span in b.track.spans.values()) - killed
 
-    return _sorted(together(n, at_once, one))
+    return _sorted([one() for _ in range(n)])
 
 
 FAULTS = ("kill -9 of the supervisor", "supervisor stopped", "connection cut")
@@ -483,16 +483,15 @@ Job = tuple[str, Callable[[], Any]]
 
 def _jobs(lab: Lab, system: System, *, quick: bool) -> Iterator[Job]:
     n = 6 if quick else 30
-    if system.exclusive:  # where two at once is how it works, there is no holder to be told to stop
+    if system.exclusive:  # where two at once is how it works, nobody waits for the holder's end
         yield "handover", lambda: handover(lab, system, n)
         if system.bare:
             yield "in-process", lambda: handover(lab, system, n, bare=True)
-    # One by one where a crash is seen at once. Where a lease is waited out the machine has nothing to do meanwhile.
-    at_once = AT_ONCE if system.ttl and not system.ours else 1
-    yield "child", lambda: child_dies(lab, system, n, at_once)
-    yield "crash", lambda: crash(lab, system, n, at_once)
-    if system.server != "file":
-        yield "elsewhere", lambda: crash(lab, system, n, AT_ONCE, elsewhere=True)
+        yield "child", lambda: child_dies(lab, system, n)
+        # One by one where a crash is seen at once. Where a lease is waited out the machine has nothing to do meanwhile.
+        yield "crash", lambda: crash(lab, system, n, AT_ONCE if system.ttl and not system.ours else 1)
+        if system.server != "file":
+            yield "elsewhere", lambda: crash(lab, system, n, AT_ONCE, elsewhere=True)
     if system.overlaps:
         for fault in FAULTS:
             if fault != "connection cut" or system.server != "file":
@@ -519,12 +518,13 @@ def measure(
         row = next((row for row in out if row["name"] == system.name), None)
         if row is None:
             out.append(row := {"name": system.name})
-        row["missing"] = unavailable(system, lab.missing)
         row |= {"settings": system.settings, "ttl": system.ttl, "server": system.server, "ours": system.ours}
-        row["version"] = "" if row["missing"] else system.version()
-        if row["missing"]:
-            say(f"{system.name}: not measured: {row['missing']}")
+        if missing := unavailable(system, lab.missing):
+            if "start-up" not in row:  # else it was there in an earlier part of this run
+                row |= {"missing": missing, "version": ""}
+            say(f"{system.name}: not measured: {missing}")
             continue
+        row |= {"missing": "", "version": system.version()}
         for name, job in _jobs(lab, system, quick=quick):
             if (system.only and name not in system.only) or "failed" not in row.get(name, "failed"):
                 continue

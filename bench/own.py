@@ -12,7 +12,7 @@ from harness import World
 from servers import Postgres
 
 from bench import floors
-from bench.compare import Track, until
+from bench.compare import Counted, Track, until
 from bench.systems import CHILD
 
 
@@ -50,11 +50,8 @@ async def _ask(url: str, sql: str) -> Any:
 
 
 COUNTERS = """
-SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn AS wal, txid_snapshot_xmax(txid_current_snapshot()) AS xid,
-  (SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = current_database()) AS statements,
-  (SELECT n_tup_upd FROM pg_stat_user_tables WHERE relname = 'bot_leases') AS updates,
-  (SELECT n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'bot_leases') AS hot,
-  (SELECT beat FROM bot_leases LIMIT 1) AS beat
+SELECT (SELECT n_tup_upd FROM pg_stat_user_tables WHERE relname = 'bot_leases') AS updates,
+  (SELECT n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'bot_leases') AS hot
 """
 
 
@@ -67,17 +64,19 @@ def writes(folder: Path, url: str, seconds: float) -> dict[str, dict[str, float]
         for name in ("holder", "holder and standby"):
             if name != "holder":
                 world.run("--deployment", "v1", bot=("sleep", "100000"), ttl="10").says("standby")
-            asyncio.run(_ask(url, "CHECKPOINT"))  # one that came by itself would have whole pages written
+            counted = Counted(url)
             time.sleep(7.0)  # three renewals touch every page once; the statistics are written a second late
-            before, began = asyncio.run(_ask(url, COUNTERS)), time.monotonic()
+            before = asyncio.run(_ask(url, COUNTERS))
+            counted.start()
             time.sleep(seconds)
-            after, span = asyncio.run(_ask(url, COUNTERS)), time.monotonic() - began
-            renewals = after["updates"] - before["updates"]
+            hours = counted.stop()
+            after = asyncio.run(_ask(url, COUNTERS))
+            renewals = max(1, after["updates"] - before["updates"])
             out[name] = {
-                "statements": (after["statements"] - before["statements"] - 4) / span,  # 4: our own connection
-                "wal": float(after["wal"] - before["wal"]) / max(1, renewals),
-                "xids": (after["xid"] - before["xid"]) / span * 3600,
-                "hot": (after["hot"] - before["hot"]) / max(1, renewals),
+                "statements": hours["statements"] / 3600,
+                "wal": hours["wal"] / 3600 * seconds / renewals,
+                "xids": hours["xids"],
+                "hot": (after["hot"] - before["hot"]) / renewals,
             }
     finally:
         world.close()

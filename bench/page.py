@@ -230,7 +230,10 @@ def _idle(found: dict[str, Any], measured: list[dict[str, Any]]) -> list[str]:
         [(_name(r), *cells(r)) for r in idle],
     )
     out += ["", *(f"- {r['name']}: {r['idle']['failed']}" for r in measured if "failed" in r.get("idle", {})), ""]
-    out += ["Requests are what the client sends, counted on the wire; on files there is no wire.", ""]
+    out += [
+        "Requests are what the client sends, counted on the wire; on files there is no wire. The holder's memory is measured alone; a standby's beside it, with which it shares pages.",
+        "",
+    ]
     asked = [r for r in idle if "database" in r["idle"]]
     if asked:
         out += ["What the PostgreSQL server does for it in an hour:", ""]

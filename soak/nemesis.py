@@ -186,7 +186,7 @@ class Run:
             self.findings.append(f"neither history nor verify could be asked: {code}, {verdict}")
             return
         waited_out = {row["term"] for row in rows if row["began"] == "expired"}
-        terms = sorted(w.term for w in self.oracle.works.values())
+        terms = sorted({w.term for w in self.oracle.works.values()})
 
         def harmed(term: int) -> bool:
             """Where rows were lost or edited it is not the row's silence that was waited out (assumptions 6 and 7)."""

@@ -44,6 +44,7 @@ def figures(**ours: Any) -> dict[str, Any]:
         "flock: to a waiting process": [0.0001],
         "true": [0.001],
         "PostgreSQL: an advisory lock, let go here and had there": [0.0005],
+        "PostgreSQL: a durable commit": [0.001],
     }
     return {"floors": floors, "versions": {"PostgreSQL": "15"}, "peers": [row | ours, peer, gone]}
 

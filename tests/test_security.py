@@ -29,7 +29,7 @@ from botlease.settings import ConfigurationError, bot_name
 from botlease.stores import Registration, StoreError, open_store
 from botlease.stores.inbox import Holding, open_inbox
 from botlease.testing import StoreContract
-from botlease.text import passwords
+from botlease.text import passwords, redact, safe
 from botlease.web.health import Snapshot, serve
 
 CANARY = "CaNaRy99"
@@ -465,6 +465,18 @@ async def test_the_doctor_names_the_function_that_the_role_may_not_call(postgres
     finally:
         await db.execute(f"DROP OWNED BY runner{n}; DROP ROLE runner{n}")
         await db.close()
+
+
+@pytest.mark.parametrize("secret", ["123456789:AAbbCCddEEffGGhhIIjjKKllMMnnOOpp", "postgresql://bot:hunter22@db/x"])
+def test_a_secret_in_a_long_text_is_blotted_out_wherever_the_cut_falls(secret: str) -> None:
+    """Half a secret is no secret to a pattern; and what was blotted out before it moves it to the front."""
+    for before in ("", "password=" + "P" * 4500 + " "):
+        for start in (*range(4050, 4110), *range(8150, 8200), *range(3600, 3700)):
+            text = before + "y" * (start - len(before)) + " " + secret + " " + "z" * 20_000
+            for shown in (redact(text), safe(text)):
+                assert "AAbb" not in shown and "hunt" not in shown
+                assert len(shown) <= 8192
+    assert redact("x" * 5000) == "x" * 5000 and len(redact("x" * 1_000_000)) > 4000
 
 
 def test_settings_are_shown_without_the_database_url() -> None:

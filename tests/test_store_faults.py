@@ -11,7 +11,6 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -153,6 +152,24 @@ def at_message(number: int, do: Callable[[Link], bool]) -> tuple[Callable[[Link,
         return do(link) if count[0] == number else True
 
     return hook, count
+
+
+@contextlib.asynccontextmanager
+async def machine_s_lag() -> AsyncIterator[list[float]]:
+    """By how much the loop came late meanwhile: no call can be better."""
+    late = [0.0]
+
+    async def watch() -> None:
+        while True:
+            asked = time.monotonic()
+            await asyncio.sleep(0.01)
+            late.append(time.monotonic() - asked - 0.01)
+
+    watching = asyncio.ensure_future(watch())
+    try:
+        yield late
+    finally:
+        watching.cancel()
 
 
 @pytest.fixture
@@ -322,7 +339,7 @@ async def test_a_link_that_stalls_at_any_message_costs_a_call_its_deadline_and_n
 ) -> None:
     slowest = 0.0
     short = SHORT / 2 if way == "connecting" else SHORT  # it has a hundred messages
-    async with road(way, postgres_url) as (proxy, new):
+    async with road(way, postgres_url) as (proxy, new), machine_s_lag() as lag:
 
         def stall(link: Link) -> bool:
             proxy.stall()
@@ -345,7 +362,7 @@ async def test_a_link_that_stalls_at_any_message_costs_a_call_its_deadline_and_n
                 break
         else:
             pytest.fail("it never ended")
-    assert short <= slowest < short + 0.3
+    assert short <= slowest < short + 0.3 + max(lag)
 
 
 async def test_a_store_that_is_closed_while_it_connects_leaves_no_connection(postgres_url: str) -> None:
@@ -366,7 +383,7 @@ async def test_a_store_that_is_closed_while_it_connects_leaves_no_connection(pos
             if not closing:
                 await store.aclose()
                 break
-            await asyncio.wait(closing)
+            await closing[0]
             assert store._connection is None
             async with asyncio.timeout(2):
                 while proxy.links:
@@ -376,11 +393,11 @@ async def test_a_store_that_is_closed_while_it_connects_leaves_no_connection(pos
 
 
 async def test_an_order_that_stalls_between_check_and_commit_keeps_a_takeover_waiting_or_is_refused(
-    direct: PostgresStore, postgres_url: str
+    direct: PostgresStore, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fencing token of ``trading_bot.ledger``: the bot has asked whether it may, and is held up for so long that
     its term is over and another one's begins. Held up after each message of the transaction."""
-    sys.path.insert(0, str(Path(__file__).parent.parent))
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent)
     from trading_bot.ledger import Order, Stale, open_ledger
 
     outcomes = set()
@@ -401,8 +418,8 @@ async def test_an_order_that_stalls_between_check_and_commit_keeps_a_takeover_wa
                 await asyncio.sleep(0.001)
             # The holder is taken for dead, and another one begins.
             lease = lease_of(await direct.read(case.bot, "a" + case.bot, DEADLINE))
-            try:
-                newer = await direct.acquire(
+            with contextlib.suppress(StoreError):  # an order is on its way into the database; or the answer was late
+                await direct.acquire(
                     *(case.bot, "a" + case.bot, lease.key),
                     nonce="newer",
                     floor=0,
@@ -413,8 +430,7 @@ async def test_an_order_that_stalls_between_check_and_commit_keeps_a_takeover_wa
                     probation=Probation.NONE,
                     deadline=0.3,
                 )
-            except StoreError:
-                newer = None  # an order is on its way into the database
+            newer = lease_of(await direct.read(case.bot, "a" + case.bot, DEADLINE)).nonce == "newer"
             orders = f"SELECT term FROM trades WHERE bot = '{case.bot}'"
             before = await run_sql(postgres_url, orders)
             proxy.on_message = None
@@ -426,9 +442,9 @@ async def test_an_order_that_stalls_between_check_and_commit_keeps_a_takeover_wa
                 outcome = "refused"
             after = await run_sql(postgres_url, orders)
             assert len(after) == (outcome == "placed")
-            if newer is not None:
+            if newer:
                 assert len(before) == len(after), f"held up at message {number}: placed after a newer term began"
-            outcomes.add((outcome, newer is not None))
+            outcomes.add((outcome, newer))
             await ledger.close()
             if count[0] < number:
                 break

@@ -19,18 +19,19 @@ LONGEST: Final = 4096
 
 def clean(text: Any) -> str:
     """Rows, and what a server says, can be written by anybody: no control characters may reach the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in _cut(str(text), LONGEST))
-
-
-def _cut(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 3] + "..."
+    text = str(text)
+    if len(text) > LONGEST:
+        text = text[: LONGEST - 3] + "..."
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def redact(text: str) -> str:
     """Blot out passwords of URLs and bot tokens in anything that people may see."""
-    # The patterns would not be done with a megabyte: a supervisor that wants to say it neither renews nor stops. Cut
-    # once more at the end, as the first cut may have left half of a secret, which no pattern knows.
-    return _cut(_blotted(_cut(text, 2 * LONGEST)), LONGEST)
+    if len(text) <= 2 * LONGEST:
+        return _blotted(text)
+    # The patterns would not be done with a megabyte: a supervisor that wants to say it neither renews nor stops. What
+    # the cut leaves of a secret at its end no pattern knows, so the last part of what was looked at is not shown.
+    return _blotted(text[: 2 * LONGEST])[:-LONGEST] + "..."
 
 
 def _blotted(text: str) -> str:

@@ -297,11 +297,11 @@ class PostgresStore:
 
     async def aclose(self) -> None:
         self.on_change = None
+        if self._planning is not None:
+            self._planning.cancel()
         if self._connecting is not None:
             self._connecting.cancel()
             await asyncio.wait({self._connecting})  # it ends at once; until then a connection may still be made
-        if self._planning is not None:
-            self._planning.cancel()
         if self._later is not None and not self._later.done():
             self._later.cancel()
             await asyncio.wait({self._later}, timeout=0.1)
@@ -310,6 +310,8 @@ class PostgresStore:
             with contextlib.suppress(Exception):
                 # close() alone can wait for ever on a dead peer
                 await within(0.5, connection.close(timeout=0.4), connection.terminate)
+            if not connection.is_closed():
+                connection.terminate()  # a call was in hand, and it would not be closed
 
     async def _migrate(self, connection: asyncpg.Connection) -> None:
         from botlease.stores import postgresschema
