@@ -131,6 +131,39 @@ def test_what_daemonised_beside_a_stopped_supervisor_is_dead_before_its_successo
     bystander.wait()
 
 
+def test_what_works_on_of_a_term_that_a_restored_file_does_not_know_is_dead_before_the_next_one_begins(
+    sqlite_world: World,
+) -> None:
+    """The row names another holder, which is dead beyond doubt; the side-car lock knows whose term came after that."""
+    world = sqlite_world
+    file = Path(world.url.removeprefix("sqlite:///"))
+
+    def latest() -> dict[str, float]:
+        lines = (line.split() for line in world.witness.read_text().rpartition("\n")[0].splitlines())
+        return {who: float(at) for who, _, at in lines}
+
+    first = world.run("--deployment", "v1", bot=world.bot(who=1))
+    (one,) = until(lambda: world.witness.exists() and {*latest()})
+    for pid in (first.pid, *first.children()):
+        os.kill(pid, signal.SIGKILL)
+    first.process.wait()
+    backup = file.with_suffix(".backup")
+    with contextlib.closing(sqlite3.connect(file)) as source, contextlib.closing(sqlite3.connect(backup)) as copy:
+        source.backup(copy)
+    second = world.run("--deployment", "v2", bot=world.bot(who=1, spawn=0.1))
+    (two,) = until(lambda: {*latest()} - {one})
+    reaper, bot, *_ = until(lambda: (pids := second.children())[3:] and pids)
+    world.freeze(second.pid, reaper, bot)  # and not what the bot made a daemon of, which has no death signal
+    shutil.move(backup, file)
+    world.run("--deployment", "v3", bot=world.bot(who=1))
+    (three,) = until(lambda: {*latest()} - {one, two}, 30)
+    begun = now()
+    wait_until(begun + 0.3)
+    os.kill(second.pid, signal.SIGCONT)
+    wait_until(begun + 0.8)
+    assert latest()[two] < begun < latest()[three]
+
+
 @pytest.mark.parametrize("second", [signal.SIGSTOP, signal.SIGKILL])
 @pytest.mark.parametrize("first", [signal.SIGSTOP, signal.SIGKILL])
 @pytest.mark.parametrize("pair", [("supervisor", "reaper"), ("supervisor", "bot"), ("reaper", "bot")])

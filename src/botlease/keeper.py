@@ -240,6 +240,8 @@ class Keeper:
                     probation=q.probation,
                     deadline=limit,
                 )
+                if grant is not None and grant.unknown is not None:  # a file was restored under its work
+                    self._ran_out.add(grant.unknown)
                 if grant is not None and proved != self.work.proof:
                     return Failed(q.serial, nonce)  # the row names an owner that is gone: it is given back
                 return Granted(q.serial, grant.term, nonce, grant.origin) if grant else Denied(q.serial)

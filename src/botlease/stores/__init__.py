@@ -67,6 +67,9 @@ class Renewal:
 class Grant:
     term: int
     origin: str
+    unknown: tuple[str, str] | None = None
+    """Proof and instance of whoever held after the holder that the row named (a file was restored meanwhile):
+    something of its work may be left on this host."""
 
 
 class Store(Protocol):

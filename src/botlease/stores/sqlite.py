@@ -17,6 +17,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -189,7 +190,9 @@ class SqliteStore:
                 if grant is None:  # denied, or failed: a lock we kept would shut everybody else out
                     self._drop_guard(bot)
             if grant is not None:
-                self._remember(bot, grant.term)
+                if self._highest(bot) > key[0]:  # the row does not know of the last term
+                    grant = replace(grant, unknown=self._last(bot))
+                self._remember(bot, grant.term, proof, instance_id)
             return grant
 
         return await self._call(deadline, call)
@@ -330,9 +333,16 @@ class SqliteStore:
         noted = os.pread(self._guards[bot], 20, 0).strip()
         return int(noted) if noted.isdigit() and len(noted) < 19 else 0
 
-    def _remember(self, bot: str, term: int) -> None:
+    def _last(self, bot: str) -> tuple[str, str] | None:
+        """Proof and instance of whoever had that term. A lock file of an earlier version may not have it."""
+        said = os.pread(self._guards[bot], 4096, 20).decode(errors="replace").splitlines()
+        return (said[0], said[1]) if len(said) >= 2 else None
+
+    def _remember(self, bot: str, term: int, proof: str, instance_id: str) -> None:
+        note = b"%-19d\n%s\n%s\n" % (term, proof.encode(), instance_id.encode())
         with contextlib.suppress(OSError):  # a full disk; the term itself is in the database
-            os.pwrite(self._guards[bot], b"%-19d\n" % term, 0)
+            os.pwrite(self._guards[bot], note, 0)
+            os.ftruncate(self._guards[bot], len(note))
 
     def _drop_guard(self, bot: str) -> None:
         fd = self._guards.pop(bot, None)
