@@ -274,6 +274,23 @@ async def test_a_connection_cut_at_any_message_leaves_the_verb_done_or_not_and_n
     assert outcomes == {(True, True), (True, False), (False, False)}
 
 
+async def take_over(store: Store, bot: str, me: str, deadline: float) -> None:
+    """The holder is taken for dead, whoever it is."""
+    view = await store.read(bot, me, DEADLINE)
+    grant = await store.acquire(
+        *(bot, me, lease_of(view).key),
+        nonce="newer",
+        floor=0,
+        origin=view.origin,
+        how=How.EXPIRED,
+        ttl=10.0,
+        proof="q",
+        probation=Probation.NONE,
+        deadline=deadline,
+    )
+    assert grant is not None
+
+
 @pytest.mark.parametrize("verb", [v for v in VERBS if v != "register"])
 async def test_a_request_that_arrives_once_more_byte_for_byte_after_a_newer_term_began_changes_nothing(
     direct: PostgresStore, postgres_url: str, verb: str
@@ -306,19 +323,7 @@ async def test_a_request_that_arrives_once_more_byte_for_byte_after_a_newer_term
 
         await direct.register(registration("b", "d2", case.bot), DEADLINE)
         await direct.promote("b", DEADLINE)
-        view = await direct.read(case.bot, "b", DEADLINE)
-        newer = await direct.acquire(
-            *(case.bot, "b", lease_of(view).key),
-            nonce="newer",
-            floor=0,
-            origin=view.origin,
-            how=How.EXPIRED,
-            ttl=10.0,
-            proof="q",
-            probation=Probation.ON,
-            deadline=DEADLINE,
-        )
-        assert newer is not None
+        await take_over(direct, case.bot, "b", DEADLINE)
         tables = ("bot_leases", "bot_terms", "bot_instances", "bot_deployments")
         before = [await run_sql(postgres_url, rows.format(table)) for table in tables]
         (link,) = proxy.links
@@ -417,19 +422,8 @@ async def test_an_order_that_stalls_between_check_and_commit_keeps_a_takeover_wa
             while count[0] < number and not placing.done():
                 await asyncio.sleep(0.001)
             # The holder is taken for dead, and another one begins.
-            lease = lease_of(await direct.read(case.bot, "a" + case.bot, DEADLINE))
             with contextlib.suppress(StoreError):  # an order is on its way into the database; or the answer was late
-                await direct.acquire(
-                    *(case.bot, "a" + case.bot, lease.key),
-                    nonce="newer",
-                    floor=0,
-                    origin=case.origin,
-                    how=How.EXPIRED,
-                    ttl=10.0,
-                    proof="p",
-                    probation=Probation.NONE,
-                    deadline=0.3,
-                )
+                await take_over(direct, case.bot, "a" + case.bot, 0.3)
             newer = lease_of(await direct.read(case.bot, "a" + case.bot, DEADLINE)).nonce == "newer"
             orders = f"SELECT term FROM trades WHERE bot = '{case.bot}'"
             before = await run_sql(postgres_url, orders)
