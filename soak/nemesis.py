@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
 import os
 import random
 import signal
@@ -351,7 +350,8 @@ def _figures(report: Report, log: Log) -> None:
         return f"{sum(r.get(name, 0) for r in results):,}"
 
     def least(name: str) -> str:
-        return f"{min((r[name] for r in results if r.get(name)), default=math.nan):.2f} s"
+        seen = [r[name] for r in results if r.get(name) is not None]
+        return f"for {min(seen):.2f} s at least" if seen else "not seen"
 
     report.figures |= {
         "faults": f"{sum(counts.values()):,}",
@@ -365,7 +365,7 @@ def _figures(report: Report, log: Log) -> None:
         "differed by what a fault explains": f"{total('explained')} times",
         "files damaged by what moved them": total("damaged"),
         "leases waited out": total("waited out"),
-        "nobody at work before a takeover": f"{least('margin')} at least",
+        "nobody at work before a takeover": least("margin"),
         "without a lock-delay": least("margin without"),
         "work after a thaw": f"{len(residue)} stamps, at most {max(residue, default=0) * 1000:.2f} ms after it",
     }
