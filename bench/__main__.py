@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -46,6 +47,7 @@ def main(
     scripts/bench --check                       half an hour: our own figures against their bounds
     scripts/bench --only peers --system etcd    one peer
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is stopped, as after Ctrl-C
     if checking and not parts:
         parts, chosen = ("peers", "own"), ("botlease",)
     # As an installation has it: with compiled modules. Compiling them at each start doubles its time and memory.
