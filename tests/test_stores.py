@@ -798,6 +798,24 @@ async def test_the_side_car_lock_lasts_as_long_as_somebody_keeps_its_descriptor(
     await store.aclose()
 
 
+async def test_a_grant_that_is_given_back_does_not_hide_whose_work_began_last(tmp_path: Path) -> None:
+    """Its answer may have been lost: nobody has looked yet for what that work left."""
+    store = await opened(tmp_path)
+    grant, begins, found = await StoreContract().held(store), True, []
+    for _ in range(3):
+        if begins:
+            guard = store.guard_fd("bot")
+            assert guard is not None
+            os.close(guard)
+        held = Held(grant.term, "nonce-a")
+        await store.release("bot", "a", held, reason=Reason.SUPERSEDED, pass_on=False, leave=False, deadline=DEADLINE)
+        grant = await acquire(store, "a", lease_of(await store.read("bot", "a", DEADLINE)))
+        found.append(grant.unknown and grant.unknown[1])
+        begins = not begins
+    assert found == [None, "a", None]
+    await store.aclose()
+
+
 async def a_life(store: PostgresStore, me: str) -> None:
     """Every statement of one that runs bots: a life of its lease, the inbox of its gateway, what an operator asks."""
     view = await store.register(registration(me), DEADLINE)

@@ -68,8 +68,8 @@ class Grant:
     term: int
     origin: str
     unknown: tuple[str, str] | None = None
-    """Proof and instance of whoever held after the holder that the row named (a file was restored meanwhile):
-    something of its work may be left on this host."""
+    """Proof and instance of whose work began last, where that is not the holder that the row named (a file was restored
+    meanwhile; a grant between was given back): something of it may be left on this host."""
 
 
 class Store(Protocol):

@@ -90,6 +90,7 @@ class SqliteStore:
         self._own = 0
         self._upgrade = True
         self._guards: dict[str, int] = {}
+        self._note = ""  # of the last grant
 
     async def _call(self, deadline: float, call: Callable[[SqliteFile], T]) -> T:
         if self._worker is None:
@@ -190,9 +191,11 @@ class SqliteStore:
                 if grant is None:  # denied, or failed: a lock we kept would shut everybody else out
                     self._drop_guard(bot)
             if grant is not None:
-                if self._highest(bot) > key[0]:  # the row does not know of the last term
-                    grant = replace(grant, unknown=self._last(bot))
-                self._remember(bot, grant.term, proof, instance_id)
+                term, *begun = self._begun(bot)
+                if begun and int(term) != key[0]:  # of the last work that began the row does not know
+                    grant = replace(grant, unknown=(begun[0], begun[1]))
+                self._remember(bot, grant.term)
+                self._note = f"{grant.term}\n{proof}\n{instance_id}\n"
             return grant
 
         return await self._call(deadline, call)
@@ -289,7 +292,13 @@ class SqliteStore:
 
     def guard_fd(self, bot: str) -> int | None:
         """Hands the lock over: a supervisor that is stopped must not keep it when its work is long dead."""
-        return self._guards.pop(bot, None)
+        fd = self._guards.pop(bot, None)
+        if fd is not None:  # now, and not at the grant: its answer may be lost, and the work of the one before be left
+            with contextlib.suppress(OSError):
+                note = self._note.encode()
+                os.pwrite(fd, note, 20)
+                os.ftruncate(fd, 20 + len(note))
+        return fd
 
     def _take_guard(self, bot: str) -> bool:
         """Lock ``<file>-<bot>.lock`` for the term, and pass it to the owner of the work.
@@ -333,16 +342,14 @@ class SqliteStore:
         noted = os.pread(self._guards[bot], 20, 0).strip()
         return int(noted) if noted.isdigit() and len(noted) < 19 else 0
 
-    def _last(self, bot: str) -> tuple[str, str] | None:
-        """Proof and instance of whoever had that term. A lock file of an earlier version may not have it."""
+    def _begun(self, bot: str) -> list[str]:
+        """Term, proof and instance of the last work that began under this lock. An earlier version did not write it."""
         said = os.pread(self._guards[bot], 4096, 20).decode(errors="replace").splitlines()
-        return (said[0], said[1]) if len(said) >= 2 else None
+        return said if len(said) == 3 and said[0].isdigit() else [""]
 
-    def _remember(self, bot: str, term: int, proof: str, instance_id: str) -> None:
-        note = b"%-19d\n%s\n%s\n" % (term, proof.encode(), instance_id.encode())
+    def _remember(self, bot: str, term: int) -> None:
         with contextlib.suppress(OSError):  # a full disk; the term itself is in the database
-            os.pwrite(self._guards[bot], note, 0)
-            os.ftruncate(self._guards[bot], len(note))
+            os.pwrite(self._guards[bot], b"%-19d\n" % term, 0)
 
     def _drop_guard(self, bot: str) -> None:
         fd = self._guards.pop(bot, None)
