@@ -17,7 +17,9 @@ import click
 from harness import World
 
 from bench import ROOT, capacity, check, compare, fleet, floors, own, page
+from bench.counted import nobody
 from bench.gateway import measure as measure_gateway
+from bench.lab import laboratory
 from bench.systems import CHILD
 
 PARTS = ("peers", "own", "gateway", "fleet", "capacity")
@@ -70,7 +72,7 @@ def main(
             new.write_text(json.dumps(found | more))
             new.replace(path)  # cut off in between, the old figures are still whole
 
-    with compare.laboratory(say) as lab, tempfile.TemporaryDirectory(prefix="botlease-bench-") as name:
+    with laboratory(say) as lab, tempfile.TemporaryDirectory(prefix="botlease-bench-") as name:
         folder = Path(name)
         commits = {*found.get("versions", {}).get("botlease", "").split(" and "), _commit()} - {""}
         found["versions"] = lab.versions | {"botlease": " and ".join(sorted(commits))}
@@ -81,7 +83,7 @@ def main(
             found["floors"][what] = found["floors"].get(what, []) + values
             say(f"floor: {what}: {floors.ms(values)}")
         if "nobody" not in found:
-            found["nobody"] = compare.nobody(postgres.url(), 10 if quick else 30)
+            found["nobody"] = nobody(postgres.url(), 10 if quick else 30)
         measures: dict[str, Callable[[], Any]] = {
             "peers": lambda: compare.measure(
                 lab, [*chosen], say, lambda rows: keep(peers=rows), found.get("peers", []), quick=quick

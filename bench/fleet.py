@@ -17,7 +17,7 @@ from test_fleet import Members, add, boot, names, placed, verify
 
 from bench import floors
 from bench.capacity import used as server_used
-from bench.compare import Counted
+from bench.counted import Counted
 
 BOTS, TTL = 10_000, 10.0
 

@@ -12,7 +12,8 @@ from harness import World
 from servers import Postgres
 
 from bench import floors
-from bench.compare import Counted, Track, until
+from bench.counted import Counted
+from bench.lab import Track, until
 from bench.systems import CHILD
 
 

@@ -212,12 +212,13 @@ class active:
             self._cancel(Reason.LOST)
 
     async def _finish(self, *, done: bool = False) -> None:
-        self._exit.close()
         self._work.ended(done=done)
         if not self._running.done():
             self._keeper.stop()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.shield(self._running)
+        # Not before: to remove the note may take as long as the disk is busy, and somebody waits for the lease.
+        self._exit.close()
         self._work.close()
         await self._session.store.aclose()
 
