@@ -162,6 +162,7 @@ def test_bots_run_once_each_move_only_to_the_one_that_joins_and_back_when_it_lea
     before = members.settled(200, {0, 1})
 
     third = members.start()
+    until(lambda: placed(members.url, 200, 3))  # the two that give look at the slots each in its own time
     after = members.settled(200, {0, 1, 2})
     moved = {bot for bot in before if before[bot] != after[bot]}
     assert {after[bot] for bot in moved} == {2} and 40 < len(moved) < 95
@@ -373,6 +374,33 @@ def test_a_slot_that_was_edited_by_hand_costs_a_move_and_no_bot(members: Members
     members.assert_at_most_one()
 
 
+def test_a_row_that_somebody_has_in_a_transaction_keeps_no_other_bot_waiting(members: Members) -> None:
+    asyncio.run(add(members.url, *names(20)))
+    with asyncio.Runner() as runner:
+        operator = runner.run(asyncpg.connect(members.url))
+
+        def forget(bot: str) -> None:
+            runner.run(operator.execute(f"BEGIN; SELECT 1 FROM bot_leases WHERE bot = '{bot}' FOR UPDATE"))
+
+        forget("bot0")  # to be taken
+        one = members.start()
+        assert "bot0" not in members.settled(19, {0})
+        runner.run(operator.execute("ROLLBACK"))
+        members.settled(20, {0})
+
+        moves = next(bot for bot in names(20) if place(bot, [2, 1]) != place(bot, [1]))
+        forget(moves)  # to be moved, or to be taken from the dead
+        members.start()
+        until(lambda: len([bot for bot in members.running() if bot != moves and members.running()[bot] == 1]) > 3)
+        members.kill(one)
+        until(lambda: {*names(20)} - {moves} <= {*members.running()} and {*members.running().values()} == {1})
+        runner.run(operator.execute("ROLLBACK"))
+        members.settled(20, {1})
+        runner.run(operator.close())
+    members.assert_at_most_one()
+    verify(members.url)
+
+
 async def started(
     url: str, run: Callable[[botlease.Term], Awaitable[object]]
 ) -> tuple[botlease.Fleet, asyncio.Task[None]]:
@@ -423,6 +451,30 @@ async def test_a_stop_that_comes_before_there_is_a_slot_is_heard(postgres_url: s
     fleet._fleet.look = look  # type: ignore[method-assign]
     async with asyncio.timeout(10):
         await task
+
+
+async def test_a_member_whose_run_is_cancelled_hands_its_bots_on_at_once(postgres_url: str) -> None:
+    begun: list[tuple[str, str]] = []
+
+    async def run(term: botlease.Term) -> None:
+        begun.append((term.bot, term.instance_id))
+        await asyncio.Event().wait()
+
+    await add(postgres_url, *names(10))
+    ttl = 30.0  # nobody waits for that
+    fleets = [botlease.Fleet("fleet", run, database=postgres_url, deployment="v1", ttl=ttl) for _ in range(2)]
+    tasks = [asyncio.create_task(fleet.run()) for fleet in fleets]
+    async with asyncio.timeout(15):
+        while not all(fleet.running for fleet in fleets) or sum(len(fleet.running) for fleet in fleets) < 10:
+            await asyncio.sleep(0.02)
+    tasks[0].cancel()
+    async with asyncio.timeout(5):
+        await asyncio.wait({tasks[0]})
+        while len(fleets[1].running) < 10:
+            await asyncio.sleep(0.02)
+    assert tasks[0].cancelled()
+    fleets[1].stop()
+    await tasks[1]
 
 
 @pytest.mark.parametrize("stopping", [False, True])

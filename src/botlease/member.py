@@ -123,8 +123,12 @@ class Member:
             # A bug of ours, or we were cancelled: nothing may go on, and the lease is given back. The stop comes first:
             # with it the fence ends the process for a bot that does not end.
             self.keeper.stop()
-            await self._end_all()
-            self.work.ended()
+            try:
+                if self._begun is not None:
+                    await self._leave()
+            finally:
+                await self._end_all()
+                self.work.ended()
             if not keeping.done():
                 await asyncio.wait({keeping})
             self.store.heard = None
@@ -261,7 +265,7 @@ class Member:
         stopping = sum(r.to is not None for r in self.running.values())
         settled = [row for row in rows if row.bot in self.running or self._is_settled(row, now)]
         if len(settled) < len(rows):
-            self._rows_at = min(self._rows_at, now + self.timing.renew_every / 4)
+            self._again_soon()
         p = placement.plan(
             self.number,
             sorted(self._slots),
@@ -285,7 +289,14 @@ class Member:
         for some in batches(p.take):
             if self.leaving is not None:
                 break
-            self._start_all(hold, await self.fleet.take(hold, some, limit))
+            granted = await self.fleet.take(hold, some, limit)
+            self._start_all(hold, granted)
+            if len(granted) < len(some):
+                self._again_soon()
+
+    def _again_soon(self) -> None:
+        """Not all rows were to be had: somebody is changing them. No notification says when he is through."""
+        self._rows_at = min(self._rows_at, clock.now() + self.timing.renew_every / 4)
 
     def _is_judged(self, row: Row) -> bool:
         """Whether its own row tells if it may be running: a supervisor of its own has it, or the row of its slot was
@@ -389,7 +400,8 @@ class Member:
         self._unstarted.clear()
         for reason, bots in by_reason.items():
             for some in batches(bots):
-                await self.fleet.give(hold, some, reason, self.timing.attempt)
+                if await self.fleet.give(hold, some, reason, self.timing.attempt) < len(some):
+                    self._again_soon()
 
     async def _leave(self) -> None:
         """The hold ends: stop everything, hand the bots on, and say that the work has ended."""

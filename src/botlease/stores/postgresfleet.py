@@ -13,6 +13,9 @@ acquire, by its holder's release, or by BURY. Nonces are never used twice: what 
 Rows are found by the bot, and by nothing else: CASE and OFFSET 0 hide the other conditions from the planner, which on a
 table without statistics takes them for so selective that it compares everything with everything (measured: 9.5 s for
 500 bots, then 0.04 s).
+
+A row that somebody else has in a transaction is left for the next time: whoever looks at one bot in psql, with BEGIN,
+and goes to lunch, must not keep those waiting that happen to be in the same statement.
 """
 
 from __future__ import annotations
@@ -72,7 +75,7 @@ WITH hold AS MATERIALIZED (
 ), old AS MATERIALIZED (
   SELECT l.bot, l.term, w.slot, l.renewed_at, l.ttl, s.reason, s.last_beat
   FROM unnest($9::text[], $10::bigint[], $11::int[]) w(bot, term, slot)
-    CROSS JOIN LATERAL (SELECT * FROM bot_leases x WHERE x.bot = w.bot OFFSET 0) l
+    CROSS JOIN LATERAL (SELECT * FROM bot_leases x WHERE x.bot = w.bot OFFSET 0 FOR NO KEY UPDATE SKIP LOCKED) l
     LEFT JOIN LATERAL (SELECT t.reason, t.last_beat FROM bot_terms t
                        WHERE t.bot = l.proof AND t.instance_id = l.holder ORDER BY t.term DESC LIMIT 1) s ON TRUE
   WHERE l.term = w.term AND coalesce(l.slot, {unplaced}) = w.slot AND w.slot <> {leaving}
@@ -102,13 +105,19 @@ WITH hold AS MATERIALIZED (
 """
 )
 
+# Of the wanted rows those that nobody has in a transaction.
+FREE: Final = """free AS MATERIALIZED (
+  SELECT w.* FROM {wanted}
+    CROSS JOIN LATERAL (SELECT 1 FROM bot_leases x WHERE x.bot = w.bot OFFSET 0 FOR NO KEY UPDATE SKIP LOCKED) l
+)"""
+
 # Only what was not taken since. An assignment that somebody has changed meanwhile stays as he wants it.
-GIVE: Final = """
-WITH gone AS (
+GIVE: Final = f"""
+WITH {FREE.format(wanted="unnest($5::text[], $6::bigint[], $7::int[]) w(bot, term, target)")}, gone AS (
   UPDATE bot_leases l SET holder = NULL, proof = '', beat = beat + 1, renewed_at = clock_timestamp(),
-    fleet = CASE WHEN l.slot = {leaving} THEN NULL ELSE l.fleet END,
-    slot = CASE WHEN l.slot = {leaving} THEN NULL WHEN l.slot = $4 THEN w.target ELSE l.slot END
-  FROM unnest($5::text[], $6::bigint[], $7::int[]) w(bot, term, target)
+    fleet = CASE WHEN l.slot = {{leaving}} THEN NULL ELSE l.fleet END,
+    slot = CASE WHEN l.slot = {{leaving}} THEN NULL WHEN l.slot = $4 THEN w.target ELSE l.slot END
+  FROM free w
   WHERE l.bot = w.bot AND CASE WHEN l.term = w.term AND l.nonce = $3 AND l.proof = $1 || '/' || $4::int
                                THEN coalesce(l.holder, $2) = $2 END
   RETURNING l.bot, l.term
@@ -119,10 +128,10 @@ WITH gone AS (
 """
 
 # To whom a bot should go that does not run here: no more than an assignment, so it needs no evidence.
-MOVE: Final = """
-WITH moved AS (
-  UPDATE bot_leases l SET slot = w.target FROM unnest($2::text[], $3::int[], $4::int[]) w(bot, source, target)
-  WHERE l.bot = w.bot AND CASE WHEN coalesce(l.slot, {unplaced}) = w.source THEN l.fleet = $1 END RETURNING 1
+MOVE: Final = f"""
+WITH {FREE.format(wanted="unnest($2::text[], $3::int[], $4::int[]) w(bot, source, target)")}, moved AS (
+  UPDATE bot_leases l SET slot = w.target FROM free w
+  WHERE l.bot = w.bot AND CASE WHEN coalesce(l.slot, {{unplaced}}) = w.source THEN l.fleet = $1 END RETURNING 1
 ) SELECT count(*), pg_notify('botlease', $1) FROM moved HAVING count(*) > 0
 """
 
@@ -130,12 +139,12 @@ WITH moved AS (
 # From now on it reads as released. The instance is marked only where the kernel proved it dead: a frozen one lives on.
 BURY: Final = """
 WITH old AS (
-  SELECT renewed_at, ttl FROM bot_leases WHERE bot = $1
+  SELECT renewed_at, ttl FROM bot_leases WHERE bot = $1 FOR NO KEY UPDATE SKIP LOCKED
 ), gone AS (
   UPDATE bot_leases SET holder = NULL, proof = '', nonce = $7, beat = beat + 1, renewed_at = clock_timestamp(),
     slot = CASE WHEN fleet IS NULL THEN -abs(slot) ELSE slot END
   WHERE bot = $1 AND term = $2 AND beat = $3 AND nonce = $4 AND holder IS NOT DISTINCT FROM $5
-    AND $8 || {timeline} = $9
+    AND $8 || {timeline} = $9 AND EXISTS (SELECT 1 FROM old)
     -- the row of a bot is silent while its slot is renewed
     AND NOT EXISTS (SELECT 1 FROM bot_leases s WHERE s.bot = bot_leases.proof AND s.nonce = bot_leases.nonce)
   RETURNING renewed_at
@@ -183,7 +192,9 @@ WITH gone AS (
 """
 )
 # A member's part of it. Whoever has been added again meanwhile stays.
-CLEAR: Final = REMOVE.replace("THEN l.fleet = $1 END", "THEN l.fleet = $1 AND l.slot = {leaving} END")
+CLEAR: Final = REMOVE.replace("THEN l.fleet = $1 END", "THEN l.fleet = $1 AND l.slot = {leaving} END").replace(
+    "ANY($2::text[])) o", "ANY($2::text[]) FOR NO KEY UPDATE OF l SKIP LOCKED) o"
+)
 NOTIFY: Final = "SELECT pg_notify('botlease', $1)"
 NOTIFY_HOLDERS: Final = "SELECT pg_notify('botlease', bot) FROM bot_leases WHERE bot = ANY($1) AND holder IS NOT NULL"
 BOTS: Final = """
@@ -309,14 +320,16 @@ class PostgresFleet:
         )
         return [(r["bot"], r["term"]) for r in found]
 
-    async def give(self, hold: Hold, bots: Iterable[tuple[str, int, int]], reason: Reason, deadline: float) -> None:
-        """End these terms (bot, term, the slot to go to): nothing of them may run any more."""
+    async def give(self, hold: Hold, bots: Iterable[tuple[str, int, int]], reason: Reason, deadline: float) -> int:
+        """End these terms (bot, term, the slot to go to): nothing of them may run any more. Returns how many it ended;
+        a row that is locked goes on being held, and is given by the next one."""
         names, terms, targets = _columns(bots)
-        await self._fetch(
+        found = await self._fetch(
             deadline,
             GIVE,
             *(hold.fleet, hold.instance_id, hold.nonce, hold.number, names, terms, targets, str(reason)),
         )
+        return int(found[0]["count"]) if found else 0
 
     async def move(self, fleet: str, bots: Iterable[tuple[str, int, int]], deadline: float) -> None:
         """Assign bots (bot, from which slot, to which one)."""
