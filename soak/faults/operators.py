@@ -1,0 +1,68 @@
+"""What an operator may type."""
+
+from __future__ import annotations
+
+import asyncio
+
+from soak.faults.scene import Scene, fault
+
+
+@fault()
+async def operator_deactivates(s: Scene) -> bool:
+    done = await s.sql("UPDATE bot_instances SET is_active = FALSE")
+    await s.wait()
+    await _promote(s)
+    return done is not None
+
+
+async def _promote(s: Scene) -> None:
+    for _ in range(100):
+        living = await s.live_instances()
+        if living:
+            chosen = s.rng.choice(living)
+            await s.sql(f"UPDATE bot_instances SET is_active = TRUE WHERE instance_id = '{chosen}'")
+            # A supervisor that is stopped in the middle of a transaction can keep the file locked.
+            if await s.sql("SELECT 1 FROM bot_instances WHERE is_active"):
+                return
+        await asyncio.sleep(0.1)
+
+
+@fault()
+async def operator_promotes(s: Scene) -> None:
+    for _ in range(s.rng.randint(1, 4)):
+        await _promote(s)
+        await asyncio.sleep(s.rng.uniform(0, 0.4))
+
+
+@fault()
+async def operator_deletes_the_lease(s: Scene) -> bool:
+    s.harms("edited")
+    return await s.sql("DELETE FROM bot_leases") is not None
+
+
+@fault()
+async def operator_deletes_the_instances(s: Scene) -> bool:
+    done = await s.sql("DELETE FROM bot_instances")
+    await _promote(s)
+    return done is not None
+
+
+@fault()
+async def operator_pauses(s: Scene) -> bool:
+    paused = await s.sql("UPDATE bot_leases SET paused = TRUE")
+    await s.wait()
+    for _ in range(50):
+        await s.sql("UPDATE bot_leases SET paused = FALSE")
+        if await s.sql("SELECT 1 FROM bot_leases WHERE paused") == []:
+            break
+        await asyncio.sleep(0.1)
+    return paused is not None
+
+
+@fault()
+async def operator_edits_the_lease(s: Scene) -> bool:
+    s.harms("edited")
+    edits = ("beat = beat + 1000", "beat = 0", "nonce = 'x'", "term = term + 5", "ttl = 2 * ttl", "holder = NULL")
+    done = await s.sql(f"UPDATE bot_leases SET {s.rng.choice(edits)}")
+    await s.sql("UPDATE bot_leases SET ttl = 1.5 WHERE ttl > 10")
+    return done is not None
