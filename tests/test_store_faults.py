@@ -382,8 +382,8 @@ async def test_a_store_that_is_closed_while_it_connects_leaves_no_connection(pos
                 return True
 
             proxy.on_message, _ = at_message(number, close)
-            with contextlib.suppress(StoreError, asyncio.CancelledError):
-                await store.read("x", "x", 2.0)
+            # The second one waits for the first, and must not connect anew when that has failed.
+            await asyncio.gather(*(store.read("x", "x", 2.0) for _ in range(2)), return_exceptions=True)
             proxy.on_message = None
             if not closing:
                 await store.aclose()

@@ -98,6 +98,7 @@ class PostgresStore:
         self._bot = ""  # that was registered
         self._connection: asyncpg.Connection | None = None
         self._connecting: asyncio.Task[asyncpg.Connection] | None = None
+        self._closed = False
         self._limited = 0
         self._prepares = self._plans = True
         self._prepared: dict[str, Any] = {}
@@ -117,6 +118,8 @@ class PostgresStore:
 
         async def work() -> T:
             connection = self._connection
+            if self._closed:  # while this call waited for the one before it
+                raise StoreError("closed")
             if connection is None or connection.is_closed():
                 connection = await self._connected()
                 if clock.now() - began > deadline * connecting:
@@ -292,11 +295,12 @@ class PostgresStore:
 
             await connection.execute("SELECT 1 FROM bot_failures LIMIT 0")  # a role without it could not read a lease
 
+        self._closed = False
         # Nothing was asked yet, and the deadline is long: a server against which a hundred start is slow to connect.
         await self.call(deadline, work, connecting=0.8)
 
     async def aclose(self) -> None:
-        self.on_change = None
+        self.on_change, self._closed = None, True
         if self._planning is not None:
             self._planning.cancel()
         if self._connecting is not None:
