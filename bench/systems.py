@@ -47,6 +47,8 @@ class System:
     """The jobs that it is there for; all, if empty."""
     overlaps: bool = True
     """False: it waits for half a minute or more, and its faster settings stand for it."""
+    slow: bool = False
+    """Its handover waits for a lease or a look of seconds: many are measured at once."""
 
     def version(self) -> str:
         if self.ours:
@@ -200,6 +202,7 @@ def _single_beat(name: str, ttl: float, settings: str, env: dict[str, str], *, o
         lambda url, key, child: [str(PEERS_PYTHON.parent / "single-beat"), *child],
         env=lambda url, key: {"SINGLE_BEAT_REDIS_SERVER": url, "SINGLE_BEAT_IDENTIFIER": key, **env},
         package="single-beat",
+        slow=True,
         overlaps=overlaps,
     )
 
