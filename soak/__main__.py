@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import click
@@ -19,6 +20,8 @@ from soak.stores import TARGETS
 
 AT_LEAST_ONE = click.IntRange(min=1)
 PARTS = ("nemesis", "stores", "models", "simulation")
+CI_FAULTS, CI_KINDS, CI_SIMULATED = 500, 20, 1_000_000
+"""What CI must have seen, or it says nothing: of the nemesis faults and kinds of them; faults of the simulation."""
 CI_MINUTES = 24
 """For the 100,000 seeds, which take 7 alone (measured on two cores); beside the rest of it, on slow machines, more."""
 NICE = {"nemesis": "0", "stores": "3", "models": "5", "simulation": "15"}
@@ -83,6 +86,9 @@ def main(
             report = nemesis(
                 first, faults or (540 if ci else 20_000), (world,) if world else WORLDS, path=Path(log) if log else None
             )
+            if ci and not faults:
+                report.enough(CI_FAULTS, "faults")
+                report.enough(CI_KINDS, "kinds of faults")
         case "stores":
             from soak.stores import run as stores
 
@@ -91,7 +97,8 @@ def main(
             from soak.simulation import run as simulation
 
             limit = CI_MINUTES if ci else math.inf
-            report = simulation(first, seeds or (100_000 if ci else 2_000_000), workers, limit)
+            least = CI_SIMULATED if ci and not seeds else 0
+            report = simulation(first, seeds or (100_000 if ci else 2_000_000), workers, limit, least)
     report.close()
     context.exit(1 if report.failures else 0)
 
@@ -105,9 +112,11 @@ def _all(parts: list[str], options: dict[str, object]) -> int:
         )
         for part in parts
     }
+    began = time.monotonic()
     try:
         failed = [part for part, process in running.items() if process.wait()]
-        print(f"soak: FAILED: {', '.join(failed)}" if failed else "soak: ok", flush=True)
+        said = f"FAILED: {', '.join(failed)}" if failed else "ok"
+        print(f"soak: {said}, in {time.monotonic() - began:.0f} s", flush=True)
         return 1 if failed else 0
     except KeyboardInterrupt:
         for process in running.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -312,15 +313,27 @@ async def _all(report: Report, log: Log, faults: int, worlds: tuple[str, ...], a
     assert this is not None
     _ends_at_a_signal(this)
     known = {(r["seed"], r["kind"]) for r in log.results}
-    every = [(log.first + i, worlds[i % len(worlds)]) for i in range(-(-faults // FAULTS_EACH))]
-    kinds = iter([k for k in every if k not in known])
+    numbers = itertools.count()
     done = sum(sum(r.get("counts", {}).values()) for r in log.results)
+    ahead = 0  # that the worlds which are open are still to do
+
+    def next_world() -> tuple[int, str, int] | None:
+        """As many as it takes: one whose file was damaged ends early."""
+        nonlocal ahead
+        quota = min(FAULTS_EACH, faults - done - ahead)
+        if quota <= 0 or len(report.failures) > 20:
+            return None
+        ahead += quota
+        seed, kind = next(k for n in numbers if (k := (log.first + n, worlds[n % len(worlds)])) not in known)
+        return seed, kind, quota
 
     async def worker() -> None:
-        nonlocal done
-        for seed, kind in kinds:
-            async for line in _world(seed, kind, min(faults, FAULTS_EACH), plant):
-                done += int(str(line.get("faults", 0)))
+        nonlocal done, ahead
+        while world := next_world():
+            seed, kind, left = world
+            async for line in _world(seed, kind, left, plant):
+                some = int(str(line.get("faults", 0)))
+                done, ahead, left = done + some, ahead - min(some, left), left - min(some, left)
                 report.progress(f"{done:,} of {faults:,} faults")
                 result = line.get("result")
                 if not isinstance(result, dict):
@@ -329,6 +342,7 @@ async def _all(report: Report, log: Log, faults: int, worlds: tuple[str, ...], a
                 _fail(report, result)
                 if result["findings"]:
                     print(json.dumps(result, indent=1), file=sys.stderr)
+            ahead -= left
 
     async with asyncio.TaskGroup() as workers:  # gather would not wait for the worlds of the others when it is ended
         for _ in range(at_once):

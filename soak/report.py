@@ -33,6 +33,11 @@ class Report:
         self.failures.append(text)
         print(f"  {self.part}: FAILED: {text}", file=sys.stderr, flush=True)
 
+    def enough(self, least: int, figure: str) -> None:
+        """A run that did next to nothing finds nothing either."""
+        if int(self.figures[figure].replace(",", "")) < least:
+            self.fail(f"{figure}: {self.figures[figure]} are too few: at least {least:,}")
+
     def close(self) -> None:
         self.figures["took"] = f"{self.seconds:.0f} s"
         figures = ", ".join(f"{name} {value}" for name, value in self.figures.items())

@@ -76,8 +76,9 @@ def results(seeds: range, workers: int, go_on: Callable[[], bool] = lambda: True
                 yield future.result()
 
 
-def run(first: int, seeds: int, workers: int, minutes: float = math.inf) -> Report:
-    """Over these seeds; on a machine that needs longer than ``minutes`` for them, over as many as it had time for."""
+def run(first: int, seeds: int, workers: int, minutes: float = math.inf, least: int = 0) -> Report:
+    """Over these seeds; on a machine that needs longer than ``minutes`` for them, over as many as it had time for, if
+    that were ``least`` faults."""
     report, total = Report("simulation"), Sum()
 
     def go_on() -> bool:
@@ -90,6 +91,8 @@ def run(first: int, seeds: int, workers: int, minutes: float = math.inf) -> Repo
         report.progress(f"{total.seeds:,} of {seeds:,} seeds, {sum(total.faults.values()):,} faults")
     if total.seeds < seeds and not report.failures:
         report.figures["stopped"] = f"after {minutes:g} minutes of {seeds:,} seeds: this machine is slow"
+        if sum(total.faults.values()) < least:
+            report.fail(f"this machine is too slow: {sum(total.faults.values()):,} faults, at least {least:,}")
     report.figures |= {
         "seeds": f"{total.seeds:,} (from {first})",
         "faults": f"{sum(total.faults.values()):,}",

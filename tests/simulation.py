@@ -607,7 +607,10 @@ class World:
                     proof=node.proof,
                     probation=q.probation,
                 )
-                self.trace(f"{me} acquires ({q.how}): {grant}")
+                granted = (
+                    "nothing" if grant is None else f"term {grant.term}, timeline {grant.origin.partition('/')[2]}"
+                )
+                self.trace(f"{me} acquires ({q.how}): {granted}")  # without what the store drew at random
                 if grant is None:
                     return core.Denied(q.serial)
                 if db.read(BOT, me).paused:

@@ -109,6 +109,36 @@ async def test_a_users_own_cancellation_is_not_swallowed(sqlite_url: str) -> Non
         pass  # it was released
 
 
+@pytest.mark.parametrize("way", ["active", "exclusive"])
+async def test_whoever_is_cancelled_again_while_he_gives_the_lease_back_has_given_it_back(
+    any_url: str, way: str
+) -> None:
+    ttl = 30.0  # nobody waits for that
+
+    async def hold(begun: asyncio.Event) -> None:
+        async def body(term: botlease.Term) -> None:
+            begun.set()
+            await asyncio.Event().wait()
+
+        if way == "active":
+            async with botlease.active("mybot", database=any_url, ttl=ttl) as term:
+                await body(term)
+        else:
+            await botlease.exclusive("mybot", database=any_url, ttl=ttl)(body)()
+
+    for ticks in range(6):  # at one of them the release is on its way
+        begun = asyncio.Event()
+        task = asyncio.create_task(hold(begun))
+        async with asyncio.timeout(5):
+            await begun.wait()
+            task.cancel()
+            for _ in range(ticks):
+                await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+
 async def test_an_error_of_the_body_comes_out_as_it_is(sqlite_url: str) -> None:
     with pytest.raises(ZeroDivisionError):
         async with botlease.active("b", database=sqlite_url, ttl=2.0):

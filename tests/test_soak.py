@@ -18,8 +18,9 @@ from planted_bugs import BUGS
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from soak import deployments, nemesis, oracle, stores  # noqa: E402 - after its folder
+from soak import deployments, nemesis, oracle, simulation, stores  # noqa: E402 - after its folder
 from soak.agreement import Harm, differences  # noqa: E402
+from soak.report import Report  # noqa: E402
 from soak.simulation import Sum, replay, run_seed  # noqa: E402
 
 
@@ -223,3 +224,25 @@ def test_the_page_of_hazards_has_all_of_them_and_names_only_what_exists() -> Non
     assert all(hasattr(StoreContract, name) for name in re.findall(r"`StoreContract::(\w+)`", page))
     assert {*re.findall(r"nemesis: `(\w+)`", page)} <= {*KINDS}
     assert {*re.findall(r"planted bug `(\w+)`", page)} <= {*BUGS}
+
+
+def test_a_run_that_did_next_to_nothing_is_no_run(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report("part", {"faults": "1,499"})
+    report.enough(1499, "faults")
+    assert not report.failures
+    report.enough(1500, "faults")
+    assert report.failures == ["faults: 1,499 are too few: at least 1,500"]
+    capsys.readouterr()
+
+    slow = simulation.run(0, 100_000, 1, minutes=0.001, least=10**6)
+    assert "too slow" in slow.failures[0]
+
+
+def test_a_seed_has_the_same_story_in_a_process_of_its_own_and_after_others(capsys: pytest.CaptureFixture[str]) -> None:
+    seeds = (4, 17)
+    for seed in range(12):  # whose databases are used again
+        run_seed(seed, Sum())
+    for seed in seeds:
+        assert replay(seed) == 0
+        here = capsys.readouterr().out
+        assert len(here.splitlines()) > 10 and soak("replay", str(seed)).stdout == here

@@ -151,6 +151,18 @@ if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_forked)
 
 
+async def outlast(*tasks: asyncio.Future[Any]) -> bool:
+    """Wait until they are done, whoever cancels the waiting: what they end must not go on behind our back. Returns
+    whether somebody did."""
+    cancelled = False
+    while pending := [task for task in tasks if not task.done()]:
+        try:
+            await asyncio.wait(pending)
+        except asyncio.CancelledError:
+            cancelled = True
+    return cancelled
+
+
 class active:
     """Hold the lease for the body of an ``async with``: one term.
 
@@ -215,12 +227,15 @@ class active:
         self._work.ended(done=done)
         if not self._running.done():
             self._keeper.stop()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.shield(self._running)
+        cancelled = await outlast(self._running)
         # Not before: to remove the note may take as long as the disk is busy, and somebody waits for the lease.
         self._exit.close()
         self._work.close()
         await self._session.store.aclose()
+        if not self._running.cancelled():
+            self._running.result()  # a bug of ours is told
+        if cancelled and self._why is None:  # not by us
+            raise asyncio.CancelledError
 
     async def __aexit__(
         self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
@@ -292,10 +307,10 @@ def exclusive(
             finally:
                 if task is not None and not task.done():
                     task.cancel()
-                    await asyncio.wait({task})
+                    await outlast(task)
                 if not running.done():  # we were cancelled: the lease is given back all the same
                     keeper.stop()
-                    await asyncio.wait({running})
+                    await outlast(running)
                 work.close()
                 await session.store.aclose()
             if error:

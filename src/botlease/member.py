@@ -21,7 +21,7 @@ from typing import Any, Final
 from botlease import clock, placement
 from botlease.core import Phase
 from botlease.evidence import Evidence
-from botlease.inside import Session, Term
+from botlease.inside import Session, Term, outlast
 from botlease.keeper import Keeper, log
 from botlease.model import How, Lease, Mode, Reason
 from botlease.stores import StoreError
@@ -89,7 +89,7 @@ class Member:
         self.hold: Hold | None = None
         self.leaving: Reason | None = None
         self._begun: int | None = None
-        self._unstarted: list[tuple[str, int]] = []  # granted, and not started
+        self._to_give: list[tuple[str, int]] = []  # held and not running: came too late, or was locked by somebody
         self._elsewhere = False  # this slot is another's: choose a new one
         self._wake = asyncio.Event()
         self._dirty = True
@@ -129,10 +129,9 @@ class Member:
             finally:
                 await self._end_all()
                 self.work.ended()
-            if not keeping.done():
-                await asyncio.wait({keeping})
-            self.store.heard = None
-            self.work.close()
+                await outlast(keeping)
+                self.store.heard = None
+                self.work.close()
 
     def stop(self) -> None:
         self.keeper.stop()
@@ -201,7 +200,7 @@ class Member:
             if is_open - self._slots:
                 self._calm_at = now + CALM
             self._slots, self._dirty = is_open, True
-        if self._dirty or self._unstarted or now >= self._rows_at or self._ended():
+        if self._dirty or self._to_give or now >= self._rows_at or self._ended():
             await self._rows(origin)
 
     def _takes_bots(self, slot: Slot, now: float) -> bool:
@@ -281,11 +280,12 @@ class Member:
         for bot, to in p.stop.items():
             self._stop(self.running[bot], to, Reason.SUPERSEDED)
         for moved in batches(p.move):
-            await self.fleet.move(self.name, moved, limit)
+            if await self.fleet.move(self.name, moved, limit) < len(moved):
+                self._again_soon()
         for given in batches(p.give):
-            await self.fleet.give(hold, given, Reason.GIVEN_BACK, limit)
-        if p.clear:
-            await self.fleet.clear(self.name, p.clear, limit)
+            await self._give(hold, given, Reason.GIVEN_BACK)
+        if p.clear and await self.fleet.clear(self.name, p.clear, limit) < len(p.clear):
+            self._again_soon()
         for some in batches(p.take):
             if self.leaving is not None:
                 break
@@ -322,7 +322,7 @@ class Member:
         good = self.leaving is None and self.hold is hold and clock.now() < self.work.until
         for bot, number in granted:
             if not good or bot in self.running:
-                self._unstarted.append((bot, number))
+                self._to_give.append((bot, number))
                 continue
             share = Share(self.work)
             term = Term(number, bot, self.who, share, self.settings.database)
@@ -396,12 +396,15 @@ class Member:
             r.term._over = True
             if r.reason is not Reason.LOST:
                 by_reason[r.reason].append((bot, r.term.number, r.to or self.number))
-        by_reason[Reason.GIVEN_BACK] += [(bot, term, self.number) for bot, term in self._unstarted]
-        self._unstarted.clear()
+        by_reason[Reason.GIVEN_BACK] += [(bot, term, self.number) for bot, term in self._to_give]
+        self._to_give.clear()
         for reason, bots in by_reason.items():
             for some in batches(bots):
-                if await self.fleet.give(hold, some, reason, self.timing.attempt) < len(some):
-                    self._again_soon()
+                await self._give(hold, some, reason)
+
+    async def _give(self, hold: Hold, bots: list[tuple[str, int, int]], reason: Reason) -> None:
+        locked = await self.fleet.give(hold, bots, reason, self.timing.attempt)
+        self._to_give += [(bot, term) for bot, term, _ in bots if bot in locked]
 
     async def _leave(self) -> None:
         """The hold ends: stop everything, hand the bots on, and say that the work has ended."""
@@ -434,15 +437,17 @@ class Member:
             else:
                 for bot in self._ended():
                     self.running.pop(bot).term._over = True
-        self.hold, self._begun, self._unstarted, self._slots = None, None, [], frozenset()
+        if hold is not None and known and self._to_give:
+            with contextlib.suppress(StoreError):
+                await self._give_ended(hold)  # once more what was locked; the rest goes with the hold
+        self.hold, self._begun, self._to_give, self._slots = None, None, [], frozenset()
         self._evidence.clear()
         self.work.ended()
 
     async def _end_all(self) -> None:
         for r in self.running.values():
             r.task.cancel()
-        if self.running:
-            await asyncio.wait({r.task for r in self.running.values()})
+        await outlast(*(r.task for r in self.running.values()))
         for r in self.running.values():
             r.term._over = True
         self.running.clear()

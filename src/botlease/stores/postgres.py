@@ -119,7 +119,7 @@ class PostgresStore:
         async def work() -> T:
             connection = self._connection
             if self._closed:  # while this call waited for the one before it
-                raise StoreError("closed")
+                raise StoreError("the store is closed")
             if connection is None or connection.is_closed():
                 connection = await self._connected()
                 if clock.now() - began > deadline * connecting:

@@ -68,6 +68,13 @@ OVER: Final = """(l.holder IS NULL AND l.proof = '' OR starts_with(l.proof, $1 |
 that somebody emptied or deleted by hand says nothing, and a holder that is no member (a supervisor of its own) is not
 judged here: those rows are waited out, and buried."""
 
+MAY_TAKE: Final = (
+    """CASE WHEN l.term = {seen}.term AND coalesce(l.slot, {{unplaced}}) = {seen}.slot AND l.fleet = $1 AND NOT l.paused
+      THEN l.holder = $2 AND l.nonce = $5 OR """
+    + OVER
+    + " END"
+)
+# Only what may be taken is locked: its holder must find free what it is just about to give.
 TAKE: Final = (
     """
 WITH hold AS MATERIALIZED (
@@ -75,21 +82,22 @@ WITH hold AS MATERIALIZED (
 ), old AS MATERIALIZED (
   SELECT l.bot, l.term, w.slot, l.renewed_at, l.ttl, s.reason, s.last_beat
   FROM unnest($9::text[], $10::bigint[], $11::int[]) w(bot, term, slot)
-    CROSS JOIN LATERAL (SELECT * FROM bot_leases x WHERE x.bot = w.bot OFFSET 0 FOR NO KEY UPDATE SKIP LOCKED) l
+    CROSS JOIN LATERAL (
+      SELECT * FROM bot_leases l WHERE l.bot = w.bot AND """
+    + MAY_TAKE.format(seen="w")
+    + """ OFFSET 0 FOR NO KEY UPDATE SKIP LOCKED) l
     LEFT JOIN LATERAL (SELECT t.reason, t.last_beat FROM bot_terms t
                        WHERE t.bot = l.proof AND t.instance_id = l.holder ORDER BY t.term DESC LIMIT 1) s ON TRUE
-  WHERE l.term = w.term AND coalesce(l.slot, {unplaced}) = w.slot AND w.slot <> {leaving}
+  WHERE w.slot <> {leaving}
 ), got AS (
   UPDATE bot_leases l SET
     term = 1 + greatest(l.term, (SELECT coalesce(max(t.term), 0) FROM bot_terms t WHERE t.bot = l.bot),
                         CASE WHEN l.origin <> $7 THEN greatest(l.term + {gap}, {era}) ELSE 0 END),
     beat = 0, nonce = $5, holder = $2, ttl = $8, origin = $7, proof = $3, slot = $12, renewed_at = clock_timestamp()
   FROM old
-  WHERE l.bot = old.bot AND EXISTS (SELECT 1 FROM hold)
-    AND CASE WHEN l.term = old.term AND coalesce(l.slot, {unplaced}) = old.slot AND l.fleet = $1 AND NOT l.paused
-             THEN l.holder = $2 AND l.nonce = $5 OR """
-    + OVER
-    + """ END
+  WHERE l.bot = old.bot AND EXISTS (SELECT 1 FROM hold) AND """
+    + MAY_TAKE.format(seen="old")
+    + """
   RETURNING l.bot, l.term, l.renewed_at AS at, old.renewed_at AS last_beat, old.ttl, old.reason,
     old.last_beat AS silent,
     CASE WHEN old.reason IN ('expired', 'died') THEN old.reason ELSE 'released' END AS how
@@ -124,7 +132,7 @@ WITH {FREE.format(wanted="unnest($5::text[], $6::bigint[], $7::int[]) w(bot, ter
 ), closed AS (
   UPDATE bot_terms t SET released_at = clock_timestamp(), reason = $8 FROM gone
   WHERE t.bot = gone.bot AND t.term = gone.term
-) SELECT count(*), pg_notify('botlease', $1) FROM gone HAVING count(*) > 0
+) SELECT bot, (SELECT pg_notify('botlease', $1) FROM (SELECT count(*) FROM gone HAVING count(*) > 0) x) FROM free
 """
 
 # To whom a bot should go that does not run here: no more than an assignment, so it needs no evidence.
@@ -191,9 +199,21 @@ WITH gone AS (
 ) SELECT bot FROM gone
 """
 )
-# A member's part of it. Whoever has been added again meanwhile stays.
-CLEAR: Final = REMOVE.replace("THEN l.fleet = $1 END", "THEN l.fleet = $1 AND l.slot = {leaving} END").replace(
-    "ANY($2::text[])) o", "ANY($2::text[]) FOR NO KEY UPDATE OF l SKIP LOCKED) o"
+# A member's part of it: those of which nothing runs any more. Whoever has been added again meanwhile stays.
+CLEAR: Final = (
+    """
+WITH over AS MATERIALIZED (
+  SELECT l.bot, l.term FROM bot_leases l WHERE l.fleet = $1 AND l.bot = ANY($2::text[]) AND l.slot = {leaving} AND """
+    + OVER
+    + """ FOR NO KEY UPDATE OF l SKIP LOCKED
+), gone AS (
+  UPDATE bot_leases l SET fleet = NULL, slot = NULL, holder = NULL, proof = '' FROM over o
+  WHERE l.bot = o.bot AND CASE WHEN l.term = o.term THEN l.fleet = $1 AND l.slot = {leaving} END RETURNING l.bot
+), closed AS (
+  UPDATE bot_terms t SET released_at = clock_timestamp(), reason = 'lease_lost'
+  FROM gone WHERE t.bot = gone.bot AND t.released_at IS NULL
+) SELECT bot FROM gone
+"""
 )
 NOTIFY: Final = "SELECT pg_notify('botlease', $1)"
 NOTIFY_HOLDERS: Final = "SELECT pg_notify('botlease', bot) FROM bot_leases WHERE bot = ANY($1) AND holder IS NOT NULL"
@@ -320,20 +340,21 @@ class PostgresFleet:
         )
         return [(r["bot"], r["term"]) for r in found]
 
-    async def give(self, hold: Hold, bots: Iterable[tuple[str, int, int]], reason: Reason, deadline: float) -> int:
-        """End these terms (bot, term, the slot to go to): nothing of them may run any more. Returns how many it ended;
-        a row that is locked goes on being held, and is given by the next one."""
+    async def give(self, hold: Hold, bots: Iterable[tuple[str, int, int]], reason: Reason, deadline: float) -> set[str]:
+        """End these terms (bot, term, the slot to go to): nothing of them may run any more. Returns the bots whose rows
+        somebody else has locked: they go on being held."""
         names, terms, targets = _columns(bots)
         found = await self._fetch(
             deadline,
             GIVE,
             *(hold.fleet, hold.instance_id, hold.nonce, hold.number, names, terms, targets, str(reason)),
         )
-        return int(found[0]["count"]) if found else 0
+        return {*names} - {r["bot"] for r in found}
 
-    async def move(self, fleet: str, bots: Iterable[tuple[str, int, int]], deadline: float) -> None:
-        """Assign bots (bot, from which slot, to which one)."""
-        await self._fetch(deadline, MOVE, fleet, *_columns(bots))
+    async def move(self, fleet: str, bots: Iterable[tuple[str, int, int]], deadline: float) -> int:
+        """Assign bots (bot, from which slot, to which one). Returns how many were."""
+        found = await self._fetch(deadline, MOVE, fleet, *_columns(bots))
+        return int(found[0]["count"]) if found else 0
 
     async def bury(self, fleet: str, bot: str, lease: Lease, origin: str, how: How, deadline: float) -> bool:
         """End the term of a slot, or of a bot, on the evidence of :class:`botlease.evidence.Evidence`."""
@@ -357,10 +378,12 @@ class PostgresFleet:
         await self._fetch(deadline, NOTIFY, fleet)
         return [r["bot"] for r in found]
 
-    async def clear(self, fleet: str, bots: Iterable[str], deadline: float) -> None:
-        """Let go of bots that are to leave and that nobody runs any more."""
-        await self._fetch(deadline, CLEAR, fleet, sorted(set(bots)))
-        await self._fetch(deadline, NOTIFY, fleet)
+    async def clear(self, fleet: str, bots: Iterable[str], deadline: float) -> int:
+        """Let go of bots that are to leave and that nobody runs any more. Returns how many those were."""
+        found = await self._fetch(deadline, CLEAR, fleet, sorted(set(bots)))
+        if found:  # all members hear it: said for nothing it would have them all try again at once, for ever
+            await self._fetch(deadline, NOTIFY, fleet)
+        return len(found)
 
     async def bots(self, fleet: str, deadline: float) -> list[dict[str, Any]]:
         return [dict(r) for r in await self._fetch(deadline, BOTS, fleet)]
