@@ -20,6 +20,7 @@ WHAT = {
     "edited": "lease|not journalled|took over|is open for",
     "lost": "",
     "emptied": "",
+    "typed": "",
 }
 """The words of what each can leave behind."""
 
@@ -27,7 +28,7 @@ WHAT = {
 @dataclass
 class Harm:
     """What a fault did to the database: "clock" (stepped), "edited" (a lease, by hand), "lost" (its last rows),
-    "emptied"; and the highest terms seen before and after it."""
+    "emptied", "typed" (whatever an operator thought of); and the highest terms seen before and after it."""
 
     kind: str
     first: int

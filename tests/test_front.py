@@ -50,6 +50,12 @@ def front(run: Run) -> int:
     return int(str(until(find)))
 
 
+def test_a_crash_of_the_front_leaves_no_core_with_the_token_in_it(sqlite_world: World, telegram: Telegram) -> None:
+    run = start(sqlite_world, telegram)
+    telegram.answered()
+    assert "Max core file size        1 " in Path(f"/proc/{front(run)}/limits").read_text()
+
+
 def status(world: World) -> dict[str, object]:
     said = subprocess.run(
         [*BOTLEASE, "status", "--json"], env=clean_env(BOTLEASE_DATABASE_URL=world.url), capture_output=True, check=True

@@ -19,6 +19,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import aiohttp
 import pytest
 from harness import BOTLEASE, World, clean_env, until
 from servers import free_port
@@ -30,6 +31,7 @@ from botlease.stores import Registration, StoreError, open_store
 from botlease.stores.inbox import Holding, open_inbox
 from botlease.testing import StoreContract
 from botlease.text import passwords, redact, safe
+from botlease.web.gate import GateServer
 from botlease.web.health import Snapshot, serve
 
 CANARY = "CaNaRy99"
@@ -137,10 +139,40 @@ async def test_who_knows_the_bot_id_alone_gets_no_update_and_loses_none(house: H
 
 async def test_a_request_from_a_web_page_is_refused_by_the_gateway(house: House) -> None:
     bot = await house.gateway()
-    for headers in ({"Origin": "http://evil.example"}, {"Host": "evil.example"}):
-        async with bot.session.get(f"{bot.base}/bot{TOKEN}/getMe", headers=headers) as r:
-            assert r.status == 403
-    assert house.called("getMe") == 0
+    pages = [{"Origin": origin} for origin in ("http://evil.example", "null", "http://127.0.0.1", "")]
+    rebound = [{"Host": host} for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost.")]
+    methods = ("getMe", "sendMessage", "setWebhook", "deleteWebhook", "logOut", "close", "getUpdates")
+    for method in methods:
+        for headers in pages + rebound:
+            for verb in ("GET", "POST"):
+                url = f"{bot.base}/bot{TOKEN}/{method}"
+                async with bot.session.request(verb, url, headers=headers) as r:
+                    assert r.status in (400, 403), (verb, method, headers)
+    assert not any(house.called(method) for method in methods)
+    assert (await bot.call("getMe"))["ok"]
+
+
+async def test_who_does_not_know_the_path_of_a_gate_neither_passes_it_nor_counts_as_ready() -> None:
+    ready: list[int] = []
+    gate = GateServer()
+    gate.arrived = lambda: ready.append(1)
+    await gate.listen()
+    url = gate.shut()
+    former, url = url, gate.shut()  # of a process that is gone
+    gate.open(7)
+    base = url.partition("/gate/")[0]
+    async with aiohttp.ClientSession() as session:
+        for verb, address in (
+            *(("GET", f"{base}{path}") for path in ("/", "/gate", "/gate/", "/gate/x", "/health")),
+            *((verb, url) for verb in ("POST", "HEAD", "OPTIONS")),
+            *(("GET", other) for other in (former, url[:-1], f"{url}x", f"{url}/", f"{url}?x=1")),
+        ):
+            async with session.request(verb, address) as r:
+                assert r.status == 404 and "7" not in await r.text(), (verb, address)
+        assert ready == []
+        async with session.get(url) as r:
+            assert await r.json() == {"term": 7} and ready == [1]
+    gate.close()
 
 
 async def test_a_gateway_serves_a_few_tokens_and_no_thousands(house: House) -> None:
@@ -566,6 +598,15 @@ def test_a_crash_of_ours_leaves_no_core_and_the_bots_own_limit_is_as_it_was(sqli
     ours = [pid for pid in [run.pid, *run.children()] if pid != bot]
     assert len(ours) == 2 and [limit(pid) for pid in ours] == ["1", "1"]
     assert limit(bot) == "5000000"
+
+    waits = subprocess.Popen(
+        ["prlimit", "--core=5000000:unlimited", *BOTLEASE, "wait", "--standby", "--timeout", "60"],
+        env=clean_env(BOTLEASE_DATABASE_URL=world.url),
+        stderr=subprocess.DEVNULL,
+    )
+    until(lambda: limit(waits.pid) == "1")  # what an operator types has the password as well
+    waits.kill()
+    waits.wait()
 
 
 @pytest.mark.parametrize("server", ["health", "gateway", "gate"])

@@ -846,6 +846,39 @@ async def a_life(store: PostgresStore, me: str) -> None:
     assert await store.release("bot", me, held, deadline=DEADLINE, **stopped)
 
 
+async def a_life_in_a_fleet(store: PostgresStore, name: str) -> None:
+    from botlease.stores.postgresfleet import Hold, PostgresFleet, slot_name
+
+    fleet, slot, me, bots = PostgresFleet(store), slot_name(name, 1), f"{name}-member", [f"{name}-{n}" for n in "ab"]
+    await fleet.enlist(name, "d1", DEADLINE)
+    assert await fleet.add(name, bots, 10.0, DEADLINE) == bots
+    view = await store.register(registration(me, "d1", slot), DEADLINE)
+    assert await store.claim(slot, me, None, DEADLINE)
+    grant = await store.acquire(
+        *(slot, me, lease_of(view).key),
+        nonce=name,
+        floor=0,
+        origin=view.origin,
+        how=How.RELEASED,
+        ttl=10.0,
+        proof="p",
+        probation=Probation.NONE,
+        deadline=DEADLINE,
+    )
+    assert grant is not None
+    hold = Hold(name, 1, me, grant.term, name, grant.origin, 10.0)
+    await fleet.mark(hold, DEADLINE, is_open=False)
+    await fleet.mark(hold, DEADLINE, is_open=True)
+    rows = await fleet.rows(hold, [1], DEADLINE)
+    assert len(await fleet.take(hold, [(r.bot, r.term, r.slot) for r in rows], DEADLINE)) == 2
+    assert await fleet.give(hold, [(bot, 1, 1) for bot in bots], Reason.SUPERSEDED, DEADLINE) == set()
+    assert await fleet.move(name, [(bots[0], 1, 2)], DEADLINE) == 1
+    assert await fleet.remove(name, bots[:1], DEADLINE) == bots[:1]
+    assert await fleet.clear(name, bots[1:], DEADLINE) == 0
+    slots, origin = await fleet.look(name, DEADLINE)
+    assert await fleet.bury(name, slot, slots[0].lease, origin, How.EXPIRED, DEADLINE)
+
+
 async def test_the_documented_privileges_are_enough_to_run_and_each_of_them_is_needed(postgres_url: str) -> None:
     owner = PostgresStore(postgres_url)
     await owner.open(DEADLINE)
@@ -858,6 +891,7 @@ async def test_the_documented_privileges_are_enough_to_run_and_each_of_them_is_n
     store = PostgresStore(url)
     await store.open(DEADLINE)
     await a_life(store, "first")
+    await a_life_in_a_fleet(store, f"fleet{os.getpid()}")
     needless = []
     for n, (right, table) in enumerate(rights):
         await run_sql(postgres_url, f"REVOKE {right} ON {table} FROM {role}")

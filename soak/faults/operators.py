@@ -66,3 +66,32 @@ async def operator_edits_the_lease(s: Scene) -> bool:
     done = await s.sql(f"UPDATE bot_leases SET {s.rng.choice(edits)}")
     await s.sql("UPDATE bot_leases SET ttl = 1.5 WHERE ttl > 10")
     return done is not None
+
+
+ANYTHING = {
+    "bot_leases": "served = 0|served = 1000000|origin = 'x'|proof = ''|ttl = 0.2|ttl = 0",
+    "bot_instances": "generation = NULL|generation = 1|generation = generation + 1000|deployment = 'v0'"
+    "|deployment = NULL|state = 'x'|host = ''|pid = 1|beat = 0|beat = beat + 1|term = 1000|version = NULL|bot = 'other'"
+    "|stop_reason = 'superseded'|ended_at = last_heartbeat|ended_at = NULL|last_heartbeat = started_at",
+    "bot_terms": "probation = 'on'|probation = ''|probation = 'passed'|reason = 'failed'|how = 'died'|instance_id = 'x'"
+    "|deployment = NULL|ttl = 0.1|last_beat = NULL",
+    "bot_deployments": "generation = generation + 1000|deployment = 'x' || generation",
+}
+
+
+@fault()
+async def operator_types_anything(s: Scene) -> bool:
+    """An edit that nobody thought of. (Of the journal only what is open: what is over is what the witness is asked
+    about.)"""
+    s.harms("typed")
+    table = s.rng.choice(list(ANYTHING))
+    edit = s.rng.choice(ANYTHING[table].split("|"))
+    some = {"bot_terms": " WHERE released_at IS NULL", "bot_instances": s.rng.choice(("", " WHERE ended_at IS NULL"))}
+    typed = f"UPDATE {table} SET {edit}{some.get(table, '')}"
+    if s.rng.random() < 0.1:
+        typed = "DELETE FROM bot_deployments"
+    s.world.tell(typed)
+    done = await s.sql(typed)
+    await s.sql("UPDATE bot_leases SET ttl = 1.5 WHERE ttl < 1")  # whoever registers takes it for his own
+    await _promote(s)
+    return done is not None

@@ -51,7 +51,9 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name != "run" and cmd_name in self.list_commands(ctx):
             from botlease import commands
+            from botlease.work.tree import leave_no_core
 
+            leave_no_core()  # the database's password and the token are in our memory
             return commands.COMMANDS[cmd_name]
         return super().get_command(ctx, cmd_name)
 
