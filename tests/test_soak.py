@@ -224,6 +224,8 @@ def test_the_page_of_hazards_has_all_of_them_and_names_only_what_exists() -> Non
     assert all(hasattr(StoreContract, name) for name in re.findall(r"`StoreContract::(\w+)`", page))
     assert {*re.findall(r"nemesis: `(\w+)`", page)} <= {*KINDS}
     assert {*re.findall(r"planted bug `(\w+)`", page)} <= {*BUGS}
+    source = (ROOT / "tests" / "simulation.py").read_text()
+    assert [name for name in re.findall(r"simulation: `([^`]+)`", page) if f'"{name}"' not in source] == []
 
 
 def test_a_run_that_did_next_to_nothing_is_no_run(capsys: pytest.CaptureFixture[str]) -> None:
