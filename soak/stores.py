@@ -517,7 +517,8 @@ def main(name: str, examples: int, number: int, *, shrink: bool = True) -> int:
                     phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),
                 ),
             )
-    print(f"{examples} machines of up to {STEPS} steps: ok")
+        server = target.loop.run_until_complete(target.stores[0].diagnose(DEADLINE))["server"]
+    print(server)
     return 0
 
 
@@ -533,7 +534,8 @@ def run(first: int, examples: int, workers: int, names: tuple[str, ...] = TARGET
         elif done.returncode:
             report.fail(f"{name}: {(done.stdout + done.stderr)[-6000:]}; again: python {' '.join(command)}")
         else:
-            report.figures[name] = f"{examples:,} x {STEPS}"
+            # which one it was: "postgres" is what the system has
+            report.figures[name] = f"{examples:,} x {STEPS} on {done.stdout.splitlines()[-1]}"
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(one, names))
