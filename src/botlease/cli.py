@@ -89,7 +89,11 @@ def main() -> None:
 @click.option("--deployment", metavar="KEY", help="The release. Default: the platform's own variable. New key: newer.")
 @click.option("--stop-grace", type=float, metavar="S", help="Seconds from SIGTERM to SIGKILL for the bot. Default 10.")
 @click.option("--lock-delay", type=float, metavar="S", help="Seconds to wait after an expired lease. Default 1.")
-@click.option("--max-crashes", type=click.IntRange(0, 1000), help="Crashes in a row that end the term. Default 5.")
+@click.option(
+    "--max-crashes",
+    type=click.IntRange(0, 1000),
+    help="Restarts in a row; the crash after them ends the term. Default 5.",
+)
 @click.option(
     "--probation", type=float, metavar="S", help="Seconds in which the old one takes back. 0: none. Default 30."
 )
