@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 
 from botlease import journal
+from botlease.commands.see import of_one_moment
+from botlease.model import Held
+from botlease.stores import open_store
+from botlease.testing import DEADLINE, STOPPED, acquire, claim, lease_of, registration
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -118,3 +122,34 @@ def test_an_open_term_has_lasted_until_now() -> None:
     (row,) = journal.rows([term(1, 0, None)], at(65))
     assert (row["lasted"], row["until"], row["ended"], row["from"]) == (65.0, None, None, "2026-01-01 00:00:00.000")
     assert "still on" in journal.table([row])[1]
+
+
+async def test_a_handover_while_journal_and_leases_are_read_is_no_finding(any_url: str) -> None:
+    """Found by the nemesis (seed 500151): a term that began between the two was held and not journalled."""
+    store = open_store(any_url)
+    await store.open(DEADLINE)
+    names = [f"i{n}" for n in range(8)]
+    for name in names:
+        await store.register(registration(name), DEADLINE)
+    real, turn = store.terms, iter(names)
+    assert await claim(store, next(turn))
+    lease = (await store.read("bot", "i0", DEADLINE)).lease
+    assert lease is not None and await acquire(store, "i0", lease) is not None
+    holder = "i0"
+
+    async def terms(*args: Any) -> Any:
+        nonlocal holder
+        found = await real(*args)
+        if (following := next(turn, None)) is not None:  # right behind our back
+            peer = (await store.read("bot", following, DEADLINE)).assigned
+            assert await store.claim("bot", following, peer.key if peer else None, DEADLINE)
+            held = lease_of(await store.read("bot", following, DEADLINE))
+            assert await store.release("bot", holder, Held(held.term, held.nonce, (held.beat,)), **STOPPED)
+            assert await acquire(store, following, lease_of(await store.read("bot", following, DEADLINE))) is not None
+            holder = following
+        return found
+
+    store.terms = terms  # type: ignore[method-assign]
+    (verdict,) = journal.verify(*await of_one_moment(store, None))
+    assert verdict.findings == () and verdict.terms == len(names)
+    await store.aclose()

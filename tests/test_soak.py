@@ -80,6 +80,18 @@ def test_the_judge_sees_a_term_that_is_used_twice_or_falls() -> None:
     assert "after term 2" in judged(("a/1", 2, 1.0), ("b/2", 1, 1.1)).findings[0]
 
 
+def test_a_line_that_a_dying_witness_has_not_finished_is_no_stamp(tmp_path: Path) -> None:
+    stamps = tmp_path / "witness.txt"
+    stamps.write_text("bot-a/1 1 1.000000\nbot-a/1 1 1.0bot-b/2 2 2.000000\nbot-b/2bot-b/2 2 2.100000\nbot-b/2 2 2.2")
+    judge = oracle.Oracle(stamps)
+    judge.read()
+    assert judge.findings == [] and judge.last == 2.1
+    assert [(w.who, w.first, w.last) for w in judge.works.values()] == [
+        ("bot-a/1/1", 1.0, 1.0),
+        ("bot-b/2/2", 2.0, 2.1),
+    ]
+
+
 def test_after_a_thaw_the_judge_forgives_milliseconds_and_counts_them() -> None:
     stamps = ("a/1", 1, 1.0), ("b/2", 2, 3.0), ("a/1", 1, 4.001)
     judge = judged(*stamps, thaws=(4.0,))

@@ -16,6 +16,8 @@ from botlease.commands.shared import DEADLINE, TIMED_OUT, command, json_option, 
 from botlease.console import ask, database_option, fail
 from botlease.text import clean, safe
 
+MOST_TERMS = 10_000_000
+
 
 @command
 @database_option
@@ -100,6 +102,31 @@ def history(database: str | None, name: str | None, every: bool, limit: int, as_
         click.echo("\n".join(align(journal.table(shown, many=every))) if shown else "no term yet")
 
 
+async def of_one_moment(store: Any, name: str | None) -> tuple[list[Any], list[Any]]:
+    """Terms and leases. What changes hands while they are read is read anew: it would look like a lease that nobody
+    has journalled, or one that went backwards."""
+
+    async def read() -> dict[str, Any]:
+        leases = (await store.overview(DEADLINE))["leases"]
+        return {row["bot"]: row for row in leases if name is None or row["bot"] == name}
+
+    def hold(row: dict[str, Any] | None) -> tuple[Any, ...]:
+        return (row["term"], row["holder"]) if row is not None else ()
+
+    before = await read()
+    terms = await store.terms(name, MOST_TERMS, 60.0)
+    for _ in range(20):
+        leases = await read()
+        moved = {bot for bot in before | leases if hold(before.get(bot)) != hold(leases.get(bot))}
+        if not moved:
+            break
+        terms = [row for row in terms if row["bot"] not in moved]
+        for bot in moved:
+            terms += await store.terms(bot, MOST_TERMS, 60.0)
+        before = leases
+    return terms, list(before.values())
+
+
 @command
 @database_option
 @click.option("--name", metavar="N", help="Only this bot.")
@@ -117,10 +144,9 @@ def verify(database: str | None, name: str | None, as_json: bool) -> None:
     async def read(store: Any) -> Any:
         if name is not None:
             await which(store, name)
-        return await store.terms(name, 10_000_000, 60.0), (await store.overview(DEADLINE))["leases"]
+        return await of_one_moment(store, name)
 
-    terms, leases = ask(database, read)
-    verdicts = journal.verify(terms, [row for row in leases if name is None or row["bot"] == name])
+    verdicts = journal.verify(*ask(database, read))
     for v in verdicts:
         if as_json:
             click.echo(json.dumps(asdict(v)))
