@@ -44,12 +44,15 @@ THEN: Final[dict[str, tuple[str, ...]]] = {
     "digitalocean": ("doctl apps create --spec .do/app.yaml",),
     "dokku": (
         "dokku ps:scale @APP@ web=0 worker=1",
-        "dokku ps:set @APP@ stop-timeout-seconds 60",
+        "dokku ps:set @APP@ stop-timeout-seconds 60; dokku config:set @APP@ BOTLEASE_PLATFORM_GRACE=60",
         "dokku checks:set @APP@ wait-to-retire 10    the old one has handed over long before",
     ),
-    "coolify": ("enable the health check only with --health-port; stop grace period: 60",),
+    "coolify": (
+        "enable the health check only with --health-port; stop grace period: 60, and BOTLEASE_PLATFORM_GRACE=60",
+    ),
     "caprover": (
         'App Configs > Service Update Override: {"TaskTemplate": {"ContainerSpec": {"StopGracePeriod": 60000000000}}}',
+        "App Configs > Environment: BOTLEASE_PLATFORM_GRACE=60    so that the bot may take that long to stop",
     ),
     "docker": ("docker compose up -d --build",),
     "systemd": (
@@ -57,7 +60,10 @@ THEN: Final[dict[str, tuple[str, ...]]] = {
         "DATABASE_URL=... and BOT_TOKEN=... go to /etc/@APP@.env, mode 0600",
     ),
     "pm2": ("pm2 start ecosystem.config.js && pm2 save",),
-    "northflank": ("a deployment service from the Dockerfile; grace period 60; DATABASE_URL and BOT_TOKEN as secrets",),
+    "northflank": (
+        "a deployment service from the Dockerfile; grace period 60, and BOTLEASE_PLATFORM_GRACE=60",
+        "DATABASE_URL and BOT_TOKEN as secrets",
+    ),
     "plain": ("chmod +x run.sh && ./run.sh",),
 }
 
