@@ -331,18 +331,20 @@ async def _all(report: Report, log: Log, faults: int, worlds: tuple[str, ...], a
         nonlocal done, ahead
         while world := next_world():
             seed, kind, left = world
+            result: Any = {"damaged": 0}
             async for line in _world(seed, kind, left, plant):
                 some = int(str(line.get("faults", 0)))
                 done, ahead, left = done + some, ahead - min(some, left), left - min(some, left)
                 report.progress(f"{done:,} of {faults:,} faults")
-                result = line.get("result")
-                if not isinstance(result, dict):
+                if "result" not in line:
                     continue
+                result = {"damaged": 0} | line["result"]
                 log.add(result)
                 _fail(report, result)
                 if result["findings"]:
                     print(json.dumps(result, indent=1), file=sys.stderr)
-            ahead -= left
+            if result["damaged"]:  # what was to be done to it is done to another one
+                ahead -= left
 
     async with asyncio.TaskGroup() as workers:  # gather would not wait for the worlds of the others when it is ended
         for _ in range(at_once):

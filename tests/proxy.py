@@ -130,22 +130,24 @@ class Proxy:
         messages: Messages,
         others: Messages,
     ) -> None:
-        while data := await reader.read(65536):
-            if direction == ANSWERS and others.asked_for_tls and len(data) == 1:
-                others.asked_for_tls = False  # the server's answer to that is one byte
-                whole = [data]
-            else:
-                whole = messages.feed(data)
-            await asyncio.sleep(self.delay)
-            for message in whole:
-                await self.flow[direction].wait()
-                link.seen[direction] += 1
-                if self.on_message is not None and not self.on_message(link, direction, message):
-                    continue
-                if writer.transport.is_closing():
-                    return
-                writer.write(message)
-        writer.close()
+        try:
+            while data := await reader.read(65536):
+                if direction == ANSWERS and others.asked_for_tls and len(data) == 1:
+                    others.asked_for_tls = False  # the server's answer to that is one byte
+                    whole = [data]
+                else:
+                    whole = messages.feed(data)
+                await asyncio.sleep(self.delay)
+                for message in whole:
+                    await self.flow[direction].wait()
+                    link.seen[direction] += 1
+                    if self.on_message is not None and not self.on_message(link, direction, message):
+                        continue
+                    if writer.transport.is_closing():
+                        return
+                    writer.write(message)
+        finally:
+            writer.close()  # also after a reset, or the other end would never hear of it
 
     async def __aexit__(self, *_: object) -> None:
         self.go_on()
