@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from harness import one_side_car_lock
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -449,12 +450,9 @@ def prepared(name: str) -> Iterator[Target]:
             loop.run_until_complete(made.execute(*grants("runner")))
             loop.run_until_complete(made.stores[0].open(DEADLINE))
         loop.run_until_complete(made.stores[1].open(DEADLINE))
-        if name == "sqlite":
-            made.stores[1]._guards = made.stores[0]._guards  # type: ignore[attr-defined]  # as in tests/test_stores.py
-        yield made
+        with one_side_car_lock(*made.stores) if name == "sqlite" else contextlib.nullcontext():
+            yield made
         for store in made.stores:
-            if name == "sqlite" and store is made.stores[1]:
-                store._guards = {}  # type: ignore[attr-defined]
             loop.run_until_complete(store.aclose())
 
 

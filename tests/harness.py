@@ -9,10 +9,12 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 BOTLEASE = (sys.executable, "-m", "botlease")
 WITNESS = str(Path(__file__).parent / "witness.py")
@@ -200,3 +202,30 @@ def marked(instance_mark: bytes) -> list[int]:
             except OSError:
                 continue
     return out
+
+
+@contextlib.contextmanager
+def one_side_car_lock(*stores: Any) -> Iterator[None]:
+    """Stores of SQLite in one process that share the side-car lock, as if the work of each term were dead when it is
+    over. They change it one after the other: processes have each their own, and one that was refused would drop the
+    lock of the one that was granted just then, before that had written its term there."""
+    alone = threading.Lock()
+
+    def in_turn(store: Any) -> None:
+        real = store._call
+
+        async def call(deadline: float, job: Callable[[Any], Any]) -> Any:
+            def locked(file: Any) -> Any:
+                with alone:
+                    return job(file)
+
+            return await real(deadline, locked)
+
+        store._call = call
+
+    for store in stores:
+        in_turn(store)
+        store._guards = stores[0]._guards
+    yield
+    for store in stores[1:]:
+        store._guards = {}

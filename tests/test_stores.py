@@ -18,7 +18,7 @@ from typing import Any
 
 import asyncpg
 import pytest
-from harness import World, clean_env
+from harness import World, clean_env, one_side_car_lock
 from proxy import Proxy
 from servers import PgBouncer, has_pgbouncer
 
@@ -68,10 +68,8 @@ class TestSqlite(StoreContract):
     @pytest.fixture
     async def stores(self, sqlite_url: str) -> AsyncIterator[list[Store]]:
         async for s in two(sqlite_url):
-            # two processes would not share the side-car lock, two stores of one process must not either
-            s[1]._guards = s[0]._guards  # type: ignore[attr-defined]
-            yield s
-            s[1]._guards = {}  # type: ignore[attr-defined]
+            with one_side_car_lock(*s):
+                yield s
 
     @pytest.fixture
     def execute(self, sqlite_url: str) -> Callable[[str], Any]:
