@@ -367,7 +367,7 @@ class PostgresFleet:
         fresh = os.urandom(8).hex()
         found = await self._fetch(deadline, ADD, fleet, sorted(set(bots)), fresh, ttl, SYSTEM)
         await self._fetch(deadline, NOTIFY, fleet)
-        added = [r["bot"] for r in found]
+        added = sorted(r["bot"] for r in found)
         # A supervisor of such a bot hears its bot's name alone.
         await self._fetch(deadline, NOTIFY_HOLDERS, added)
         return added
