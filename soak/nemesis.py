@@ -183,6 +183,9 @@ class Run:
                 break
             await asyncio.sleep(1)  # what a fault did to the database is not over for everybody yet
         else:
+            self.damaged = self.is_damaged()
+            if self.damaged:
+                return  # they say so, and so does everybody who starts
             self.findings.append(f"neither history nor verify could be asked: {code}, {verdict}")
             return
         waited_out = {row["term"] for row in rows if row["began"] == "expired"}

@@ -68,10 +68,12 @@ async def operator_edits_the_lease(s: Scene) -> bool:
     return done is not None
 
 
+# But for the name of the bot: who is taken out of it by name is waited for by nobody, as if he had been deleted, and has
+# a row all the same.
 ANYTHING = {
     "bot_leases": "served = 0|served = 1000000|origin = 'x'|proof = ''|ttl = 0.2|ttl = 0",
     "bot_instances": "generation = NULL|generation = 1|generation = generation + 1000|deployment = 'v0'"
-    "|deployment = NULL|state = 'x'|host = ''|pid = 1|beat = 0|beat = beat + 1|term = 1000|version = NULL|bot = 'other'"
+    "|deployment = NULL|state = 'x'|host = ''|pid = 1|beat = 0|beat = beat + 1|term = 1000|version = NULL"
     "|stop_reason = 'superseded'|ended_at = last_heartbeat|ended_at = NULL|last_heartbeat = started_at",
     "bot_terms": "probation = 'on'|probation = ''|probation = 'passed'|reason = 'failed'|how = 'died'|instance_id = 'x'"
     "|deployment = NULL|ttl = 0.1|last_beat = NULL",
