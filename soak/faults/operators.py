@@ -68,8 +68,8 @@ async def operator_edits_the_lease(s: Scene) -> bool:
     return done is not None
 
 
-# But for the name of the bot: who is taken out of it by name is waited for by nobody, as if he had been deleted, and has
-# a row all the same.
+# But for the name of the bot: who is taken out of it by name is missed by nobody, as if he had been deleted, and has a
+# row all the same.
 ANYTHING = {
     "bot_leases": "served = 0|served = 1000000|origin = 'x'|proof = ''|ttl = 0.2|ttl = 0",
     "bot_instances": "generation = NULL|generation = 1|generation = generation + 1000|deployment = 'v0'"
