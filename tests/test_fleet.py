@@ -391,7 +391,7 @@ def test_a_row_that_somebody_has_in_a_transaction_keeps_no_other_bot_waiting(mem
         moves = next(bot for bot in names(20) if place(bot, [2, 1]) != place(bot, [1]))
         forget(moves)  # to be moved, or to be taken from the dead
         members.start()
-        until(lambda: len([bot for bot in members.running() if bot != moves and members.running()[bot] == 1]) > 3)
+        until(lambda: len([bot for bot, n in members.running().items() if bot != moves and n == 1]) > 3)
         members.kill(one)
         until(lambda: {*names(20)} - {moves} <= {*members.running()} and {*members.running().values()} == {1})
         runner.run(operator.execute("ROLLBACK"))
