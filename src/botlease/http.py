@@ -110,7 +110,9 @@ async def serve(
             with contextlib.suppress(OSError):
                 writer.close()
 
-    backlog = 16 if most else 100  # so many are accepted at once, before any of them is counted
+    # So many are accepted in one turn of the loop, and up to three turns' before the first of them is counted: with the
+    # ones that are kept they must not come near to a small limit of open files, or the database's cannot be opened.
+    backlog = 8 if most else 100
     if sock is not None:
         return await asyncio.start_server(connected, sock=sock, limit=MAX_HEAD, backlog=backlog)
     return await asyncio.start_server(connected, host, port, limit=MAX_HEAD, backlog=backlog)
