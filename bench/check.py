@@ -94,19 +94,21 @@ def goals(found: dict[str, Any]) -> list[Goal]:
             goal(f"memory of the {who}, {name}", most, "MB", lambda name=name, who=who: rows[name]["idle"][who]["pss"])
         goal(f"idle holder, {name}", 1.5, "CPU s/h", lambda name=name: rows[name]["idle"]["holder"]["cpu"])
     bare = _values(rows.get("pg-advisory", {}), "in-process", "gap")
-    if bare:
-        goal(
-            "in-process, PostgreSQL, beside 1.5 of pg-advisory's in-process",
-            1.5 * median(bare) * 1000,
-            "ms",
-            lambda: ms("botlease.active, PostgreSQL", "in-process", "gap"),
-        )
-        goal(
-            "warm, PostgreSQL, beside 1.5 of pg-advisory's in-process",
-            1.5 * median(bare) * 1000,
-            "ms",
-            lambda: ms("botlease, warm, PostgreSQL", "handover", "gap"),
-        )
+    for what, name, part in (
+        ("in-process", "botlease.active, PostgreSQL", "in-process"),
+        ("warm, with a child", "botlease, warm, PostgreSQL", "handover"),
+    ):
+        for beside, lock in (
+            ("2.5 ms for a bare advisory lock", 2.5),
+            ("pg-advisory in-process", median(bare or [0]) * 1000),
+        ):
+            if bare:
+                goal(
+                    f"{what}, PostgreSQL, beside 1.5 of {beside}",
+                    1.5 * lock,
+                    "ms",
+                    lambda name=name, part=part: ms(name, part, "gap"),
+                )
     for name in ("botlease, PostgreSQL", "botlease-fast, PostgreSQL"):
         if name in rows:
             goal(

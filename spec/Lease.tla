@@ -63,7 +63,7 @@ Fresh == [ph |-> "standby", ask |-> NoAsk, term |-> 0, line |-> 0, until |-> 0, 
 
 Init ==
   /\ phase = 0 /\ left = Budget
-  /\ row = [there |-> TRUE, term |-> 0, who |-> 0, rtl |-> 0, exp |-> FALSE, prob |-> FALSE]
+  /\ row = [there |-> TRUE, term |-> 0, who |-> 0, was |-> 0, rtl |-> 0, exp |-> FALSE, prob |-> FALSE]
   /\ prev = row /\ tl = 0
   /\ asg = 0 /\ fails = [i \in Inst |-> 0]
   /\ net = {} /\ ans = {}
@@ -90,7 +90,7 @@ Read(i) ==
 \* The row is not there: what is put back belongs to nobody we know, and is not free.
 PutBack(i) ==
   /\ Awake(i) /\ s[i].ph = "standby" /\ Idle(i) /\ ~row.there
-  /\ row' = [row EXCEPT !.there = TRUE, !.who = IF R7 THEN Unknown ELSE 0]
+  /\ row' = [row EXCEPT !.there = TRUE, !.who = IF R7 THEN Unknown ELSE 0, !.was = 0]
   /\ s' = [j \in Inst |-> [s[j] EXCEPT !.cur = @ /\ s[j].key.who # Unknown]]
   /\ net' = {[m EXCEPT !.cur = @ /\ m.key.who # Unknown] : m \in net}     \* its nonce is a new one
   /\ UNCHANGED <<phase, left, prev, tl, asg, fails, ans, w, last, flight, bad>>
@@ -168,8 +168,8 @@ Serve(m) ==
   \/ /\ m.v = "acquire"
      /\ IF row.there /\ asg = m.i /\ (R4 => Fits(m)) /\ row.term < MaxTerm
         THEN LET t == row.term + 1 + (IF R6 /\ row.rtl # tl THEN tl ELSE 0) IN
-             /\ prev' = row
-             /\ row' = [there |-> TRUE, term |-> t, who |-> m.i, rtl |-> tl,
+             /\ prev' = [row EXCEPT !.was = 0]
+             /\ row' = [there |-> TRUE, term |-> t, who |-> m.i, was |-> 0, rtl |-> tl,
                         exp |-> m.how = "expired" \/ (m.how = "died" /\ row.exp),
                         prob |-> \E j \in Inst : j < m.i /\ Alive(j)]
              /\ Served(m, TRUE, t)
@@ -182,7 +182,7 @@ Serve(m) ==
      /\ Told(m, Mine(m), m.term)
      /\ UNCHANGED <<phase, left, row, prev, tl, asg, fails, w, last, flight, bad>>
   \/ /\ m.v = "release"
-     /\ row' = IF Mine(m) THEN [row EXCEPT !.who = 0] ELSE row
+     /\ row' = IF Mine(m) THEN [row EXCEPT !.who = 0, !.was = m.i] ELSE row
      \* who was stopped by a signal passes the assignment on
      /\ asg' = IF s[m.i].stop /\ asg = m.i /\ \E j \in Inst : j # m.i /\ s[j].ph = "standby" /\ ~s[j].stop
                THEN CHOOSE j \in Inst : j # m.i /\ s[j].ph = "standby" /\ ~s[j].stop ELSE asg
@@ -284,6 +284,10 @@ Fail(i) ==
 \* The last acquire is lost, and what came after it.
 FailOver == /\ left > 0 /\ left' = left - 1 /\ tl' = tl + 1 /\ row' = prev
             /\ UNCHANGED <<phase, prev, asg, fails, net, ans, s, w, last, flight, bad>>
+\* A release waits for no disk: the server crashes and has not heard of it. It is the same server, and nobody can tell.
+\* Until the next acquire, which is waited for, and with it what stands before it in the log.
+Unheard == /\ left > 0 /\ row.was # 0 /\ left' = left - 1 /\ row' = [row EXCEPT !.who = row.was, !.was = 0]
+           /\ UNCHANGED <<phase, prev, tl, asg, fails, net, ans, s, w, last, flight, bad>>
 Delete == /\ left > 0 /\ row.there /\ left' = left - 1 /\ row' = [row EXCEPT !.there = FALSE]
           /\ UNCHANGED <<phase, prev, tl, asg, fails, net, ans, s, w, last, flight, bad>>
 
@@ -315,7 +319,7 @@ Tick ==
   /\ UNCHANGED <<left, row, prev, tl, asg, fails, net, ans, last, bad>>
 
 Next ==
-  \/ Tick \/ Edit \/ FailOver \/ Delete
+  \/ Tick \/ Edit \/ FailOver \/ Unheard \/ Delete
   \/ \E m \in net : Serve(m) \/ Lose(m)
   \/ \E a \in ans : Answer(a)
   \/ \E i \in Inst : Read(i) \/ PutBack(i) \/ Claim(i) \/ Acquire(i) \/ Unread(i) \/ Renew(i) \/ Release(i)

@@ -11,6 +11,8 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
+from simulation import World
+
 from botlease import core
 from botlease.evidence import Evidence
 from botlease.model import How
@@ -378,4 +380,10 @@ def in_an_emptied_database_nobody_begins() -> Iterator[None]:
         return real(replace(s, anew=False), view, lease, now)
 
     with patch.object(core, "_may_claim", wrong):
+        yield
+
+
+@bug
+def a_grant_waits_for_no_disk() -> Iterator[None]:
+    with patch.object(World, "lazy", {core.Verb.ACQUIRE}):
         yield

@@ -341,6 +341,9 @@ class Database:
 
 
 class World:
+    lazy: ClassVar = {core.Verb.RELEASE}
+    """What waits for no disk (as RELEASE of PostgreSQL)."""
+
     def __init__(self, seed: int, plan: Plan | None = None, *, no_fence: bool = False, tracing: bool = False) -> None:
         self.seed = seed
         self.rng = random.Random(seed)
@@ -528,10 +531,14 @@ class World:
             node.feed(core.Failed(q.serial, node.nonce(q)))  # an answered call has no deadline any more
 
     def serve(self, node: Node, q: core.Question) -> None:
+        lazy = q.verb in self.lazy and self.plan.failover and not self.calm
+        before_it = self.db.db.serialize() if lazy else b""
         try:
             event = self.answer(node, q)
         except sqlite3.Error:
             event = core.Failed(q.serial, node.nonce(q))
+        if before_it and not isinstance(event, core.Denied | core.Failed):
+            self.forget(q.verb, before_it)
         back = self.delay(node, answer=True)
         if back is not None:
             self.at(self.time + back, lambda: self.deliver(node, event))
@@ -910,6 +917,22 @@ class World:
             age = self.rng.choice([0.0, 1.0, 5.0])
             fitting = [s for t, s in self.snapshots if t <= self.time - age]
         self.come_back(fitting[-1] if fitting else None)
+
+    def forget(self, verb: core.Verb, image: bytes) -> None:
+        """It waited for no disk, and a crash of the server takes it back, unless something was written since, which was
+        waited for. It is the same server afterwards, and nobody can tell."""
+        if self.rng.random() > 0.7:
+            return
+        file, written, origin = self.db.db, self.db.db.total_changes, self.db.origin
+
+        def crash() -> None:
+            if not self.calm and (file.total_changes, self.db.origin) == (written, origin):
+                self.faults[f"{verb} lost"] += 1
+                file.deserialize(image)
+                self.trace(f"the database crashes, and has not heard of the {verb}")
+                self.changed(core.Woken())
+
+        self.at(self.time + self.rng.choice([0.0, 0.0005, 0.01, 0.2]), crash)
 
     def hide_the_ttl(self, node: Node) -> None:
         """Nobody but the row knows how long its trust lasts, and the row goes."""

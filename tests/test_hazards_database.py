@@ -29,10 +29,10 @@ from simulation import Node, Plan
 from simulation import World as Simulated
 
 from botlease import clock, core
-from botlease.model import Timing
-from botlease.stores import Held
+from botlease.model import Reason, Timing
+from botlease.stores import Held, StoreRefused
 from botlease.stores.postgres import PostgresStore
-from botlease.testing import StoreContract
+from botlease.testing import DEADLINE, StoreContract, acquire, claim, lease_of, registration
 
 TIMING = Timing.for_ttl(3.0)
 SECRETS = ("first-secret", "second-secret")
@@ -285,6 +285,93 @@ async def test_after_a_promotion_that_lost_the_last_commits_nobody_begins_for_a_
         for server in (old, new):
             if server is not None:
                 server.stop()
+
+
+async def _again(server: Postgres) -> PostgresStore:
+    """The server crashes, what it had not written yet is lost, and it is up again."""
+    server.signal(signal.SIGKILL)
+    server.start()
+    store = PostgresStore(server.url())
+    await store.open(DEADLINE)
+    for pid in server.processes("walwriter"):
+        os.kill(pid, signal.SIGSTOP)  # which would write within a moment what nobody waits for
+    return store
+
+
+async def _flushed(connection: asyncpg.Connection) -> bool:
+    return bool(await connection.fetchval("SELECT pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn()"))
+
+
+@pytest.mark.parametrize("setting", ["on", "off"])
+async def test_grants_and_renewals_outlast_a_crash_of_a_server_of_either_setting_and_a_release_waits_for_no_disk(
+    setting: str,
+) -> None:
+    server = Postgres().start()
+    try:
+        connection = await asyncpg.connect(server.url())
+        await connection.execute(f"ALTER ROLE postgres SET synchronous_commit = {setting}")
+        await connection.execute("CHECKPOINT")
+        await connection.close()
+        store = PostgresStore(server.url())
+        await store.open(DEADLINE)
+        for who in ("a", "b"):
+            await store.register(registration(who), DEADLINE)
+        assert await claim(store, "a")
+        await store.aclose()
+        store = await _again(server)
+        grant = await acquire(store, "a", lease_of(await store.read("bot", "a", DEADLINE)))
+        await store.aclose()
+        store = await _again(server)
+        lease = lease_of(await store.read("bot", "a", DEADLINE))
+        assert (lease.term, lease.holder, lease.beat) == (grant.term, "a", 0)
+        assert await store.renew("bot", "a", Held(grant.term, "nonce-a", (0,)), 7, DEADLINE)
+        await store.aclose()
+        store = await _again(server)
+        lease = lease_of(await store.read("bot", "a", DEADLINE))
+        assert (lease.term, lease.holder, lease.beat) == (grant.term, "a", 7)
+
+        beside = await asyncpg.connect(server.url())
+        assert await _flushed(beside)
+        held = Held(grant.term, "nonce-a", (7,))
+        assert await store.release("bot", "a", held, reason=Reason.STOPPED, pass_on=True, leave=True, deadline=DEADLINE)
+        assert not await _flushed(beside)
+        await beside.close()
+        lost = lease_of(await store.read("bot", "b", DEADLINE))
+        assert lost.holder is None
+        await store.aclose()
+        store = await _again(server)
+        view = await store.read("bot", "b", DEADLINE)
+        assert lease_of(view) == lease and view.assigned is not None and view.assigned.instance_id == "a"
+        assert await acquire(store, "b", lost) is None  # what it had seen is not so any more
+        assert await store.release("bot", "a", held, reason=Reason.STOPPED, pass_on=True, leave=True, deadline=DEADLINE)
+        after = await acquire(store, "b", lease_of(await store.read("bot", "b", DEADLINE)))
+        beside = await asyncpg.connect(server.url())
+        assert await _flushed(beside)  # and the release before it
+        await beside.close()
+        await store.aclose()
+        store = await _again(server)
+        lease = lease_of(await store.read("bot", "b", DEADLINE))
+        assert (lease.term, lease.holder) == (after.term, "b") and after.term == grant.term + 1
+        await store.aclose()
+    finally:
+        server.signal(signal.SIGCONT)
+        server.stop()
+
+
+@pytest.mark.skipif(not has_pgbouncer(), reason="needs pgbouncer")
+async def test_a_server_that_may_take_back_what_it_confirms_is_refused_behind_a_pooler() -> None:
+    server, pooler = Postgres().start(), None
+    try:
+        connection = await asyncpg.connect(server.url())
+        await connection.execute("ALTER ROLE postgres SET synchronous_commit = off")
+        await connection.close()
+        pooler = PgBouncer(server.port, 1)
+        with pytest.raises(StoreRefused, match=r"synchronous_commit off.*ALTER ROLE"):
+            await PostgresStore(server.url(port=pooler.port)).open(DEADLINE)
+    finally:
+        for each in (pooler, server):
+            if each is not None:
+                each.stop()
 
 
 def quiet(nodes: int, *, same_host: bool = False) -> Simulated:

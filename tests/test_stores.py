@@ -117,9 +117,9 @@ async def test_a_pooler_that_passes_for_a_server_costs_an_attempt_and_no_more(
     """Some hand the server's process id through. What was prepared is then on another connection."""
     real = PostgresStore._identify
 
-    async def passes_for_a_server(self: PostgresStore, connection: asyncpg.Connection) -> int:
-        await real(self, connection)
-        return int(connection.get_server_pid())
+    async def passes_for_a_server(self: PostgresStore, connection: asyncpg.Connection) -> tuple[int, bool]:
+        _, lazy = await real(self, connection)
+        return int(connection.get_server_pid()), lazy
 
     monkeypatch.setattr(PostgresStore, "_identify", passes_for_a_server)
     port = int(postgres_url.split(":")[-1].split("/")[0])

@@ -178,8 +178,10 @@ class PostgresStore:
             server_settings={"application_name": "botlease", "timezone": "UTC"},
         )
         try:
-            pid = await self._identify(connection)
+            pid, lazy = await self._identify(connection)
             self.pooled = pid != connection.get_server_pid()
+            if lazy:
+                await self._durable(connection)
             if self.listens and not self.pooled:
                 await connection.add_listener(CHANNEL, self._notified)
             if not self.pooled:
@@ -223,6 +225,16 @@ class PostgresStore:
         except StoreError:
             self._plans = False  # it costs a connection where the line is slow: once, and never again
 
+    async def _durable(self, connection: asyncpg.Connection) -> None:
+        """The server confirms what a crash of it may take back. A grant that is lost is given to the next one as well
+        (the simulation shows it); a renewal that is lost ends sooner for the others than for its holder."""
+        if self.pooled:  # the next transaction may be another session's
+            raise StoreRefused(
+                f"{self.url} has synchronous_commit off, so that a crash of it would lose what it confirmed: "
+                "ALTER ROLE ... SET synchronous_commit = on, for the user of the database URL, and reconnect the pooler"
+            )
+        await connection.execute("SET synchronous_commit = on")
+
     async def _limit(self, connection: asyncpg.Connection, deadline: float) -> None:
         """A lock wait must end before we give up, so that a late statement cannot succeed behind our back. Behind a
         pooler a setting would stay with somebody else's connection."""
@@ -231,9 +243,12 @@ class PostgresStore:
             await connection.execute(f"SET lock_timeout = {ms}; SET statement_timeout = {ms}")
             self._limited = ms
 
-    async def _identify(self, connection: asyncpg.Connection) -> int:
-        """Which database this is, and the process id of the server."""
-        about = "pg_backend_pid() AS pid, current_setting('server_version_num')::int AS version"
+    async def _identify(self, connection: asyncpg.Connection) -> tuple[int, bool]:
+        """Which database this is, the process id of the server, and whether its commits wait for no disk."""
+        about = (
+            "pg_backend_pid() AS pid, current_setting('server_version_num')::int AS version, "
+            "current_setting('synchronous_commit') = 'off' AS lazy"
+        )
         for system, timeline in (
             ("(SELECT system_identifier::text FROM pg_control_system())", TIMELINE),
             ("current_database()::text", TIMELINE),
@@ -253,7 +268,7 @@ class PostgresStore:
             if row["version"] < 130_000:
                 raise StoreRefused(f"PostgreSQL {row['version'] // 10_000} is too old: 13 or newer is needed")
             self.system, self._timeline = f"{row['system']}/", timeline
-            return int(row["pid"])
+            return int(row["pid"]), bool(row["lazy"])
         raise StoreError(f"{self.url} does not say which database it is")
 
     def _notified(self, *about: object) -> None:

@@ -169,6 +169,9 @@ handed_on AS (
   FROM best WHERE (SELECT bool_or(is_active) FROM me) AND bot_instances.instance_id = best.instance_id
 )"""
 
+# Nobody waits for the disk, nor for a synchronous standby: one that a crash of the server takes back has not happened,
+# and the lease is waited out or given back by whoever had it. The acquire that follows does wait, and what stands
+# before it in the log is written with it.
 RELEASE: Final = (
     """
 WITH gone AS (
@@ -187,7 +190,7 @@ me AS (
   WHERE instance_id = $2 AND ended_at IS NULL AND (SELECT count(*) FROM best) >= 0 RETURNING is_active
 ), """
     + HAND_ON
-    + " SELECT EXISTS (SELECT 1 FROM gone) AS released"
+    + " SELECT EXISTS (SELECT 1 FROM gone) AS released, set_config('synchronous_commit', 'off', TRUE)"
 )
 
 LEAVE: Final = (
