@@ -84,6 +84,8 @@ def main(
             say(f"floor: {what}: {floors.ms(values)}")
         if "nobody" not in found:
             found["nobody"] = nobody(postgres.url(), 10 if quick else 30)
+        if "idle floor" not in found:
+            found["idle floor"] = floors.idle(postgres.url(), folder, 10 if quick else 60)
         measures: dict[str, Callable[[], Any]] = {
             "peers": lambda: compare.measure(
                 lab, [*chosen], say, lambda rows: keep(peers=rows), found.get("peers", []), quick=quick

@@ -201,6 +201,10 @@ def _bounds(found: dict[str, Any]) -> Iterator[tuple[str, float, float, str]]:
             most = 22.0 if row["server"] == "file" else 26.0
             for who in ("holder", "standby"):
                 yield f"{name}: PSS of the {who}", row["idle"][who]["pss"], most, "MB"
+            writes = found["idle floor"]["SQLite" if row["server"] == "file" else "PostgreSQL (asyncpg)"]["cpu"]
+            beats = 10 / row["ttl"]  # the floor writes a row each two seconds
+            cpu = row["idle"]["holder"]["cpu"] / writes / beats
+            yield f"{name}: CPU of the holder", cpu, 5.0, "programs that write as often, and do nothing else"
         if took := _values(row, "start-up", ""):
             yield f"{name}: start-up", median(took) / python, 3.0, "Pythons with asyncio"
     own = found.get("own", {})

@@ -91,6 +91,27 @@ def measure(child: tuple[str, ...], folder: Path, n: int) -> dict[str, list[floa
     }
 
 
+def idle(url: str, folder: Path, seconds: float) -> dict[str, dict[str, float]]:
+    """What a program costs that does nothing but write a row each two seconds (bench/heartbeat.py): CPU seconds an
+    hour, and MB."""
+    program = str(Path(__file__).parent / "heartbeat.py")
+    places = {"PostgreSQL (asyncpg)": url, "SQLite": str(folder / "heartbeat.db")}
+    running = {name: subprocess.Popen([sys.executable, program, place]) for name, place in places.items()}
+    try:
+        time.sleep(3.0)  # what a start takes is not part of it
+        before, began = {name: cpu([p.pid]) for name, p in running.items()}, time.monotonic()
+        time.sleep(seconds)
+        span = time.monotonic() - began
+        return {
+            name: {"cpu": (cpu([p.pid]) - before[name]) / span * 3600, "pss": pss([p.pid])}
+            for name, p in running.items()
+        }
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
+
+
 def _deaths(n: int) -> list[float]:
     """From SIGKILL until a process that waits for it knows."""
     out = []

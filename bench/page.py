@@ -227,11 +227,15 @@ def _idle(found: dict[str, Any], measured: list[dict[str, Any]]) -> list[str]:
 
     out += _table(
         ("system", "holder: CPU s/h", "PSS MB", "requests/s", "standby: CPU s/h", "PSS MB", "requests/s"),
-        [(_name(r), *cells(r)) for r in idle],
+        [(_name(r), *cells(r)) for r in idle]
+        + [
+            (f"floor: a row each 2 s, {name}", f"{its['cpu']:.2f}", f"{its['pss']:.1f}", "–", "–", "–", "–")
+            for name, its in found.get("idle floor", {}).items()
+        ],
     )
     out += ["", *(f"- {r['name']}: {r['idle']['failed']}" for r in measured if "failed" in r.get("idle", {})), ""]
     out += [
-        "Requests are what the client sends, counted on the wire; on files there is no wire. The holder's memory is measured alone; a standby's beside it, with which it shares pages.",
+        "Requests are what the client sends, counted on the wire; on files there is no wire. The floor is a program that does nothing but write one row each two seconds. The holder's memory is measured alone; a standby's beside it, with which it shares pages.",
         "",
     ]
     asked = [r for r in idle if "database" in r["idle"]]

@@ -284,8 +284,8 @@ Fail(i) ==
 \* The last acquire is lost, and what came after it.
 FailOver == /\ left > 0 /\ left' = left - 1 /\ tl' = tl + 1 /\ row' = prev
             /\ UNCHANGED <<phase, prev, asg, fails, net, ans, s, w, last, flight, bad>>
-\* A release waits for no disk: the server crashes and has not heard of it. It is the same server, and nobody can tell.
-\* Until the next acquire, which is waited for, and with it what stands before it in the log.
+\* A release waits for no disk: the server crashes and has not heard of it. It is the same server, on the same
+\* timeline. Until the next acquire, which is waited for, and with it what stands before it in the log.
 Unheard == /\ left > 0 /\ row.was # 0 /\ left' = left - 1 /\ row' = [row EXCEPT !.who = row.was, !.was = 0]
            /\ UNCHANGED <<phase, prev, tl, asg, fails, net, ans, s, w, last, flight, bad>>
 Delete == /\ left > 0 /\ row.there /\ left' = left - 1 /\ row' = [row EXCEPT !.there = FALSE]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +16,7 @@ from botlease import core
 from botlease.evidence import Evidence
 from botlease.model import How
 from botlease.stores import sqlitefile
+from botlease.value import replace
 
 Bug = Callable[[], Any]
 BUGS: dict[str, Bug] = {}

@@ -34,20 +34,6 @@ from botlease.stores.sqlitefile import SqliteFile
 BOT = "bot"
 
 
-def _replace(obj: Any, /, **changes: Any) -> Any:
-    """``dataclasses.replace``, which took a third of the time of a run, for what has a ``__dict__``."""
-    if not hasattr(obj, "__dict__"):
-        return replace(obj, **changes)
-    new = object.__new__(type(obj))
-    fields = new.__dict__
-    fields.update(obj.__dict__)
-    fields.update(changes)
-    return new
-
-
-core.replace = _replace  # type: ignore[attr-defined]
-
-
 def seen_or_its_release(row: Any, q: core.Question) -> bool:
     """Whether this may be acquired: what had been seen, or, of a holder, just its release."""
     term, beat, nonce, holder = q.key
@@ -86,6 +72,7 @@ class Plan:
     sleeps: bool = False  # whole machines do, and their clocks go on
     snapshots: bool = False  # machines are restored from one while they run, or stopped together with their clocks
     settles: bool = True  # in the end faults end, and exactly one must work in bounded time
+    forgets: bool = False  # the database crashes, and has lost what waited for no disk
     sharp: bool = False
     """Everything at its bound: clocks at opposite rates, work that is deaf and dies at the last moment."""
 
@@ -97,7 +84,8 @@ class Plan:
             plan = replace(
                 plan, sharp=True, timings=timings, loss=0.0, deaf_work=True, ambush=0.1, watching=True, failover=False
             )
-        return plan
+        # Not drawn from rng: those who hunt for planted bugs know the worlds of their seeds.
+        return replace(plan, forgets=random.Random(repr(plan)).random() < 0.25)
 
     @classmethod
     def _draw(cls, rng: random.Random) -> Plan:
@@ -341,8 +329,8 @@ class Database:
 
 
 class World:
-    lazy: ClassVar = {core.Verb.RELEASE}
-    """What waits for no disk (as RELEASE of PostgreSQL)."""
+    lazy: ClassVar = {core.Verb.RELEASE, core.Verb.LEAVE}
+    """What waits for no disk: on PostgreSQL a release, and where synchronous_commit is off a farewell as well."""
 
     def __init__(self, seed: int, plan: Plan | None = None, *, no_fence: bool = False, tracing: bool = False) -> None:
         self.seed = seed
@@ -531,13 +519,13 @@ class World:
             node.feed(core.Failed(q.serial, node.nonce(q)))  # an answered call has no deadline any more
 
     def serve(self, node: Node, q: core.Question) -> None:
-        lazy = q.verb in self.lazy and self.plan.failover and not self.calm
+        lazy = q.verb in self.lazy and self.plan.forgets and not self.calm
         before_it = self.db.db.serialize() if lazy else b""
         try:
             event = self.answer(node, q)
         except sqlite3.Error:
             event = core.Failed(q.serial, node.nonce(q))
-        if before_it and not isinstance(event, core.Denied | core.Failed):
+        if before_it and not isinstance(event, core.Failed):  # of what was denied something is written, too
             self.forget(q.verb, before_it)
         back = self.delay(node, answer=True)
         if back is not None:
@@ -920,7 +908,7 @@ class World:
 
     def forget(self, verb: core.Verb, image: bytes) -> None:
         """It waited for no disk, and a crash of the server takes it back, unless something was written since, which was
-        waited for. It is the same server afterwards, and nobody can tell."""
+        waited for. It is the same server afterwards, and on the same timeline."""
         if self.rng.random() > 0.7:
             return
         file, written, origin = self.db.db, self.db.db.total_changes, self.db.origin
@@ -930,7 +918,8 @@ class World:
                 self.faults[f"{verb} lost"] += 1
                 file.deserialize(image)
                 self.trace(f"the database crashes, and has not heard of the {verb}")
-                self.changed(core.Woken())
+                if self.rng.random() < 0.5:  # whoever is connected anew looks, but not at once
+                    self.changed(core.Woken())
 
         self.at(self.time + self.rng.choice([0.0, 0.0005, 0.01, 0.2]), crash)
 

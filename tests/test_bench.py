@@ -46,7 +46,9 @@ def figures(**ours: Any) -> dict[str, Any]:
         "PostgreSQL: an advisory lock, let go here and had there": [0.0005],
         "PostgreSQL: a durable commit": [0.001],
     }
-    return {"floors": floors, "versions": {"PostgreSQL": "15"}, "peers": [row | ours, peer, gone]}
+    idle = {name: {"cpu": 0.5, "pss": 15.0} for name in ("PostgreSQL (asyncpg)", "SQLite")}
+    found = {"floors": floors, "idle floor": idle, "versions": {"PostgreSQL": "15"}}
+    return found | {"peers": [row | ours, peer, gone]}
 
 
 def test_figures_within_their_bounds_break_nothing_and_each_that_is_beyond_is_named() -> None:
@@ -57,6 +59,8 @@ def test_figures_within_their_bounds_break_nothing_and_each_that_is_beyond_is_na
     assert "overlap, supervisor stopped" in check.broken(two)[0]
     fat = figures(idle={w: {"cpu": 1.0, "pss": 27.0, "requests": 0.5} for w in ("holder", "standby")})
     assert len(check.broken(fat)) == 2
+    busy = figures(idle={w: {"cpu": 2.6, "pss": 20.0, "requests": 0.5} for w in ("holder", "standby")})
+    assert [line.split(":")[1] for line in check.broken(busy)] == [" CPU of the holder"]
 
 
 def test_what_of_ours_could_not_be_measured_breaks_the_check() -> None:
@@ -97,6 +101,7 @@ def test_the_page_names_what_was_not_measured_and_what_overlapped(
     assert "not measured: consul lock: consul is not installed" in text
     assert "| pg <advisory> | – | **3,000 / 3,000 / 3,000 (of 1)** (1 of 1 still open) | – |" in text
     assert "| **botlease, PostgreSQL** | 15.5 / 16.0 / 16.0 (of 2) |" in text
+    assert "| floor: a row each 2 s, SQLite | 0.50 | 15.0 |" in text
     assert "| not within 60 s: 1 of 1 |" in text and "Gone: it ended with 1" in text
     for drawing in (tmp_path / "docs" / "benchmarks").glob("*.svg"):
         assert f"benchmarks/{drawing.name}" in text

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 
 from botlease import core
 from botlease.keeper import Keeper
 from botlease.model import Reason, Timing
 from botlease.stores import open_store
 from botlease.testing import registration
+from botlease.value import replace
 from botlease.work.body import BodyWork
 from botlease.work.fence import Fence
 
@@ -47,7 +47,7 @@ async def test_of_two_copies_of_a_holder_one_goes_on_and_the_other_ends_within_i
     term = await begun
     second = await keeper("second", loop.create_future())
 
-    second.state = dataclasses.replace(first.state, asking=None)  # restored: its connection is gone
+    second.state = replace(first.state, asking=None)  # restored: its connection is gone
     assert second.state.term is not None
     second.work.start(term, second.state.term.nonce, second.state.term.trusted_until, None)
     at = loop.time()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from botlease import core
@@ -45,6 +43,7 @@ from botlease.model import (
     Woken,
     WorkEnded,
 )
+from botlease.value import replace
 
 TIMING = Timing()
 FREE = Lease(3, 0, "x", None, 10.0, "db")

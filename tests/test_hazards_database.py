@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import harness
@@ -29,9 +30,12 @@ from simulation import Node, Plan
 from simulation import World as Simulated
 
 from botlease import clock, core
-from botlease.model import Reason, Timing
-from botlease.stores import Held, StoreRefused
+from botlease.model import How, Reason, Timing
+from botlease.stores import Held
+from botlease.stores.inbox import Changes, Holding, Update
 from botlease.stores.postgres import PostgresStore
+from botlease.stores.postgresfleet import Hold, PostgresFleet, slot_name
+from botlease.stores.postgresinbox import PostgresInbox
 from botlease.testing import DEADLINE, StoreContract, acquire, claim, lease_of, registration
 
 TIMING = Timing.for_ttl(3.0)
@@ -287,91 +291,147 @@ async def test_after_a_promotion_that_lost_the_last_commits_nobody_begins_for_a_
                 server.stop()
 
 
-async def _again(server: Postgres) -> PostgresStore:
-    """The server crashes, what it had not written yet is lost, and it is up again."""
-    server.signal(signal.SIGKILL)
-    server.start()
-    store = PostgresStore(server.url())
-    await store.open(DEADLINE)
-    for pid in server.processes("walwriter"):
-        os.kill(pid, signal.SIGSTOP)  # which would write within a moment what nobody waits for
-    return store
+LAZY = "ALTER SYSTEM SET synchronous_commit = off"
 
 
-async def _flushed(connection: asyncpg.Connection) -> bool:
-    return bool(await connection.fetchval("SELECT pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn()"))
+class Crashing:
+    """A server that crashes, and forgets what it was not made to write."""
+
+    def __init__(self, setting: str) -> None:
+        self.setting = setting
+        self.server = Postgres().start()
+        self.pooler = PgBouncer(self.server.port, 1) if setting == "off, and a pooler" else None
+        self.store: PostgresStore | None = None
+
+    async def lazy(self, on: bool) -> None:
+        connection = await asyncpg.connect(self.server.url())
+        await connection.execute(LAZY if on else "ALTER SYSTEM SET synchronous_commit = on")
+        await connection.execute("SELECT pg_reload_conf()")
+        while (await connection.fetchval("SHOW synchronous_commit") == "off") is not on:
+            await asyncio.sleep(0.01)
+        await connection.close()
+
+    async def again(self, *, crash: bool = True) -> PostgresStore:
+        if self.store is not None:
+            await self.store.aclose()
+        if crash:
+            self.server.signal(signal.SIGKILL)
+            self.server.start()
+        await self.lazy(self.setting.startswith("off"))
+        self.store = PostgresStore(self.server.url(port=self.pooler.port if self.pooler else None))
+        self.store._plans = False  # which commits, and waits for it
+        await self.store.open(DEADLINE)
+        await self.store.read("bot", "b", DEADLINE)
+        if self.setting == "switched off later":
+            await self.lazy(True)
+        writers = self.server.processes("walwriter")
+        assert len(writers) == 1
+        os.kill(writers[0], signal.SIGSTOP)  # which would write within a moment what nobody waits for
+        return self.store
+
+    async def written(self) -> str:
+        connection = await asyncpg.connect(self.server.url())
+        at = await connection.fetchval("SELECT pg_current_wal_flush_lsn()::text")
+        await connection.close()
+        return str(at)
+
+    def stop(self) -> None:
+        if self.pooler is not None:
+            self.pooler.stop()
+        self.server.signal(signal.SIGCONT)
+        self.server.stop()
 
 
-@pytest.mark.parametrize("setting", ["on", "off"])
-async def test_grants_and_renewals_outlast_a_crash_of_a_server_of_either_setting_and_a_release_waits_for_no_disk(
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "on",
+        "off",
+        "switched off later",
+        pytest.param("off, and a pooler", marks=pytest.mark.skipif(not has_pgbouncer(), reason="needs pgbouncer")),
+    ],
+)
+async def test_grants_and_renewals_outlast_a_crash_of_a_server_that_waits_for_no_disk_and_a_release_waits_for_none(
     setting: str,
 ) -> None:
-    server = Postgres().start()
+    crashing = Crashing(setting)
+    server = crashing.server
+    end: Any = {"reason": Reason.STOPPED, "pass_on": True, "leave": True, "deadline": DEADLINE}
     try:
-        connection = await asyncpg.connect(server.url())
-        await connection.execute(f"ALTER ROLE postgres SET synchronous_commit = {setting}")
-        await connection.execute("CHECKPOINT")
-        await connection.close()
-        store = PostgresStore(server.url())
-        await store.open(DEADLINE)
-        for who in ("a", "b"):
-            await store.register(registration(who), DEADLINE)
+        first = PostgresStore(server.url())
+        await first.open(DEADLINE)
+        await first.register(registration("b"), DEADLINE)
+        await first.aclose()
+        store = await crashing.again(crash=False)
+        await store.register(registration("a"), DEADLINE)
+        store = await crashing.again()
         assert await claim(store, "a")
-        await store.aclose()
-        store = await _again(server)
+        store = await crashing.again()
         grant = await acquire(store, "a", lease_of(await store.read("bot", "a", DEADLINE)))
-        await store.aclose()
-        store = await _again(server)
+        store = await crashing.again()
         lease = lease_of(await store.read("bot", "a", DEADLINE))
         assert (lease.term, lease.holder, lease.beat) == (grant.term, "a", 0)
         assert await store.renew("bot", "a", Held(grant.term, "nonce-a", (0,)), 7, DEADLINE)
-        await store.aclose()
-        store = await _again(server)
+        store = await crashing.again()
+        assert await store.renew("bot", "a", Held(grant.term, "nonce-a", (7,)), 8, DEADLINE, "active")
+        store = await crashing.again()
         lease = lease_of(await store.read("bot", "a", DEADLINE))
-        assert (lease.term, lease.holder, lease.beat) == (grant.term, "a", 7)
+        assert (lease.term, lease.holder, lease.beat) == (grant.term, "a", 8)
 
-        beside = await asyncpg.connect(server.url())
-        assert await _flushed(beside)
-        held = Held(grant.term, "nonce-a", (7,))
-        assert await store.release("bot", "a", held, reason=Reason.STOPPED, pass_on=True, leave=True, deadline=DEADLINE)
-        assert not await _flushed(beside)
-        await beside.close()
+        before, held = await crashing.written(), Held(grant.term, "nonce-a", (8,))
+        assert await store.release("bot", "a", held, **end)
+        assert await crashing.written() == before
         lost = lease_of(await store.read("bot", "b", DEADLINE))
         assert lost.holder is None
-        await store.aclose()
-        store = await _again(server)
+        store = await crashing.again()
         view = await store.read("bot", "b", DEADLINE)
         assert lease_of(view) == lease and view.assigned is not None and view.assigned.instance_id == "a"
         assert await acquire(store, "b", lost) is None  # what it had seen is not so any more
-        assert await store.release("bot", "a", held, reason=Reason.STOPPED, pass_on=True, leave=True, deadline=DEADLINE)
+        assert await store.release("bot", "a", held, **end)
         after = await acquire(store, "b", lease_of(await store.read("bot", "b", DEADLINE)))
-        beside = await asyncpg.connect(server.url())
-        assert await _flushed(beside)  # and the release before it
-        await beside.close()
-        await store.aclose()
-        store = await _again(server)
+        store = await crashing.again()  # has not lost the release before it either
         lease = lease_of(await store.read("bot", "b", DEADLINE))
         assert (lease.term, lease.holder) == (after.term, "b") and after.term == grant.term + 1
         await store.aclose()
     finally:
-        server.signal(signal.SIGCONT)
-        server.stop()
+        crashing.stop()
 
 
-@pytest.mark.skipif(not has_pgbouncer(), reason="needs pgbouncer")
-async def test_a_server_that_may_take_back_what_it_confirms_is_refused_behind_a_pooler() -> None:
-    server, pooler = Postgres().start(), None
+async def test_what_was_stored_of_the_bot_api_and_what_a_fleet_took_outlast_a_crash_of_such_a_server_too() -> None:
+    crashing = Crashing("off")
     try:
-        connection = await asyncpg.connect(server.url())
-        await connection.execute("ALTER ROLE postgres SET synchronous_commit = off")
-        await connection.close()
-        pooler = PgBouncer(server.port, 1)
-        with pytest.raises(StoreRefused, match=r"synchronous_commit off.*ALTER ROLE"):
-            await PostgresStore(server.url(port=pooler.port)).open(DEADLINE)
+        first = PostgresStore(crashing.server.url())
+        await first.open(DEADLINE)
+        slot = slot_name("f", 1)
+        await first.register(registration("i", bot=slot), DEADLINE)
+        assert await claim(first, "i", bot=slot)
+        lease = lease_of(await first.read(slot, "i", DEADLINE))
+        grant = await acquire(first, "i", lease, bot=slot)
+        hold = Hold("f", 1, "i", grant.term, "nonce-i", grant.origin, 10.0)
+        await PostgresFleet(first).mark(hold, DEADLINE, is_open=True)
+        await PostgresFleet(first).add("f", ["x"], 10.0, DEADLINE)
+        await first.aclose()
+        store, me = await crashing.again(crash=False), Holding("bot", 1, "nonce")
+        (row,) = await PostgresFleet(store).rows(hold, [1], DEADLINE)
+        ((_, term),) = await PostgresFleet(store).take(hold, [(row.bot, row.term, row.slot)], DEADLINE)
+        store = await crashing.again()
+        (row,) = await PostgresFleet(store).rows(hold, [1], DEADLINE)
+        assert (row.term, row.ours) == (term, True)
+        assert await PostgresInbox(store).begin(me, "api", DEADLINE)
+        store = await crashing.again()
+        received = Changes(received=[Update(5, "{}", 0)], offset=6)
+        assert await PostgresInbox(store).save(me, "api", received, DEADLINE)
+        store = await crashing.again()
+        begun = await PostgresInbox(store).begin(me, "api", DEADLINE)
+        assert begun is not None and (begun.offset, [u.update_id for u in begun.updates]) == (6, [5])
+        store = await crashing.again()
+        view = await store.read(slot, "i", DEADLINE)
+        assert await PostgresFleet(store).bury("f", slot, lease_of(view), view.origin, How.EXPIRED, DEADLINE)
+        store = await crashing.again()
+        assert lease_of(await store.read(slot, "i", DEADLINE)).holder is None
+        await store.aclose()
     finally:
-        for each in (pooler, server):
-            if each is not None:
-                each.stop()
+        crashing.stop()
 
 
 def quiet(nodes: int, *, same_host: bool = False) -> Simulated:

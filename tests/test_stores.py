@@ -117,9 +117,9 @@ async def test_a_pooler_that_passes_for_a_server_costs_an_attempt_and_no_more(
     """Some hand the server's process id through. What was prepared is then on another connection."""
     real = PostgresStore._identify
 
-    async def passes_for_a_server(self: PostgresStore, connection: asyncpg.Connection) -> tuple[int, bool]:
-        _, lazy = await real(self, connection)
-        return int(connection.get_server_pid()), lazy
+    async def passes_for_a_server(self: PostgresStore, connection: asyncpg.Connection) -> int:
+        await real(self, connection)
+        return int(connection.get_server_pid())
 
     monkeypatch.setattr(PostgresStore, "_identify", passes_for_a_server)
     port = int(postgres_url.split(":")[-1].split("/")[0])
@@ -512,21 +512,24 @@ async def test_a_warmed_up_connection_leaves_nothing_behind(postgres_url: str) -
     await store.aclose()
 
 
-async def test_another_bots_changes_wake_nobody(postgres_url: str) -> None:
-    """Or each of ten thousand bots on one database would read at every change of any."""
-    a, b = PostgresStore(postgres_url), PostgresStore(postgres_url)
-    for store in (a, b):
+async def test_another_bots_changes_wake_nobody_nor_do_ones_own(postgres_url: str) -> None:
+    """Or each of ten thousand bots on one database would read at every change of any; and whoever has just acquired
+    would look at what he has written, in the moment in which his bot starts."""
+    a, b, operator = (PostgresStore(postgres_url) for _ in range(3))
+    for store in (a, b, operator):
         await store.open(DEADLINE)
     woken: asyncio.Queue[str] = asyncio.Queue()
     a.on_change, b.on_change = (lambda: woken.put_nowait("a")), (lambda: woken.put_nowait("b"))
     await a.register(registration("a", bot="one"), DEADLINE)
     await b.register(registration("b", bot="two"), DEADLINE)
     assert await claim(a, "a", bot="one") and await claim(b, "b", bot="two")
+    for bot in ("one", "two"):
+        assert await operator.deactivate(bot, None, DEADLINE) == 1
     async with asyncio.timeout(5):
         assert [await woken.get() for _ in range(2)] == ["a", "b"]
     assert woken.empty()
-    await a.aclose()
-    await b.aclose()
+    for store in (a, b, operator):
+        await store.aclose()
 
 
 async def test_heartbeats_notify_nobody_and_are_hot_updates(postgres_url: str) -> None:

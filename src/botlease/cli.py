@@ -13,7 +13,7 @@ from typing import Any, Final
 import click
 
 from botlease import __version__, settings
-from botlease.console import CONFIG, CONTEXT, database_option, fail, hide_password
+from botlease.console import CONFIG, CONTEXT, database_option, fail, hide_password, leave
 from botlease.platforms import PLAIN, SYSTEMD
 from botlease.settings import ConfigurationError
 
@@ -171,7 +171,7 @@ def run(
     """
     if not command:
         raise click.UsageError("no command: botlease run [OPTIONS] -- python bot.py")
-    sys.exit(
+    leave(
         start(
             command,
             name=name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -22,6 +23,15 @@ def fail(text: str, code: int) -> NoReturn:
     # A URL or a token in the place of something else, a row, a server's answer: any of them may be quoted in it.
     click.echo(f"botlease: {safe(text)}", err=True)
     sys.exit(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End at once. What Python tidies up at its end takes 20 to 30 ms of processor time (measured), in the very moment
+    in which the next bot starts."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
 
 def invoke(command: click.Command, program: str) -> NoReturn:

@@ -50,7 +50,6 @@ the end is the DynamoDB lock client's, the pause is kopf's, handing back to a na
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from botlease.evidence import Evidence
@@ -96,6 +95,7 @@ from botlease.model import (
     Woken,
     WorkEnded,
 )
+from botlease.value import replace, value
 
 # State -----------------------------------------------------------------------------------------------
 
@@ -111,7 +111,7 @@ class Phase(StrEnum):
     ENDED = "ended"
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Term:
     number: int
     nonce: str
@@ -121,7 +121,7 @@ class Term:
     start_at: float
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Candidate:
     """Who we are and what we may do."""
 
@@ -137,10 +137,8 @@ class Candidate:
     """Superseded for good it ends (its platform would not start it again) instead of staying passive."""
 
 
-@dataclass(frozen=True)
+@value
 class State:
-    # Without slots: a __dict__ is copied several times as fast as dataclasses.replace does it, and the simulation
-    # copies millions.
     me: Candidate
     timing: Timing
     phase: Phase = Phase.JOINING
@@ -155,7 +153,7 @@ class State:
     contact_since: float = 0.0
     # what was seen
     view: View | None = None
-    evidence: Evidence = field(default_factory=Evidence)
+    evidence: Evidence = Evidence()
     peer: tuple[str, int] | None = None
     peer_since: float = 0.0
     claimed: bool = False

@@ -10,14 +10,12 @@ Sources: expiry by watching for change is Kubernetes client-go's and the DynamoD
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 from botlease.model import TERM_GAP, How, Lease, Timing
+from botlease.value import replace, value
 
 
-@dataclass(frozen=True)
+@value
 class Evidence:
-    # Without slots, as core.State: the simulation copies millions.
     key: tuple[int, int, str, str | None] | None = None
     since: float = 0.0
     """When this key was first seen."""

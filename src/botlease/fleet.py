@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +16,7 @@ from botlease.model import How, Mode, Reason
 from botlease.settings import ConfigurationError
 from botlease.stores import StoreError
 from botlease.text import safe
+from botlease.value import replace
 from botlease.work import proof
 
 TYPE_CHECKING = False

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable
+from typing import Any
 
 from botlease import clock, core
 from botlease.core import Phase, State
@@ -75,8 +76,9 @@ class Keeper:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._ended: asyncio.Future[Reason] = self._loop.create_future()
-        self._calls: set[asyncio.Task[None]] = set()
+        self._calls: set[asyncio.Task[Any]] = set()
         self._watched: dict[int, tuple[Lease, proof.Owner]] = {}
+        self._alive: tuple[str, str | None] | None = None  # proof and holder of whom the kernel will tell the end
         self._owner: tuple[str, str] | None = None  # proof and instance of the last holder on this host that was seen
         self._ran_out: set[tuple[str, str]] = set()  # of these the lease ran out: nothing of theirs may be left
         work.tell = self.feed
@@ -118,6 +120,10 @@ class Keeper:
         if self.state.phase is not before:
             log.debug("%s -> %s on %s", before, self.state.phase, type(event).__name__)
             self._tell()
+            if before is Phase.STANDBY and not self._ran_out:
+                # What comes of the one before is of no interest, and takes a look at all processes. But if its lease
+                # ran out, something of it may be left that falls to nobody when its owners die.
+                self._unwatch()
             if self.state.phase is Phase.STANDBY and self.state.me.warm and not self.state.stopping:
                 self.work.prepare()
         if self._timer is not None:
@@ -133,7 +139,6 @@ class Keeper:
             case Ask(question=question):
                 task = self._loop.create_task(self._ask(question))
                 self._calls.add(task)
-                task.add_done_callback(self._calls.discard)
             case Arm(until=until):
                 self.work.arm(until)
             case Start(term=term, nonce=nonce, until=until):
@@ -202,9 +207,13 @@ class Keeper:
             self._refused.pop(q.verb, None)
             if self.state.failures and not self._refused:
                 self.say("the database answers again")
+        task = asyncio.current_task()
+        assert task is not None
+        self._calls.discard(task)
         if isinstance(event, Registered | Seen) and event.view.lease is not None:
             lease = event.view.lease
-            if lease.holder not in (None, self.registration.instance_id) and proof.owners(lease.proof):
+            other = lease.holder not in (None, self.registration.instance_id)
+            if other and (lease.proof, lease.holder) != self._alive and proof.owners(lease.proof):
                 self._owner = (lease.proof, lease.holder or "")
                 # Before the view itself: a second start must not be refused because of a holder that is dead.
                 if proof.gone(lease.proof, self.registration.bot, lease.holder or ""):
@@ -281,15 +290,20 @@ class Keeper:
         self._unwatch()
         if lease.holder == self.registration.instance_id:
             return
-        for owner in proof.owners(lease.proof):
+        owners = proof.owners(lease.proof)
+        for owner in owners:
             try:
                 fd = os.pidfd_open(owner.pid)
             except (OSError, AttributeError):
                 continue
             self._watched[fd] = (lease, owner)
             self._loop.add_reader(fd, self._died, fd)
+        # Looked at after the descriptors were opened: they are of those, and not of others that got their numbers.
+        if owners and len(self._watched) == len(owners) and all(proof.alive(owner) for owner in owners):
+            self._alive = (lease.proof, lease.holder)
 
     def _died(self, fd: int) -> None:
+        self._alive = None
         self._loop.remove_reader(fd)
         lease, _ = self._watched.pop(fd)
         os.close(fd)
@@ -301,6 +315,7 @@ class Keeper:
             self._loop.remove_reader(fd)
             os.close(fd)
         self._watched.clear()
+        self._alive = None
 
 
 def _because(reason: Reason | None) -> str:

@@ -15,7 +15,7 @@ import re
 import signal
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 from botlease import clock, placement
@@ -26,6 +26,7 @@ from botlease.keeper import Keeper, log
 from botlease.model import How, Lease, Mode, Reason
 from botlease.stores import StoreError
 from botlease.text import safe
+from botlease.value import replace
 from botlease.work import proof
 from botlease.work.body import LAST_WORDS, BodyWork, Share
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, NamedTuple
 
+from botlease.value import value
+
 TERM_GAP: Final = 1000
 """Terms skipped when the database is not the one the row was written in: a fail-over can lose the last
 commits, and with them terms that were already handed out. Nobody acquires 1,000 times in a lost tail;
@@ -150,7 +152,7 @@ class How(StrEnum):
 # What the store says ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Lease:
     """The occupancy row: who may still be running."""
 
@@ -168,7 +170,7 @@ class Lease:
         return (self.term, self.beat, self.nonce, self.holder)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Peer:
     """The instance that has the assignment."""
 
@@ -183,7 +185,7 @@ class Peer:
         return (self.instance_id, self.generation, self.beat)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class View:
     """One read of the database, as one statement saw it."""
 
@@ -230,7 +232,7 @@ class Held(NamedTuple):
     term, nonce and name, and without this both would renew for ever."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Question:
     """One store call. ``serial`` is what its answer names."""
 
@@ -252,25 +254,25 @@ class Question:
     label: str = ""  # touch, and a renewal that is a touch as well: the state for the status table
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Registered:
     serial: int
     view: View
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Seen:
     serial: int
     view: View
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Claimed:
     serial: int
     ok: bool
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Granted:
     serial: int
     term: int
@@ -278,14 +280,14 @@ class Granted:
     origin: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Denied:
     """A definite no: acquire, renew or release matched no row."""
 
     serial: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Renewed:
     serial: int
     assigned: bool
@@ -294,14 +296,14 @@ class Renewed:
     paused: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Done:
     """Release, pass, touch or leave was confirmed."""
 
     serial: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Failed:
     """The outcome is unknown: an error, a lost connection, or the attempt's deadline."""
 
@@ -309,22 +311,22 @@ class Failed:
     nonce: str = ""  # acquire: the one it may have written
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Tick:
     pass
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Woken:
     """A hint that the database changed. It is never proof of anything."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class StopAsked:
     reason: Reason = Reason.STOPPED
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class WorkEnded:
     """The whole process tree of the work is gone and reaped."""
 
@@ -332,35 +334,35 @@ class WorkEnded:
     done: bool = False  # it returned: its job is done, which is no failure even on probation
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Ready:
     """A warm start: the work has come to its gate, or is not there any more."""
 
     ready: bool
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Crashed:
     """The work died and will be started again within the term unless it is drained before."""
 
     term: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Healthy:
     """The work proved progress."""
 
     term: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Unhealthy:
     """The work has not proved progress for too long, though it runs."""
 
     term: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class HolderDied:
     """The kernel of this host proved the owner of this (term, nonce) dead."""
 
@@ -389,56 +391,56 @@ Event = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Ask:
     question: Question
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Arm:
     """Set the kernel fence of the work to this moment."""
 
     until: float
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Start:
     term: int
     nonce: str
     until: float
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Drain:
     until: float
     reason: Reason
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Kill:
     reason: Reason
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Restart:
     """End the work and start it again within the term: nobody else is there to take over."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Danger:
     """The end of trust comes nearer (or not any more): open nothing new, finish what is open."""
 
     on: bool
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Watch:
     """A new holder was seen: if its proof is of this host, watch it die."""
 
     lease: Lease
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class End:
     reason: Reason
 

@@ -7,11 +7,20 @@ import os
 from pathlib import Path
 
 
+def _read(path: str) -> bytes:
+    """At once, as /proc gives it, and without the objects that :class:`Path` makes: a standby asks at each look."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 65536)
+    finally:
+        os.close(fd)
+
+
 def host() -> str:
     """This boot of this machine, and this pid namespace of it: within it a pid with its start time is unique. And this
     time namespace, as start times are told by its clock. "" where there is no /proc."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = _read("/proc/sys/kernel/random/boot_id").decode().strip()
         space = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - a magic link, not a path
     except OSError:
         return ""
@@ -35,7 +44,7 @@ def is_mounted(path: Path) -> bool:
 def stat(pid: int) -> list[bytes] | None:
     """The fields of ``/proc/PID/stat`` after the command's name, which may hold anything."""
     try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
     except OSError:
         return None
 

@@ -243,6 +243,8 @@ class Supervisor:
             reason = await self.keeper.run()
         finally:
             self.work.close()
+            if pulse is not None:
+                pulse.rest()
             if front is not None:
                 front.listen.close()
         if reason is Reason.REFUSED:

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from botlease.model import Held, How, Lease, Probation, Reason, View
 from botlease.stores import Registration, Store
+from botlease.value import replace
 
 DEADLINE = 5.0
 STOPPED: Any = {"reason": Reason.STOPPED, "pass_on": False, "leave": False, "deadline": DEADLINE}

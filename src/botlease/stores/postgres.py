@@ -49,6 +49,7 @@ from botlease.stores.postgressql import (
     PASSED,
     PAUSE,
     POLLS,
+    PROMOTE,
     PRUNE,
     READ,
     REGISTER,
@@ -99,6 +100,7 @@ class PostgresStore:
         self._connection: asyncpg.Connection | None = None
         self._connecting: asyncio.Task[asyncpg.Connection] | None = None
         self._closed = False
+        self._server_pid = 0
         self._limited = 0
         self._prepares = self._plans = True
         self._prepared: dict[str, Any] = {}
@@ -178,10 +180,9 @@ class PostgresStore:
             server_settings={"application_name": "botlease", "timezone": "UTC"},
         )
         try:
-            pid, lazy = await self._identify(connection)
-            self.pooled = pid != connection.get_server_pid()
-            if lazy:
-                await self._durable(connection)
+            pid = await self._identify(connection)
+            self._server_pid = connection.get_server_pid()
+            self.pooled = pid != self._server_pid
             if self.listens and not self.pooled:
                 await connection.add_listener(CHANNEL, self._notified)
             if not self.pooled:
@@ -225,16 +226,6 @@ class PostgresStore:
         except StoreError:
             self._plans = False  # it costs a connection where the line is slow: once, and never again
 
-    async def _durable(self, connection: asyncpg.Connection) -> None:
-        """The server confirms what a crash of it may take back. A grant that is lost is given to the next one as well
-        (the simulation shows it); a renewal that is lost ends sooner for the others than for its holder."""
-        if self.pooled:  # the next transaction may be another session's
-            raise StoreRefused(
-                f"{self.url} has synchronous_commit off, so that a crash of it would lose what it confirmed: "
-                "ALTER ROLE ... SET synchronous_commit = on, for the user of the database URL, and reconnect the pooler"
-            )
-        await connection.execute("SET synchronous_commit = on")
-
     async def _limit(self, connection: asyncpg.Connection, deadline: float) -> None:
         """A lock wait must end before we give up, so that a late statement cannot succeed behind our back. Behind a
         pooler a setting would stay with somebody else's connection."""
@@ -243,12 +234,9 @@ class PostgresStore:
             await connection.execute(f"SET lock_timeout = {ms}; SET statement_timeout = {ms}")
             self._limited = ms
 
-    async def _identify(self, connection: asyncpg.Connection) -> tuple[int, bool]:
-        """Which database this is, the process id of the server, and whether its commits wait for no disk."""
-        about = (
-            "pg_backend_pid() AS pid, current_setting('server_version_num')::int AS version, "
-            "current_setting('synchronous_commit') = 'off' AS lazy"
-        )
+    async def _identify(self, connection: asyncpg.Connection) -> int:
+        """Which database this is, and the process id of the server."""
+        about = "pg_backend_pid() AS pid, current_setting('server_version_num')::int AS version"
         for system, timeline in (
             ("(SELECT system_identifier::text FROM pg_control_system())", TIMELINE),
             ("current_database()::text", TIMELINE),
@@ -268,14 +256,15 @@ class PostgresStore:
             if row["version"] < 130_000:
                 raise StoreRefused(f"PostgreSQL {row['version'] // 10_000} is too old: 13 or newer is needed")
             self.system, self._timeline = f"{row['system']}/", timeline
-            return int(row["pid"]), bool(row["lazy"])
+            return int(row["pid"])
         raise StoreError(f"{self.url} does not say which database it is")
 
-    def _notified(self, *about: object) -> None:
-        name = str(about[-1])
+    def _notified(self, _: object, pid: int, channel: str, about: object) -> None:
+        name = str(about)
         # One channel for all bots: whoever has registered one does not look up from its work for another's, or each of
         # ten thousand would read at every change of any. No name: an edit of a row that has none.
-        if self.on_change is not None and (not self._bot or name in (self._bot, "")):
+        ours = pid == self._server_pid  # of which the answer says more
+        if self.on_change is not None and not ours and (not self._bot or name in (self._bot, "")):
             self.on_change()
         if self.heard is not None:
             self.heard(name)
@@ -496,7 +485,7 @@ class PostgresStore:
                 raise StoreRefused(f"instance {instance_id!r} has stopped: see `botlease status` for those that live")
             for last in (False, False, False, True):
                 try:
-                    await c.execute("UPDATE bot_instances SET is_active = TRUE WHERE instance_id = $1", instance_id)
+                    await c.execute(PROMOTE, instance_id)
                     return
                 except (asyncpg.UniqueViolationError, asyncpg.DeadlockDetectedError):
                     if last:  # a claim of this very moment was quicker, four times

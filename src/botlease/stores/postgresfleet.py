@@ -22,19 +22,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from botlease.model import LEAVING, TERM_GAP, UNPLACED, How, Lease, Reason
+from botlease.stores.postgressql import DURABLE
+from botlease.value import value
 
 if TYPE_CHECKING:
     import asyncpg
 
     from botlease.stores.postgres import PostgresStore
 
-ENLIST: Final = """
+ENLIST: Final = f"""
 INSERT INTO bot_deployments (bot, deployment, first_seen) VALUES ($1, $2, clock_timestamp())
-ON CONFLICT (bot, deployment) DO UPDATE SET first_seen = bot_deployments.first_seen RETURNING generation
+ON CONFLICT (bot, deployment) DO UPDATE SET first_seen = bot_deployments.first_seen RETURNING generation, {DURABLE}
 """
 
 LOOK: Final = """
@@ -52,7 +53,8 @@ WHERE l.fleet IS NULL AND l.slot IS NOT NULL AND starts_with(l.bot, $1 || '/')
 
 # Open: it takes bots. Closed: it takes none, and its bots are for the others.
 MARK: Final = (
-    "UPDATE bot_leases SET slot = $4 WHERE bot = $1 AND holder = $2 AND nonce = $3 AND slot IS DISTINCT FROM $4"
+    "UPDATE bot_leases SET slot = $4 WHERE bot = $1 AND holder = $2 AND nonce = $3 AND slot IS DISTINCT FROM $4 "
+    f"RETURNING {DURABLE}"
 )
 
 ROWS: Final = """
@@ -109,8 +111,9 @@ WITH hold AS MATERIALIZED (
   INSERT INTO bot_terms (bot, term, instance_id, deployment, host, how, acquired_at, probation, ttl)
   SELECT got.bot, got.term, $2, i.deployment, i.host, got.how, got.at, '', $8
   FROM got, bot_instances i WHERE i.instance_id = $2
-) SELECT bot, term FROM got
-"""
+) SELECT bot, term, """
+    + DURABLE
+    + " FROM got"
 )
 
 # Of the wanted rows those that nobody has in a transaction.
@@ -145,14 +148,14 @@ WITH {FREE.format(wanted="unnest($2::text[], $3::int[], $4::int[]) w(bot, source
 
 # The row was seen unchanged for as long as any trust in it can last, and a lock-delay longer; or its owner is dead.
 # From now on it reads as released. The instance is marked only where the kernel proved it dead: a frozen one lives on.
-BURY: Final = """
+BURY: Final = f"""
 WITH old AS (
   SELECT renewed_at, ttl FROM bot_leases WHERE bot = $1 FOR NO KEY UPDATE SKIP LOCKED
 ), gone AS (
   UPDATE bot_leases SET holder = NULL, proof = '', nonce = $7, beat = beat + 1, renewed_at = clock_timestamp(),
     slot = CASE WHEN fleet IS NULL THEN -abs(slot) ELSE slot END
   WHERE bot = $1 AND term = $2 AND beat = $3 AND nonce = $4 AND holder IS NOT DISTINCT FROM $5
-    AND $8 || {timeline} = $9 AND EXISTS (SELECT 1 FROM old)
+    AND $8 || {{timeline}} = $9 AND EXISTS (SELECT 1 FROM old)
     -- the row of a bot is silent while its slot is renewed
     AND NOT EXISTS (SELECT 1 FROM bot_leases s WHERE s.bot = bot_leases.proof AND s.nonce = bot_leases.nonce)
   RETURNING renewed_at
@@ -163,25 +166,25 @@ WITH old AS (
 ), buried AS (
   UPDATE bot_instances SET state = 'stopped', stop_reason = $6, ended_at = clock_timestamp()
   WHERE $6 = 'died' AND instance_id = $5 AND ended_at IS NULL AND EXISTS (SELECT 1 FROM gone)
-) SELECT 1, pg_notify('botlease', $10) FROM gone
+) SELECT 1, pg_notify('botlease', $10), {DURABLE} FROM gone
 """
 
 # As REGISTER (postgressql.py) puts a lease in place: one whose bot is known here was lost, and is waited out. (The bots
 # of a fleet have no deployments of their own: they are known by their terms.)
-ADD: Final = """
+ADD: Final = f"""
 INSERT INTO bot_leases AS l (bot, term, beat, nonce, holder, ttl, origin, proof, served, renewed_at, fleet, slot)
-SELECT w.bot, greatest(coalesce(max(t.term), 0), CASE WHEN own.here = own.first THEN 0 ELSE {era} END), 0, $3,
+SELECT w.bot, greatest(coalesce(max(t.term), 0), CASE WHEN own.here = own.first THEN 0 ELSE {{era}} END), 0, $3,
   CASE WHEN max(t.term) IS NULL AND NOT w.known AND own.here = own.first THEN NULL ELSE 'unknown' END,
   greatest($4, max(t.ttl) FILTER (WHERE t.released_at IS NULL)), own.here,
   CASE WHEN max(t.term) IS NULL AND NOT w.known AND own.here = own.first THEN '' ELSE '-' END, 0,
-  clock_timestamp(), $1, {unplaced}
+  clock_timestamp(), $1, {{unplaced}}
 FROM (SELECT bot, EXISTS (SELECT FROM bot_deployments d WHERE d.bot = b.bot) AS known FROM unnest($2::text[]) b(bot)) w
-  CROSS JOIN (SELECT $5 || {timeline} AS here, origin AS first FROM botlease_schema) own
+  CROSS JOIN (SELECT $5 || {{timeline}} AS here, origin AS first FROM botlease_schema) own
   LEFT JOIN bot_terms t ON t.bot = w.bot
 GROUP BY w.bot, w.known, own.here, own.first
-ON CONFLICT (bot) DO UPDATE SET fleet = $1, slot = {unplaced}
-  WHERE l.fleet IS NULL OR l.fleet = $1 AND l.slot = {leaving}
-RETURNING bot
+ON CONFLICT (bot) DO UPDATE SET fleet = $1, slot = {{unplaced}}
+  WHERE l.fleet IS NULL OR l.fleet = $1 AND l.slot = {{leaving}}
+RETURNING bot, {DURABLE}
 """
 REMOVE: Final = (
     """
@@ -196,8 +199,9 @@ WITH gone AS (
 ), closed AS (
   UPDATE bot_terms t SET released_at = clock_timestamp(), reason = 'lease_lost'
   FROM gone WHERE t.bot = gone.bot AND gone.over AND t.released_at IS NULL
-) SELECT bot FROM gone
-"""
+) SELECT bot, """
+    + DURABLE
+    + " FROM gone"
 )
 # A member's part of it: those of which nothing runs any more. Whoever has been added again meanwhile stays.
 CLEAR: Final = (
@@ -212,8 +216,9 @@ WITH over AS MATERIALIZED (
 ), closed AS (
   UPDATE bot_terms t SET released_at = clock_timestamp(), reason = 'lease_lost'
   FROM gone WHERE t.bot = gone.bot AND t.released_at IS NULL
-) SELECT bot FROM gone
-"""
+) SELECT bot, """
+    + DURABLE
+    + " FROM gone"
 )
 NOTIFY: Final = "SELECT pg_notify('botlease', $1)"
 NOTIFY_HOLDERS: Final = "SELECT pg_notify('botlease', bot) FROM bot_leases WHERE bot = ANY($1) AND holder IS NOT NULL"
@@ -222,7 +227,7 @@ SELECT bot, term, slot, paused, holder FROM bot_leases WHERE fleet = $1 ORDER BY
 """
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Slot:
     number: int
     is_open: bool
@@ -240,7 +245,7 @@ class Slot:
         return self.lease.holder is not None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Row:
     """A bot of the fleet."""
 
@@ -256,7 +261,7 @@ class Row:
         return self.lease.term
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Hold:
     """One term of one slot's lease."""
 
@@ -285,8 +290,8 @@ class PostgresFleet:
         self._store = store
 
     def _sql(self, text: str) -> str:
-        for name, value in (("leaving", LEAVING), ("unplaced", UNPLACED), ("gap", TERM_GAP)):
-            text = text.replace("{" + name + "}", str(value))
+        for name, number in (("leaving", LEAVING), ("unplaced", UNPLACED), ("gap", TERM_GAP)):
+            text = text.replace("{" + name + "}", str(number))
         return self._store.filled(text)
 
     async def _fetch(self, deadline: float, sql: str, *args: Any) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from botlease.stores.inbox import KEEP_SECONDS, Begun, Changes, Holding, Update
+from botlease.stores.postgressql import DURABLE
 
 if TYPE_CHECKING:
     import asyncpg
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 # "old" is what was there before, since a statement sees the tables as they were when it began. The row lock that the
 # upsert takes is what makes a writer of an earlier term wait, look again, and find itself fenced.
-BEGIN: Final = """
+BEGIN: Final = f"""
 WITH old AS (
   SELECT next_offset, asked, allowed, polling FROM bot_polls WHERE bot = $1 AND api = $2
 ), stale AS (
@@ -30,14 +31,15 @@ WITH old AS (
     AND received_at < clock_timestamp() - make_interval(secs => $5) AND EXISTS (SELECT 1 FROM mine)
 )
 SELECT coalesce(old.next_offset, 0) AS next_offset, coalesce(old.asked, -1) AS asked, old.allowed,
-       coalesce(old.polling, FALSE) AS polling
+       coalesce(old.polling, FALSE) AS polling,
+       {DURABLE}
 FROM mine LEFT JOIN old ON TRUE
 """
 KEPT: Final = """
 SELECT update_id, payload, tries, done FROM bot_updates WHERE bot = $1 AND api = $2
   AND received_at >= clock_timestamp() - make_interval(secs => $3) ORDER BY received_at, update_id
 """
-SAVE: Final = """
+SAVE: Final = f"""
 WITH mine AS (
   UPDATE bot_polls SET next_offset = $5, allowed = coalesce($6, allowed), polling = $7, webhook = $8,
     polled_at = CASE WHEN $9 THEN clock_timestamp() ELSE polled_at END,
@@ -61,7 +63,7 @@ WITH mine AS (
   WHERE bot = $1 AND api = $2 AND update_id < $18 AND (done OR update_id = ANY($17::bigint[]))
     AND EXISTS (SELECT 1 FROM mine)
 )
-SELECT EXISTS (SELECT 1 FROM mine)
+SELECT EXISTS (SELECT 1 FROM mine), {DURABLE}
 """
 
 

@@ -16,6 +16,15 @@ from botlease.stores.inbox import POLL_COLUMNS
 TIMELINE: Final = "left(pg_walfile_name(pg_current_wal_lsn()), 8)"
 NO_TIMELINE: Final = "'00000001'::text"
 
+# In each statement that must not be lost, which are all but releases, heartbeats and tidying up: servers, databases and
+# roles can have it off, and it can be changed under a session; behind a pooler each statement may be another session's.
+# A grant that a crash of the server takes back is given to the next one as well (the simulation shows it); a renewal
+# ends sooner for the others than for its holder; whoever has lost a claim that he won waits for ever; an update that
+# was confirmed to the Bot API is gone.
+DURABLE: Final = (
+    "CASE WHEN current_setting('synchronous_commit') = 'off' THEN set_config('synchronous_commit', 'on', TRUE) END"
+)
+
 READ: Final = """
 WITH failed AS MATERIALIZED (SELECT deployment, failures FROM bot_failures WHERE bot = $1)
 SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served,
@@ -46,7 +55,7 @@ FROM (SELECT 1) x LEFT JOIN bot_leases l ON l.bot = $1
 # A lease that is missing although the bot is known here, by a term or a deployment, was lost, and on a database that is
 # not the one the schema was made in anything may have been lost: then it is put back as held by nobody we know, to be
 # waited out in full (R6, R7). Terms go on above the highest that the journal or an instance still knows.
-REGISTER: Final = """
+REGISTER: Final = f"""
 WITH deployed AS (
   INSERT INTO bot_deployments (bot, deployment, first_seen) VALUES ($1, $3, clock_timestamp())
   ON CONFLICT (bot, deployment) DO UPDATE SET first_seen = bot_deployments.first_seen RETURNING generation
@@ -58,13 +67,13 @@ WITH deployed AS (
 ), lease AS (
   INSERT INTO bot_leases (bot, term, beat, nonce, holder, ttl, origin, proof, served, renewed_at)
   SELECT $1, greatest(max(term), (SELECT max(i.term) FROM bot_instances i WHERE i.bot = $1),
-                      CASE WHEN $7 || {timeline} = (SELECT origin FROM botlease_schema) THEN 0 ELSE {era} END),
+                      CASE WHEN $7 || {{timeline}} = (SELECT origin FROM botlease_schema) THEN 0 ELSE {{era}} END),
          0, $8, CASE WHEN new THEN NULL ELSE 'unknown' END,
-         greatest($9, max(ttl) FILTER (WHERE released_at IS NULL)), $7 || {timeline},
+         greatest($9, max(ttl) FILTER (WHERE released_at IS NULL)), $7 || {{timeline}},
          CASE WHEN new THEN '' ELSE '-' END, 0, clock_timestamp()
   FROM (SELECT NOT EXISTS (SELECT 1 FROM bot_terms WHERE bot = $1)
            AND NOT EXISTS (SELECT 1 FROM bot_deployments WHERE bot = $1)
-           AND $7 || {timeline} = (SELECT origin FROM botlease_schema) AS new) known
+           AND $7 || {{timeline}} = (SELECT origin FROM botlease_schema) AS new) known
        LEFT JOIN bot_terms ON bot = $1
   GROUP BY new
   ON CONFLICT (bot) DO NOTHING
@@ -74,27 +83,27 @@ WITH deployed AS (
 ), old_terms AS (
   DELETE FROM bot_terms t WHERE released_at < clock_timestamp() - make_interval(days => $10)
     AND term < (SELECT l.term FROM bot_leases l WHERE l.bot = t.bot)
-) SELECT generation FROM deployed
+) SELECT generation, {DURABLE} FROM deployed
 """
 
 # With its types: where others may create functions, one of the same name would make the call ambiguous.
-CLAIM: Final = "SELECT botlease_claim($1::text, $2::text, $3::text, $4::bigint, $5::bigint)"
+CLAIM: Final = f"SELECT botlease_claim($1::text, $2::text, $3::text, $4::bigint, $5::bigint), {DURABLE}"
 
 # The compare-and-set that begins a term, with its journal, in one statement. "old" is the row as the snapshot has it:
 # had anybody changed it since, the key would not match; but for a release, after which the term is closed already.
-ACQUIRE: Final = """
+ACQUIRE: Final = f"""
 WITH old AS (
   SELECT renewed_at, ttl FROM bot_leases WHERE bot = $1
 ), got AS (
   UPDATE bot_leases SET
     term = greatest($7::bigint, term, (SELECT coalesce(max(t.term), 0) FROM bot_terms t WHERE t.bot = $1)) + 1,
-    beat = 0, nonce = $8, holder = $2, ttl = $9, origin = $10 || {timeline}, proof = $11,
+    beat = 0, nonce = $8, holder = $2, ttl = $9, origin = $10 || {{timeline}}, proof = $11,
     renewed_at = clock_timestamp(),
     served = greatest(served, (SELECT generation FROM bot_instances WHERE instance_id = $2))
   WHERE bot = $1 AND term = $3 AND nonce = $5
     AND CASE WHEN $12 = 'released' AND $6::text IS NOT NULL THEN holder IS NULL AND proof = '' AND beat > $4
         ELSE beat = $4 AND holder IS NOT DISTINCT FROM $6 END
-    AND NOT paused AND fleet IS NULL AND $10 || {timeline} = $14
+    AND NOT paused AND fleet IS NULL AND $10 || {{timeline}} = $14
     AND EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = $2 AND bot = $1 AND is_active AND ended_at IS NULL)
   RETURNING term, origin, renewed_at
 ), closed AS (
@@ -112,15 +121,15 @@ WITH old AS (
   UPDATE bot_instances SET term = (SELECT term FROM got), state = 'active', last_heartbeat = clock_timestamp(),
     beat = beat + 1
   WHERE instance_id = $2 AND EXISTS (SELECT 1 FROM got)
-) SELECT term, origin FROM got
+) SELECT term, origin, {DURABLE} FROM got
 """
 
-RENEW: Final = """
+RENEW: Final = f"""
 UPDATE bot_leases SET beat = $6, renewed_at = clock_timestamp()
 WHERE bot = $1 AND term = $3 AND nonce = $4 AND holder = $2 AND beat = ANY($5::bigint[])
 RETURNING EXISTS (SELECT 1 FROM bot_instances WHERE instance_id = $2 AND is_active) AS assigned,
           NOT EXISTS (SELECT 1 FROM bot_instances a WHERE a.bot = $1 AND a.is_active) AS vacant,
-          paused OR fleet IS NOT NULL AS paused, {timeline} AS timeline
+          paused OR fleet IS NOT NULL AS paused, {{timeline}} AS timeline, {DURABLE}
 """
 
 RENEW_AND_TOUCH: Final = f"""
@@ -132,10 +141,10 @@ WITH renewed AS ({RENEW}), free AS (  -- no renewal waits for an operator who ha
 ) SELECT * FROM renewed
 """
 
-PASSED: Final = """
+PASSED: Final = f"""
 UPDATE bot_terms SET probation = 'passed' WHERE bot = $1 AND term = $3 AND probation <> ''
   AND EXISTS (SELECT 1 FROM bot_leases WHERE bot = $1 AND term = $3 AND nonce = $4 AND holder = $2)
-RETURNING 1
+RETURNING 1, {DURABLE}
 """
 
 # The best live standby gets the assignment, if it is ours to give. With nobody to take it, it stays: a
@@ -243,11 +252,14 @@ SELECT {", ".join(POLL_COLUMNS)},
 FROM bot_polls p ORDER BY bot, api
 """
 FAILURES: Final = "SELECT bot, deployment, failures FROM bot_failures"
-DEACTIVATE: Final = """
+DEACTIVATE: Final = f"""
 UPDATE bot_instances SET is_active = FALSE WHERE is_active AND bot IS NOT NULL
-  AND ($1::text IS NULL OR bot = $1) AND ($2::text IS NULL OR instance_id = $2)
+  AND ($1::text IS NULL OR bot = $1) AND ($2::text IS NULL OR instance_id = $2) RETURNING {DURABLE}
 """
-PAUSE: Final = "UPDATE bot_leases SET paused = $2 WHERE paused <> $2 AND ($1::text IS NULL OR bot = $1)"
+PROMOTE: Final = f"UPDATE bot_instances SET is_active = TRUE WHERE instance_id = $1 RETURNING {DURABLE}"
+PAUSE: Final = (
+    f"UPDATE bot_leases SET paused = $2 WHERE paused <> $2 AND ($1::text IS NULL OR bot = $1) RETURNING {DURABLE}"
+)
 PRUNE: Final = (
     "DELETE FROM bot_instances WHERE last_heartbeat < clock_timestamp() - make_interval(secs => $2) AND NOT is_active "
     "AND bot IS NOT NULL AND ($1::text IS NULL OR bot = $1)",

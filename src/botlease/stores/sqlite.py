@@ -17,7 +17,6 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -27,6 +26,7 @@ from botlease.model import Held, How, Probation, Reason, View
 from botlease.stores import Grant, Registration, Renewal, StoreError, StoreRefused, within
 from botlease.stores.inotify import JournalWatch
 from botlease.stores.sqlitefile import Key, SqliteFile, explain
+from botlease.value import replace
 
 T = TypeVar("T")
 
@@ -60,11 +60,8 @@ class Worker(threading.Thread):
                 raise StoreError("given up before it began")
             return job(max(0.0, give_up - clock.now()))
 
-        async def wait() -> T:
-            return await future
-
         self.jobs.put((guarded, future))
-        return await within(deadline, wait(), lambda: state.update(dropped=True))
+        return await within(deadline, future, lambda: state.update(dropped=True))
 
 
 def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:

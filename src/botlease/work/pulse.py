@@ -63,14 +63,21 @@ class Pulse:
         self._began = 0.0
         self._touched = 0
         self._task: asyncio.Task[None] | None = None
+        self._listener: threading.Thread | None = None
 
     def output(self) -> int:
         """Where the bot's standard output should go: a descriptor for the caller to close, or -1: as it is."""
         if self.rule.kind != "stdout":
             return -1
         read, write = os.pipe()
-        threading.Thread(target=self._listen, args=(read,), name="botlease-stdout", daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, args=(read,), name="botlease-stdout", daemon=True)
+        self._listener.start()
         return write
+
+    def rest(self) -> None:
+        """When the bot is gone for good: what it said last is passed on before we end as well."""
+        if self._listener is not None:
+            self._listener.join(0.5)  # nobody may read it, or something that was let live may have the pipe open
 
     def _listen(self, read: int) -> None:
         """Pass everything on. In a thread of its own: if nobody reads our output, only the bot's may wait for it."""

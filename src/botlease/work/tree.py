@@ -18,14 +18,15 @@ PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 
 
+_prctl = getattr(ctypes.CDLL(None), "prctl", None)  # once, and not in the moment in which a bot is started
+
+
 def prctl(option: int, value: int | bytes) -> bool:
     """False where the kernel has no such thing (macOS, other systems)."""
-    try:
-        call = ctypes.CDLL(None).prctl
-    except AttributeError:
+    if _prctl is None:
         return False
     argument = ctypes.c_char_p(value) if isinstance(value, bytes) else ctypes.c_ulong(value)
-    return bool(call(option, argument, 0, 0, 0) == 0)
+    return bool(_prctl(option, argument, 0, 0, 0) == 0)
 
 
 def keep_only(*fds: int) -> None:
