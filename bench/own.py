@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import asyncpg
@@ -13,7 +14,7 @@ from servers import Postgres
 
 from bench import floors
 from bench.counted import Counted
-from bench.lab import Track, until
+from bench.lab import Track, boot, until
 from bench.systems import CHILD
 
 
@@ -56,8 +57,24 @@ SELECT (SELECT n_tup_upd FROM pg_stat_user_tables WHERE relname = 'bot_leases') 
 """
 
 
+def _window(url: str, counted: Counted, seconds: float) -> dict[str, float]:
+    before = asyncio.run(_ask(url, COUNTERS))
+    counted.start()
+    time.sleep(seconds)
+    hours = counted.stop()  # a second later, when the statistics are written
+    after = asyncio.run(_ask(url, COUNTERS))
+    renewals = max(1, after["updates"] - before["updates"])
+    return {
+        "statements": hours["statements"] / 3600,
+        "wal": hours["wal"] / 3600 * (boot() - counted.began) / renewals,
+        "xids": hours["xids"],
+        "hot": (after["hot"] - before["hot"]) / renewals,
+    }
+
+
 def writes(folder: Path, url: str, seconds: float) -> dict[str, dict[str, float]]:
-    """What a holder alone, and a holder with a standby, cost the database: per second and per hour."""
+    """What a holder alone, and a holder with a standby, cost the database: per second and per hour. The median of
+    windows of ten seconds, in each of which there is one heartbeat: what the server does by itself is in few of them."""
     out: dict[str, dict[str, float]] = {}
     world = World(folder, url)
     try:
@@ -66,19 +83,9 @@ def writes(folder: Path, url: str, seconds: float) -> dict[str, dict[str, float]
             if name != "holder":
                 world.run("--deployment", "v1", bot=("sleep", "100000"), ttl="10").says("standby")
             counted = Counted(url)
-            time.sleep(7.0)  # three renewals touch every page once; the statistics are written a second late
-            before = asyncio.run(_ask(url, COUNTERS))
-            counted.start()
-            time.sleep(seconds)
-            hours = counted.stop()
-            after = asyncio.run(_ask(url, COUNTERS))
-            renewals = max(1, after["updates"] - before["updates"])
-            out[name] = {
-                "statements": hours["statements"] / 3600,
-                "wal": hours["wal"] / 3600 * seconds / renewals,
-                "xids": hours["xids"],
-                "hot": (after["hot"] - before["hot"]) / renewals,
-            }
+            time.sleep(12.0)  # a heartbeat, and all renewals between two, have touched every page once
+            windows = [_window(url, counted, 10.0) for _ in range(max(1, round(seconds / 10)))]
+            out[name] = {what: median(w[what] for w in windows) for what in windows[0]}
     finally:
         world.close()
     return out

@@ -123,7 +123,7 @@ def write(found: dict[str, Any]) -> Path:
         "",
         f"{datetime.fromtimestamp(clock.wall(), UTC):%d %B %Y}; {os.cpu_count()} cores, Python {platform.python_version()}, Linux {platform.release().split('-')[0]}; "
         + ", ".join(f"{k} {v}" for k, v in found.get("versions", {}).items())
-        + "; one node of each, on loopback, at the settings that it has by itself (redis and files on the same disk as the rest).",
+        + "; one node of each, on loopback, at the settings that it has by itself, but for PostgreSQL's autovacuum and timed checkpoints, which come when they like (redis and files on the same disk as the rest).",
         "",
         "## Floors",
         "",

@@ -40,9 +40,10 @@ CREATE TABLE bot_instances (
 CREATE_REST: Final = """
 CREATE UNIQUE INDEX bot_instances_one_active ON bot_instances (bot) WHERE is_active;
 CREATE INDEX bot_instances_live ON bot_instances (bot) WHERE ended_at IS NULL;
+-- What a renewal changes stands together: of a row the log gets what lies between the first and the last change.
 CREATE TABLE bot_leases (
-  bot text PRIMARY KEY, term bigint NOT NULL, beat bigint NOT NULL, nonce text NOT NULL, holder text,
-  ttl double precision NOT NULL, origin text NOT NULL, proof text NOT NULL, served bigint NOT NULL,
+  bot text PRIMARY KEY, term bigint NOT NULL, nonce text NOT NULL, holder text, ttl double precision NOT NULL,
+  origin text NOT NULL, proof text NOT NULL, served bigint NOT NULL, beat bigint NOT NULL,
   renewed_at timestamptz NOT NULL
 ) WITH (fillfactor = 50);
 CREATE TABLE bot_deployments (
@@ -190,7 +191,8 @@ CREATE OR REPLACE FUNCTION botlease_in_fleet() RETURNS trigger LANGUAGE plpgsql 
 BEGIN
   RAISE EXCEPTION 'the bot % is in the fleet %, which alone may run it', NEW.bot, NEW.fleet;
 END $$;
-CREATE TRIGGER botlease_in_fleet BEFORE UPDATE ON bot_leases FOR EACH ROW
+-- AFTER, though it refuses: for a trigger before it the row is locked first, which goes to the log with each renewal.
+CREATE TRIGGER botlease_in_fleet AFTER UPDATE ON bot_leases FOR EACH ROW
   WHEN (NEW.fleet IS NOT NULL AND NEW.holder IS NOT NULL AND OLD.holder IS DISTINCT FROM NEW.holder
         AND NOT starts_with(NEW.proof, NEW.fleet || '/'))
   EXECUTE FUNCTION botlease_in_fleet();
