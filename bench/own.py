@@ -74,7 +74,7 @@ def _window(url: str, counted: Counted, seconds: float) -> dict[str, float]:
 
 def writes(folder: Path, url: str, seconds: float) -> dict[str, dict[str, float]]:
     """What a holder alone, and a holder with a standby, cost the database: per second and per hour. The median of
-    windows of ten seconds, in each of which there is one heartbeat: what the server does by itself is in few of them."""
+    windows of ten seconds, with one heartbeat in each: what the server does by itself is in few of them."""
     out: dict[str, dict[str, float]] = {}
     world = World(folder, url)
     try:
