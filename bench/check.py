@@ -70,7 +70,7 @@ def goals(found: dict[str, Any]) -> list[Goal]:
         )
     if "flock" in rows and _values(rows["flock"], "handover", "gap"):
         goal(
-            "planned gap with a child, SQLite, beside flock's and two commits",
+            "planned gap with a child, SQLite, beside flock's and its commits",
             ms("flock", "handover", "gap") + 2 * commit + flock,
             "ms",
             lambda: ms("botlease, SQLite", "handover", "gap"),
@@ -176,8 +176,9 @@ def _bounds(found: dict[str, Any]) -> Iterator[tuple[str, float, float, str]]:
     start, python = floor["start of the child (python -I -S)"], floor["python -c 'import asyncio'"]
 
     def commits(server: str) -> float:
-        """That of the release and that of the acquire; on a slow disk they are all of it."""
-        return 2 * floor["a commit on SQLite" if server == "file" else "PostgreSQL: a durable commit"]
+        """Of the release and of the acquire: on PostgreSQL only the acquire waits for the disk. On a slow disk they are
+        all of it."""
+        return 2 * floor["a commit on SQLite"] if server == "file" else floor["PostgreSQL: a durable commit"]
 
     lock = floor["PostgreSQL: an advisory lock, let go here and had there"]
     for name, row in _rows(found).items():
@@ -185,15 +186,15 @@ def _bounds(found: dict[str, Any]) -> Iterator[tuple[str, float, float, str]]:
             continue
         least = start + commits(row["server"])
         if gaps := _values(row, "handover", "gap"):
-            yield f"{name}: planned gap", median(gaps) / least, 2.5, "starts of the child, and two commits"
+            yield f"{name}: planned gap", median(gaps) / least, 2.5, "starts of the child, and its commits"
             yield f"{name}: overlap", row["handover"]["overlap"] * 1000, 0.0, "ms"
         if gaps := _values(row, "in-process", "gap"):
             bare = lock + commits(row["server"])
-            yield f"{name}: in-process", median(gaps) / bare, 10.0, "bare advisory locks, and two commits"
+            yield f"{name}: in-process", median(gaps) / bare, 10.0, "bare advisory locks, and its commits"
         if took := _values(row, "crash", "took"):
-            yield f"{name}: crash", median(took) / least, 5.0, "starts of the child, and two commits"
+            yield f"{name}: crash", median(took) / least, 5.0, "starts of the child, and its commits"
         if took := _values(row, "child", "took"):  # a bot that crashed is started again after a second
-            yield f"{name}: the child's crash", (median(took) - 1) / least, 5.0, "starts of the child, and two commits"
+            yield f"{name}: the child's crash", (median(took) - 1) / least, 5.0, "starts of the child, and its commits"
         for fault in FAULTS:
             if overlaps := _values(row, fault, "overlap"):
                 yield f"{name}: overlap, {fault}", max(overlaps) * 1000, 0.0, "ms"
@@ -214,4 +215,4 @@ def _bounds(found: dict[str, Any]) -> Iterator[tuple[str, float, float, str]]:
         yield "renewals that are not HOT", 1 - own["PostgreSQL writes"]["holder"]["hot"], 0.0, "of 1"
     for what in [k for k in own if k.startswith("new deployment")]:
         least = start + commits("file" if "SQLite" in what else "postgres")
-        yield what, median(own[what]) / least, 3.0, "starts of the child, and two commits"
+        yield what, median(own[what]) / least, 3.0, "starts of the child, and its commits"

@@ -322,6 +322,17 @@ async def test_another_fleet_does_not_get_what_is_still_to_be_stopped(members: l
 
 
 @pytest.mark.parametrize("asked", ["take", "clear"])
+async def test_whoever_is_no_member_does_not_become_the_holder_of_a_bot_in_a_fleet(members: list[Member]) -> None:
+    """A supervisor of a version that knows no fleets, or somebody with psql."""
+    store = members[0].store
+    await PostgresFleet(store).add("guarded", ["guarded-x"], 10.0, LIMIT)
+    take = "UPDATE bot_leases SET holder = 'stranger', proof = 'p', term = term + 1 WHERE bot = 'guarded-x'"
+    with pytest.raises(StoreError, match="which alone may run it"):
+        await store.call(LIMIT, lambda c: c.execute(take))
+    view = await store.read("guarded-x", "nobody", LIMIT)
+    assert view.lease is not None and (view.lease.holder, view.lease.term) == (None, 0)
+
+
 async def test_who_asks_for_what_still_runs_elsewhere_keeps_nobody_from_giving_it(
     members: list[Member], asked: str
 ) -> None:

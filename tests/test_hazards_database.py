@@ -291,9 +291,6 @@ async def test_after_a_promotion_that_lost_the_last_commits_nobody_begins_for_a_
                 server.stop()
 
 
-LAZY = "ALTER SYSTEM SET synchronous_commit = off"
-
-
 class Crashing:
     """A server that crashes, and forgets what it was not made to write."""
 
@@ -305,7 +302,7 @@ class Crashing:
 
     async def lazy(self, on: bool) -> None:
         connection = await asyncpg.connect(self.server.url())
-        await connection.execute(LAZY if on else "ALTER SYSTEM SET synchronous_commit = on")
+        await connection.execute(f"ALTER SYSTEM SET synchronous_commit = {'off' if on else 'on'}")
         await connection.execute("SELECT pg_reload_conf()")
         while (await connection.fetchval("SHOW synchronous_commit") == "off") is not on:
             await asyncio.sleep(0.01)

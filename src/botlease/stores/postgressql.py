@@ -16,8 +16,9 @@ from botlease.stores.inbox import POLL_COLUMNS
 TIMELINE: Final = "left(pg_walfile_name(pg_current_wal_lsn()), 8)"
 NO_TIMELINE: Final = "'00000001'::text"
 
-# In each statement that must not be lost, which are all but releases, heartbeats and tidying up: servers, databases and
-# roles can have it off, and it can be changed under a session; behind a pooler each statement may be another session's.
+# In each statement that must not be lost, which are all but releases, farewells, a fleet's moves, heartbeats and
+# tidying up: servers, databases and roles can have it off, and it can be changed under a session; behind a pooler each
+# statement may be another session's.
 # A grant that a crash of the server takes back is given to the next one as well (the simulation shows it); a renewal
 # ends sooner for the others than for its holder; whoever has lost a claim that he won waits for ever; an update that
 # was confirmed to the Bot API is gone.
