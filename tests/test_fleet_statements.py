@@ -321,7 +321,6 @@ async def test_another_fleet_does_not_get_what_is_still_to_be_stopped(members: l
     assert await a.fleet.add("other", [bot], 10.0, LIMIT) == [bot]
 
 
-@pytest.mark.parametrize("asked", ["take", "clear"])
 async def test_whoever_is_no_member_does_not_become_the_holder_of_a_bot_in_a_fleet(members: list[Member]) -> None:
     """A supervisor of a version that knows no fleets, or somebody with psql."""
     store = members[0].store
@@ -333,6 +332,7 @@ async def test_whoever_is_no_member_does_not_become_the_holder_of_a_bot_in_a_fle
     assert view.lease is not None and (view.lease.holder, view.lease.term) == (None, 0)
 
 
+@pytest.mark.parametrize("asked", ["take", "clear"])
 async def test_who_asks_for_what_still_runs_elsewhere_keeps_nobody_from_giving_it(
     members: list[Member], asked: str
 ) -> None:
