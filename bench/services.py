@@ -39,6 +39,7 @@ class Service:
     def start(self) -> None:
         command = self.command()
         if shutil.which(command[0]) is None:
+            self.stop()  # the folder
             raise Missing(f"{command[0]} is not installed (Debian: {self.package})")
         with (self.folder / "log").open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, start_new_session=True)

@@ -319,10 +319,12 @@ def test_of_ten_thousand_bots_over_four_processes_those_of_a_killed_one_are_soon
 ) -> None:
     ttl, wrap = 10.0, namespaces()  # a busy machine must not cost another member its slot
     asyncio.run(add(members.url, *names(10_000)))
+    began = boot()
     for _ in range(4):
         members.start("v1", *wrap, ttl=ttl)
     until(lambda: placed(members.url, 10_000, 4) or time.sleep(0.3), 100)
     before = members.settled(10_000, {0, 1, 2, 3}, 20)
+    starting = boot() - began
     victim = members.runs[1]
     if wrap:
         os.kill(victim.children()[0], signal.SIGKILL)
@@ -334,8 +336,9 @@ def test_of_ten_thousand_bots_over_four_processes_those_of_a_killed_one_are_soon
     calm = {n for n in (0, 2, 3) if "draining" not in members.runs[n].text()}
     assert all(after[bot] == before[bot] for bot in before if before[bot] in calm)
     last = max(begin for spans in members.spans().values() for begin, _, _, _ in spans)
-    # ttl*(1+rho) + lock-delay + 1 s on a quiet machine, which scripts/bench judges; here others may be busy
-    assert len(calm) < 3 or last - began < ttl * 1.01 + 1.0 + 4.0
+    # ttl*(1+rho) + lock-delay + 1 s on a quiet machine, which scripts/bench judges. Here others may be busy: then the
+    # start of all ten thousand takes longer as well (4 s on a quiet machine); a quarter of them do not take longer.
+    assert len(calm) < 3 or last - began < ttl * 1.01 + 1.0 + starting
     members.assert_at_most_one()
     verify(members.url)
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 QUICK_DEATH = 60.0
 """A child that ran for so long has recovered: its earlier crashes are forgotten."""
 LONGEST_BACK_OFF = 30.0
+AFTER_A_TERM = 0.2
+"""Seconds until what can wait is done."""
 BAD_CONFIGURATION = 78
 """EX_CONFIG of sysexits.h: the bot says that starting it again cannot help."""
 
@@ -112,6 +114,8 @@ class ChildWork:
         self.proof = proof.make((os.getpid(), pid))
         sock.setblocking(False)
         self._loop.add_reader(sock, self._heard)
+        self._sparing: asyncio.TimerHandle | None = None
+        self._spare()
 
     def _pass_on(self, event: Event) -> None:
         self.tell(event)
@@ -127,6 +131,11 @@ class ChildWork:
         self._retry = None
         self._warm = True
         self._spawn()
+
+    def _spare(self) -> None:
+        """Have the reaper fork ahead what becomes the next bot."""
+        if not self.command.warm and not self._running:
+            self._send(do="prepare")
 
     def start(self, term: int, nonce: str, until: float, guard_fd: int | None) -> None:
         self.term, self._nonce, self._until = term, nonce, until
@@ -268,8 +277,9 @@ class ChildWork:
         return True
 
     def close(self) -> None:
-        if self._retry is not None:
-            self._retry.cancel()
+        for timer in (self._retry, self._sparing):
+            if timer is not None:
+                timer.cancel()
         if self.pulse is not None:
             self.pulse.end()
         if self._burying is not None:
@@ -321,6 +331,7 @@ class ChildWork:
                     self.say(f"cannot start {self.command.argv[0]}: {message['error']}")
                     self._stopping = True
                 case "gone":
+                    self._guarded = self._guarded and message["guarded"]
                     self._gone(message["status"])
                 case "dropped":
                     self._finished()
@@ -395,6 +406,8 @@ class ChildWork:
         self._guarded = False
         if self._running:
             self._running = False
+            # Not at once: at a handover the next bot starts just now, and wants the processor.
+            self._sparing = self._loop.call_later(AFTER_A_TERM, self._spare)
             self.tell(WorkEnded(self.term))
 
     def _reaper_died(self, sock: socket.socket) -> None:
@@ -427,6 +440,7 @@ class ChildWork:
         self._sock.setblocking(False)
         self._loop.add_reader(self._sock, self._heard)
         self.proof = proof.make((os.getpid(), self._reaper))
+        self._spare()
 
 
 def _how(status: int) -> str:

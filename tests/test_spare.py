@@ -1,0 +1,222 @@
+"""The process that a standby has forked ahead: it becomes the bot, and is nothing before."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import World, marked, until
+
+from botlease import clock
+from botlease.work import reaper
+
+OPEN_IN_A_SPARE = ("stdin", "stdout", "stderr", "its orders", "where it says what is wrong")
+ECHO = ["sh", "-c", "echo hello; echo $GREETING; exec sleep 60"]
+
+
+class Reaper:
+    """One without a supervisor: the test speaks for it."""
+
+    def __init__(self) -> None:
+        self.pid, self.sock = reaper.fork()
+        self.inbox = reaper.Inbox(self.sock)
+        self.seen: list[dict[str, Any]] = []
+
+    def tell(self, fds: dict[str, int] | None = None, **message: Any) -> None:
+        fds = fds or {}
+        reaper.send(self.sock, {**message, "fds": list(fds)}, tuple(fds.values()))
+
+    def start(self, argv: list[str], fds: dict[str, int], **env: str) -> None:
+        env = {**os.environ, **env}
+        self.tell(fds, do="start", argv=argv, env=env, until=clock.now() + 30, gate=False, front={})
+
+    def says(self, word: str) -> dict[str, Any]:
+        """The next message of this kind."""
+        until(lambda: self.seen.extend(self.inbox.receive() or []) or any(m["say"] == word for m in self.seen))
+        found = next(m for m in self.seen if m["say"] == word)
+        self.seen.remove(found)
+        return found
+
+    def children(self) -> list[int]:
+        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+
+    def spare(self) -> int:
+        """It has set itself up, and closed what is the reaper's."""
+        until(lambda: [len(opened(pid)) for pid in self.children()] == [len(OPEN_IN_A_SPARE)])
+        return self.children()[0]
+
+
+def opened(pid: int) -> list[str]:
+    return [fd.name for fd in Path(f"/proc/{pid}/fd").iterdir()]
+
+
+@contextmanager
+def a_reaper() -> Iterator[Reaper]:
+    r = Reaper()
+    try:
+        yield r
+    finally:
+        r.sock.close()
+        os.waitpid(r.pid, 0)
+
+
+def test_the_bot_is_the_process_that_was_forked_ahead(tmp_path: Path) -> None:
+    with a_reaper() as r, (tmp_path / "out").open("wb") as out:
+        r.tell(do="prepare")
+        spare = r.spare()
+        r.start(ECHO, {"stdout": out.fileno()}, GREETING="from here")
+        assert r.says("started")["pid"] == spare == r.children()[0]
+        until(lambda: (tmp_path / "out").read_text() == "hello\nfrom here\n")
+
+
+def test_a_program_that_is_not_there_is_said_by_the_spare_too() -> None:
+    with a_reaper() as r:
+        r.tell(do="prepare")
+        r.spare()
+        r.start(["/nothing/here"], {})
+        assert r.says("failed")["error"] == "No such file or directory"
+        assert r.says("gone")["status"] == 127
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
+def test_a_spare_that_was_killed_is_replaced_and_one_that_was_stopped_goes_on(tmp_path: Path, how: int) -> None:
+    """A platform signals everything that it sees of us, also what only waits."""
+    with a_reaper() as r, (tmp_path / "out").open("wb") as out:
+        r.tell(do="prepare")
+        spare = r.spare()
+        os.kill(spare, how)
+        if how != signal.SIGSTOP:
+            until(lambda: not r.children())
+        r.start(ECHO, {"stdout": out.fileno()}, GREETING="from here")
+        assert (r.says("started")["pid"] == spare) is (how == signal.SIGSTOP)
+        until(lambda: (tmp_path / "out").read_text() == "hello\nfrom here\n")
+        r.tell(do="kill")
+        assert r.says("gone")["status"] == -signal.SIGKILL
+
+
+def test_a_spare_that_dies_as_its_order_comes_is_replaced(tmp_path: Path) -> None:
+    """The reaper has not heard of its death yet: it reads the order first."""
+    with a_reaper() as r, (tmp_path / "out").open("wb") as out:
+        r.tell(do="prepare")
+        spare = r.spare()
+        os.kill(r.pid, signal.SIGSTOP)
+        os.kill(spare, signal.SIGKILL)
+        until(lambda: gone(spare))
+        r.start(ECHO, {"stdout": out.fileno()}, GREETING="from here")
+        os.kill(r.pid, signal.SIGCONT)
+        assert r.says("started")["pid"] != spare
+        until(lambda: (tmp_path / "out").read_text() == "hello\nfrom here\n")
+
+
+def test_there_is_one_spare_and_none_beside_a_bot() -> None:
+    with a_reaper() as r:
+        r.tell(do="prepare")
+        spare = r.spare()
+        r.tell(do="prepare")
+        r.tell(do="drop")
+        r.says("dropped")  # it has heard of all that was said before
+        assert r.children() == [spare]
+        r.start(ECHO, {}, GREETING="from here")
+        r.tell(do="prepare")
+        r.tell(do="drop")
+        r.says("dropped")
+        assert r.children() == [spare]
+        r.tell(do="kill")
+        assert r.says("gone")["status"] == -signal.SIGKILL
+        assert r.children() == []
+        r.tell(do="prepare")
+        assert r.spare() != spare
+
+
+def test_an_order_that_comes_after_the_end_of_trust_starts_nothing(tmp_path: Path) -> None:
+    """The fence is armed before the spare hears of anything."""
+    r = Reaper()
+    r.tell(do="prepare")
+    spare = r.spare()
+    with (tmp_path / "out").open("wb") as out:
+        order = {"do": "start", "argv": ECHO, "env": dict(os.environ), "gate": False, "front": {}}
+        r.tell({"stdout": out.fileno()}, **order, until=clock.now() - 0.001)
+    assert os.waitstatus_to_exitcode(os.waitpid(r.pid, 0)[1]) == -signal.SIGKILL
+    r.sock.close()
+    until(lambda: gone(spare))
+    assert (tmp_path / "out").read_bytes() == b""
+
+
+def test_a_spare_dies_with_its_reaper() -> None:
+    r = Reaper()
+    r.tell(do="prepare")
+    spare = r.spare()
+    os.kill(r.pid, signal.SIGKILL)
+    os.waitpid(r.pid, 0)
+    until(lambda: gone(spare))
+    r.sock.close()
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] in (b"Z", b"X")
+    except OSError:
+        return True
+
+
+@pytest.mark.parametrize("drained", [True, False])
+def test_the_side_car_lock_goes_with_a_drain_and_stays_with_a_crash(tmp_path: Path, drained: bool) -> None:
+    """After a drain the term is over when nothing is left, and the supervisor need not ask. After a crash the bot is
+    started again, and the lock is kept."""
+    with a_reaper() as r, (tmp_path / "lock").open("w") as lock, (tmp_path / "lock").open("w") as other:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        r.start(["sleep", "60"], {"guard": lock.fileno()})
+        lock.close()
+        pid = r.says("started")["pid"]
+        if drained:
+            r.tell(do="signal", number=int(signal.SIGTERM), drain=True)
+        else:
+            os.kill(pid, signal.SIGTERM)
+        assert r.says("gone")["guarded"] is not drained
+        if drained:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_who_stands_by_has_a_spare_and_who_works_has_none(world: World) -> None:
+    first = world.run("--deployment", "v1")
+    world.works(1)
+    second = world.run("--deployment", "v2", "--standby")
+    second.says("standby")
+    (spare,) = until(lambda: [p for p in second.children() if len(second.children()) == 2][1:])
+    assert len(first.children()) == 2  # reaper and bot
+    first.signal(signal.SIGTERM)
+    first.wait()
+    world.works(2)
+    assert second.children()[1:] == [spare] and spare in {pid for pid, _ in world.stamps()}
+    assert world.overlap() == 0
+
+
+def test_who_is_passive_has_a_spare_again(sqlite_world: World) -> None:
+    first = sqlite_world.run("--deployment", "v1")
+    sqlite_world.works(1)
+    sqlite_world.run("--deployment", "v2", "--probation", "60")
+    sqlite_world.works(2)
+    first.says("ready to take back")
+    until(lambda: len(first.children()) == 2)
+
+
+def test_a_spare_is_gone_with_its_supervisor(sqlite_world: World) -> None:
+    holder = sqlite_world.run("--deployment", "v1")
+    sqlite_world.works(1)
+    mark = f"spare-{os.getpid()}"
+    standby = sqlite_world.run("--deployment", "v1", "--standby", env={"MARK": mark})
+    standby.says("standby")
+    until(lambda: len(standby.children()) == 2)
+    standby.process.kill()
+    standby.process.wait()
+    until(lambda: not marked(mark.encode()), 2.0)
+    assert holder.process.poll() is None and len(sqlite_world.stamps()) == 1
