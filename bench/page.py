@@ -13,6 +13,7 @@ from typing import Any
 
 from bench import ROOT, check, floors, plot
 from bench.compare import FAULTS
+from bench.systems import systems
 from botlease import clock
 
 PLOTS = ROOT / "docs" / "benchmarks"
@@ -112,7 +113,8 @@ def _goals(found: dict[str, Any]) -> list[str]:
 
 
 def write(found: dict[str, Any]) -> Path:
-    rows: list[dict[str, Any]] = found.get("peers", [])
+    order = {system.name: n for n, system in enumerate(systems())}  # and not that in which parts of a run measured them
+    rows: list[dict[str, Any]] = sorted(found.get("peers", []), key=lambda row: order.get(row["name"], len(order)))
     measured = [r for r in rows if not r.get("missing")]
     lines = [
         "# Measured against the peers",
