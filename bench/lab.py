@@ -193,8 +193,8 @@ class Bench:
 
 
 def _named(path: bytes) -> list[int]:
-    """Processes with this in their command line. Fifty children that were left over took a core from all who came
-    later, and were not noticed for hours."""
+    """Processes with this in their command line. Fifty children that were left over took most of a core from all
+    who came later, and were not noticed for hours."""
     found = []
     for name in os.listdir("/proc"):  # noqa: PTH208
         with contextlib.suppress(OSError):
