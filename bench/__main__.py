@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from bench.counted import nobody
 from bench.gateway import measure as measure_gateway
 from bench.lab import laboratory
 from bench.systems import CHILD
+from botlease import clock
 
 PARTS = ("peers", "own", "gateway", "fleet", "capacity")
 
@@ -71,6 +74,14 @@ def main(
             new = Path(f"{path}.new")
             new.write_text(json.dumps(found | more))
             new.replace(path)  # cut off in between, the old figures are still whole
+
+    if checking and (of := found.get("versions", {}).get("botlease", _commit())) != _commit():
+        raise click.UsageError(f"{path} is of {of}, and --check is for what is here: name another one")
+    machine = f"{os.cpu_count()} cores, Python {platform.python_version()}, Linux {platform.release().split('-')[0]}"
+    today = f"{datetime.fromtimestamp(clock.wall(), UTC):%d %B %Y}"
+    for key, what in (("machines", machine), ("days", today)):
+        if what not in found.setdefault(key, []):
+            found[key].append(what)
 
     with laboratory(say) as lab, tempfile.TemporaryDirectory(prefix="botlease-bench-") as name:
         folder = Path(name)

@@ -77,14 +77,24 @@ def used(postgres: Postgres) -> float:
     return total
 
 
-def holders(postgres: Postgres, url: str, rate: int, seconds: int) -> dict[str, float]:
-    """``rate`` renewals a second from 64 connections (pgbench, prepared, as our store does it), or as many as it can
-    (0): what the server took for them, and by how much it fell behind."""
+MOST, FLOOR = "as many as it can", "floor: a bare UPDATE of one number"
+BARE = "UPDATE floor SET n = n + 1 WHERE id = :n"
+"""What a renewal cannot be cheaper than: a row of one number, found by its key."""
+
+
+def renewal() -> str:
     script = re.sub(r"\s+", " ", RENEW)
     script = script.replace("{timeline}", "left(pg_walfile_name(pg_current_wal_lsn()), 8)")
     for parameter, value in (("$1", "'b' || :n"), ("$2", "'i' || :n"), ("$3", "1"), ("$4", "'x'"), ("$6", "beat + 1")):
         script = script.replace(parameter, value)
-    script = script.replace("ANY($5::bigint[])", "ANY(ARRAY[beat])")
+    return script.replace("ANY($5::bigint[])", "ANY(ARRAY[beat])")
+
+
+def holders(
+    postgres: Postgres, url: str, rate: int, seconds: int, script: str, how: str = "prepared"
+) -> dict[str, float]:
+    """``rate`` statements a second from 64 connections (pgbench), or as many as it can (0): what the server took for
+    them, and by how much it fell behind."""
     with tempfile.NamedTemporaryFile("w", suffix=".sql") as file:
         file.write(f"\\set n random(1, 5000)\n{script};\n")
         file.flush()
@@ -92,7 +102,7 @@ def holders(postgres: Postgres, url: str, rate: int, seconds: int) -> dict[str, 
         before, began = used(postgres), time.monotonic()
         done = subprocess.run(
             [
-                *(str(postgres_bindir() / "pgbench"), "-n", "-M", "prepared", "-f", file.name, "-c", "64", "-j", "2"),
+                *(str(postgres_bindir() / "pgbench"), "-n", "-M", how, "-f", file.name, "-c", "64", "-j", "2"),
                 *(("-R", str(rate)) if rate else ()),
                 *("-T", str(seconds), url),
             ],
@@ -120,18 +130,27 @@ def measure(postgres: Postgres, say: Any, *, quick: bool) -> dict[str, Any]:
     out["growth"] = asyncio.run(growth(url, (1, 100, 1000, 10_000), 100 if quick else 400))
     say(f"a bot more: {out['growth']}")
     seconds = 5 if quick else 20
-    for ttl in (10, 3):
-        rate = round(5000 / (ttl * 0.2))
-        out[f"5,000 holders, ttl {ttl} s"] = found = holders(postgres, url, rate, seconds)
-        say(f"5,000 holders at ttl {ttl} s ({rate:,} renewals/s): {found}")
-    out["as many as it can"] = found = holders(postgres, url, 0, seconds)
-    say(f"as many as it can: {found}")
+    for what, rate, script, how in (
+        ("5,000 holders, ttl 10 s", 2500, renewal(), "prepared"),
+        ("5,000 holders, ttl 3 s", 8333, renewal(), "prepared"),
+        (MOST, 0, renewal(), "prepared"),
+        ("as many as it can, planned each time, as behind a pooler", 0, renewal(), "extended"),
+        (FLOOR, 0, BARE, "prepared"),
+    ):
+        out[what] = found = holders(postgres, url, rate, seconds, script, how)
+        say(f"{what}: {found}")
     return out
 
 
 async def _prepare(admin: str, url: str) -> None:
     connection = await asyncpg.connect(admin)
     await connection.execute("CREATE DATABASE capacity")
+    await connection.close()
+    connection = await asyncpg.connect(url)
+    await connection.execute(
+        "CREATE TABLE floor (id int PRIMARY KEY, n int) WITH (fillfactor = 50);"
+        "INSERT INTO floor SELECT n, 0 FROM generate_series(1, 5000) n"
+    )
     await connection.close()
     store = PostgresStore(url)
     await store.open(10)

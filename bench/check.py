@@ -4,29 +4,34 @@ themselves, as the floor is as slow as the machine. Memory, bytes and counts are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from bench import floors
+from bench.capacity import FLOOR, MOST
 from bench.compare import FAULTS
+from bench.hosts import MISSING
 
-OVERLAPPING = ("botlease, SQLite", "botlease, PostgreSQL", "botlease-fast, PostgreSQL")
+OURS = ("botlease, SQLite", "botlease, PostgreSQL")
+SUPERVISED = (*OURS, "botlease-fast, PostgreSQL")
 
 
 @dataclass(frozen=True)
 class Goal:
     what: str
     most: float
-    found: float
+    found: float | None
+    """None: there is no figure."""
     unit: str
     least: bool = False
     """``most`` is the least that it has to be."""
 
     @property
     def met(self) -> bool:
-        return self.found >= self.most if self.least else self.found <= self.most
+        return self.found is not None and (self.found >= self.most if self.least else self.found <= self.most)
 
 
 def _rows(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -34,32 +39,33 @@ def _rows(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _values(row: dict[str, Any], part: str, key: str) -> list[float]:
+    """In which it was not seen to end, it never did."""
     value = row.get(part)
     if isinstance(value, list):
         return value
-    return value.get(key, []) if isinstance(value, dict) else []
+    return value.get(key, []) + [math.inf] * len(value.get("gone", [])) if isinstance(value, dict) else []
 
 
 def goals(found: dict[str, Any]) -> list[Goal]:
-    """Those for which there are figures."""
+    """What we set out to reach, each with its figure if there is one."""
     out: list[Goal] = []
     rows = _rows(found)
 
     def goal(what: str, most: float, unit: str, measure: Callable[[], float], *, least: bool = False) -> None:
         try:
-            out.append(Goal(what, most, measure(), unit, least))
+            value = measure()
         except (KeyError, IndexError, ValueError, TypeError):
-            return  # it was not measured, or failed, and the tables say so
+            value = None  # it was not measured, or failed
+        out.append(Goal(what, most, value, unit, least))
 
-    def ms(name: str, part: str, key: str) -> float:
-        return median(_values(rows[name], part, key)) * 1000
+    def ms(name: str, part: str, key: str, of: Callable[[list[float]], float] = median) -> float:
+        return of(_values(rows[name], part, key)) * 1000
 
     networked = [
         (median(_values(row, "handover", "gap")) * 1000, name)
         for name, row in rows.items()
         if not row["ours"] and row["server"] != "file" and _values(row, "handover", "gap")
     ]
-    commit, flock = (median(found["floors"][k]) * 1000 for k in ("a commit on SQLite", "flock: to a waiting process"))
     if networked:
         best, name = min(networked)
         goal(
@@ -70,19 +76,14 @@ def goals(found: dict[str, Any]) -> list[Goal]:
         )
     if "flock" in rows and _values(rows["flock"], "handover", "gap"):
         goal(
-            "planned gap with a child, SQLite, beside flock's and its commits",
-            ms("flock", "handover", "gap") + 2 * commit + flock,
+            "planned gap with a child, SQLite, beside flock's and two commits",
+            ms("flock", "handover", "gap") + 2 * median(found["floors"]["a commit on SQLite"]) * 1000,
             "ms",
             lambda: ms("botlease, SQLite", "handover", "gap"),
         )
-    for name in ("botlease, SQLite", "botlease, PostgreSQL"):
-        goal(
-            f"planned gap, p99, {name}",
-            50,
-            "ms",
-            lambda name=name: floors.p99(_values(rows[name], "handover", "gap")) * 1000,
-        )
-        goal(f"crash on the same host, {name}", 50, "ms", lambda name=name: ms(name, "crash", "took"))
+    for name in OURS:
+        goal(f"planned gap, p99, {name}", 50, "ms", lambda name=name: ms(name, "handover", "gap", floors.p99))
+        goal(f"crash on the same host, p99, {name}", 50, "ms", lambda name=name: ms(name, "crash", "took", floors.p99))
         goal(
             f"start-up, more than that of true, {name}",
             110,
@@ -102,31 +103,31 @@ def goals(found: dict[str, Any]) -> list[Goal]:
             ("2.5 ms for a bare advisory lock", 2.5),
             ("pg-advisory in-process", median(bare or [0]) * 1000),
         ):
-            if bare:
+            if lock:
                 goal(
                     f"{what}, PostgreSQL, beside 1.5 of {beside}",
                     1.5 * lock,
                     "ms",
                     lambda name=name, part=part: ms(name, part, "gap"),
                 )
-    for name in ("botlease, PostgreSQL", "botlease-fast, PostgreSQL"):
-        if name in rows:
+    for name in SUPERVISED:
+        if name in rows and "SQLite" not in name:
             goal(
                 f"another host is gone, worst, {name}",
-                rows[name]["ttl"] * 1.01 + 1.2,
+                elsewhere(rows[name]["ttl"]),
                 "s",
                 lambda name=name: max(_values(rows[name], "elsewhere", "took")),
             )
-    for name in OVERLAPPING:
+    for name in SUPERVISED:
         for fault in FAULTS:
-            goal(
-                f"overlap, {fault}, {name}",
-                0,
-                "ms",
-                lambda name=name, fault=fault: max(_values(rows[name], fault, "overlap")) * 1000,
-            )
-    own = found.get("own", {})
-    writes = own.get("PostgreSQL writes", {})
+            if "SQLite" not in name or fault != "connection cut":
+                goal(
+                    f"overlap, {fault}, {name}",
+                    0,
+                    "ms",
+                    lambda name=name, fault=fault: max(_values(rows[name], fault, "overlap")) * 1000,
+                )
+    writes = found.get("own", {}).get("PostgreSQL writes", {})
     goal("statements of a holder", 0.5, "/s", lambda: writes["holder"]["statements"])
     goal("WAL of a renewal", 250, "B", lambda: writes["holder"]["wal"])
     goal("renewals that are HOT", 1, "of 1", lambda: writes["holder"]["hot"], least=True)
@@ -136,13 +137,23 @@ def goals(found: dict[str, Any]) -> list[Goal]:
         "/s",
         lambda: writes["holder and standby"]["statements"] - writes["holder"]["statements"],
     )
-    most_rate = found.get("capacity", {}).get("as many as it can", {})
-    goal("holders of one server at ttl 3 s", 5000, "", lambda: most_rate["rate"] * 0.6, least=True)
-    for name, value in found.get("fleet", {}).items():
-        if isinstance(value, dict) and "again" in value:
-            goal(f"fleet of 10,000, a process killed, {name}", value["bound"], "s", lambda value=value: value["again"])
-            goal(f"bots moved that need not be, {name}", 0, "", lambda value=value: value["moved"])
+    goal("a standby writes but for its heartbeat each 10 s", 0.1, "in 10 s", lambda: _standby_writes(writes) - 1)
+    goal("holders of one server at ttl 3 s", 5000, "", lambda: found["capacity"][MOST]["rate"] * 0.6, least=True)
+    for name in ("same host", "another host"):
+        fleet = found.get("fleet", {}).get(name, {})
+        goal(f"fleet of 10,000, a process killed, {name}", 12.1, "s", lambda fleet=fleet: fleet["again"])
+        goal(f"bots moved that need not be, {name}", 0, "", lambda fleet=fleet: fleet["moved"])
+        goal(f"overlap in the fleet, {name}", 0, "s", lambda fleet=fleet: fleet["overlap"])
     return out
+
+
+def elsewhere(ttl: float) -> float:
+    """Seconds after which a dead host must have a successor: ttl*(1+rho), the lock-delay, and 0.2 s."""
+    return ttl * 1.01 + 1.2
+
+
+def _standby_writes(writes: dict[str, dict[str, float]]) -> float:
+    return (writes["holder and standby"]["xids"] - writes["holder"]["xids"]) / 360
 
 
 def broken(found: dict[str, Any], parts: Collection[str] = ("peers",)) -> list[str]:
@@ -165,6 +176,8 @@ def _missing(found: dict[str, Any], parts: Collection[str]) -> Iterator[tuple[st
         if row.get("missing"):
             yield row["name"], row["missing"]
         for job, value in row.items():
+            if isinstance(value, dict) and MISSING in value.get("failed", ""):
+                continue  # who is not root cannot have hosts, and the page says so
             if isinstance(value, dict) and ("failed" in value or value.get("gone")):
                 yield f"{row['name']}: {job}", value.get("failed") or value["gone"][0]
             elif job in FAULTS and job != "supervisor stopped" and value["took over"] < value["runs"]:
@@ -172,29 +185,36 @@ def _missing(found: dict[str, Any], parts: Collection[str]) -> Iterator[tuple[st
 
 
 def _bounds(found: dict[str, Any]) -> Iterator[tuple[str, float, float, str]]:
+    """What, its figure, the most that it may be, and of what. The bounds are some 1.5 of what was measured
+    (docs/benchmarks.md), in which two runs on a noisy machine do not differ."""
     floor = {name: median(values) for name, values in found["floors"].items()}
-    start, python = floor["start of the child (python -I -S)"], floor["python -c 'import asyncio'"]
+    python = floor["python -c 'import asyncio'"]
+    lock = floor["PostgreSQL: an advisory lock, let go here and had there"]
 
     def commits(server: str) -> float:
         """Of the release and of the acquire: on PostgreSQL only the acquire waits for the disk. On a slow disk they are
         all of it."""
         return 2 * floor["a commit on SQLite"] if server == "file" else floor["PostgreSQL: a durable commit"]
 
-    lock = floor["PostgreSQL: an advisory lock, let go here and had there"]
     for name, row in _rows(found).items():
         if not row["ours"]:
             continue
-        least = start + commits(row["server"])
+        start = median(row.get("start of the child") or found["floors"]["start of the child (python -I -S)"])
+        least, bare = start + commits(row["server"]), lock + commits(row["server"])
         if gaps := _values(row, "handover", "gap"):
-            yield f"{name}: planned gap", median(gaps) / least, 2.5, "starts of the child, and its commits"
+            if "warm" in name:
+                yield f"{name}: planned gap", median(gaps) / bare, 8.0, "bare advisory locks, and its commits"
+            else:
+                yield f"{name}: planned gap", median(gaps) / least, 2.0, "starts of the child, and its commits"
             yield f"{name}: overlap", row["handover"]["overlap"] * 1000, 0.0, "ms"
         if gaps := _values(row, "in-process", "gap"):
-            bare = lock + commits(row["server"])
-            yield f"{name}: in-process", median(gaps) / bare, 10.0, "bare advisory locks, and its commits"
+            yield f"{name}: in-process", median(gaps) / bare, 6.0, "bare advisory locks, and its commits"
         if took := _values(row, "crash", "took"):
-            yield f"{name}: crash", median(took) / least, 5.0, "starts of the child, and its commits"
+            yield f"{name}: crash", median(took) / least, 3.6, "starts of the child, and its commits"
         if took := _values(row, "child", "took"):  # a bot that crashed is started again after a second
-            yield f"{name}: the child's crash", (median(took) - 1) / least, 5.0, "starts of the child, and its commits"
+            yield f"{name}: the child's crash", (median(took) - 1) / least, 2.5, "starts of the child, and its commits"
+        if took := _values(row, "elsewhere", "took"):  # of its own timing, which no machine makes faster
+            yield f"{name}: another host is gone", max(took) / elsewhere(row["ttl"]), 1.05, "of its bound"
         for fault in FAULTS:
             if overlaps := _values(row, fault, "overlap"):
                 yield f"{name}: overlap, {fault}", max(overlaps) * 1000, 0.0, "ms"
@@ -204,15 +224,31 @@ def _bounds(found: dict[str, Any]) -> Iterator[tuple[str, float, float, str]]:
                 yield f"{name}: PSS of the {who}", row["idle"][who]["pss"], most, "MB"
             writes = found["idle floor"]["SQLite" if row["server"] == "file" else "PostgreSQL (asyncpg)"]["cpu"]
             beats = 10 / row["ttl"]  # the floor writes a row each two seconds
-            cpu = row["idle"]["holder"]["cpu"] / writes / beats
-            yield f"{name}: CPU of the holder", cpu, 5.0, "programs that write as often, and do nothing else"
+            for who, most in (("holder", 4.5), ("standby", 3.0)):
+                cpu = row["idle"][who]["cpu"] / writes / beats
+                yield f"{name}: CPU of the {who}", cpu, most, "programs that write as often, and do nothing else"
         if took := _values(row, "start-up", ""):
-            yield f"{name}: start-up", median(took) / python, 3.0, "Pythons with asyncio"
+            most = 2.6 if row["server"] == "file" else 3.5
+            yield f"{name}: start-up", median(took) / python, most, "Pythons with asyncio"
     own = found.get("own", {})
     if "PostgreSQL writes" in own:
-        yield "holder's statements", own["PostgreSQL writes"]["holder"]["statements"], 0.52, "/s"
-        yield "WAL of a renewal", own["PostgreSQL writes"]["holder"]["wal"], 250.0, "B"
-        yield "renewals that are not HOT", 1 - own["PostgreSQL writes"]["holder"]["hot"], 0.0, "of 1"
+        writes = own["PostgreSQL writes"]
+        yield "holder's statements", writes["holder"]["statements"], 0.53, "/s"  # of a minute: one more or less
+        both = writes["holder and standby"]["statements"]
+        yield "statements of a standby", both - writes["holder"]["statements"], 0.7, "/s"
+        yield "writes of a standby", _standby_writes(writes), 1.3, "in 10 s"
+        yield "WAL of a renewal", writes["holder"]["wal"], 250.0, "B"
+        yield "renewals that are not HOT", 1 - writes["holder"]["hot"], 0.0, "of 1"
     for what in [k for k in own if k.startswith("new deployment")]:
-        least = start + commits("file" if "SQLite" in what else "postgres")
-        yield what, median(own[what]) / least, 3.0, "starts of the child, and its commits"
+        server = "file" if "SQLite" in what else "postgres"
+        if "warm" in what:
+            yield what, median(own[what]) / (lock + commits(server)), 10.0, "bare advisory locks, and its commits"
+        else:
+            start = floor["start of the child (python -I -S)"]
+            yield what, median(own[what]) / (start + commits(server)), 2.5, "starts of the child, and its commits"
+    for name in ("same host", "another host"):
+        if "again" in (fleet := found.get("fleet", {}).get(name, {})):
+            yield f"fleet: active again, {name}", fleet["again"] / fleet["bound"], 1.0, "of its bound"
+            yield f"fleet: moved, {name}", fleet["moved"], 0.0, "bots"
+    if MOST in (capacity := found.get("capacity", {})):
+        yield "a renewal on a full server", capacity[FLOOR]["rate"] / capacity[MOST]["rate"], 4.0, "bare updates"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import subprocess
 import threading
@@ -13,8 +14,9 @@ from typing import Any
 
 from bench import floors
 from bench.counted import Counted
-from bench.lab import Gone, Lab, Say, bench, boot, pid_of, together
-from bench.systems import System, systems, unavailable
+from bench.hosts import MISSING
+from bench.lab import Gone, Lab, Say, bench, boot, pid_of, together, until
+from bench.systems import CHILD, System, systems, unavailable
 from botlease.work.tree import descendants
 
 AT_ONCE = 15
@@ -47,6 +49,8 @@ def _handover(lab: Lab, system: System, n: int, bare: bool) -> dict[str, Any]:
             b.stop(holder)
             try:
                 new = b.works(rep + 2, 40)
+                if new == old:
+                    raise Gone("the same child")
                 holder.wait(40)
             except (Gone, subprocess.TimeoutExpired) as e:
                 gone.append(str(e))
@@ -59,35 +63,75 @@ def _handover(lab: Lab, system: System, n: int, bare: bool) -> dict[str, Any]:
         return {"gap": gaps, "total": totals, "overlap": b.track.overlap(), "gone": gone}
 
 
+def _soon(system: System) -> None:
+    """A fault comes at any moment between two renewals, and not always so long after a start."""
+    time.sleep(random.uniform(0, system.beat))
+
+
 def crash(lab: Lab, system: System, n: int, at_once: int, *, elsewhere: bool = False) -> dict[str, Any]:
-    """M2: everything of the holder is killed; ``elsewhere``: its host is gone as well, so nobody tells the server, and
-    nothing of it can be seen from the host of the one that waits."""
+    """M2: everything of the holder is killed; ``elsewhere``: its host (a network namespace, for ours a pid namespace
+    as well) is gone, so nobody tells the server, and nothing of it can be seen from the host of the one that waits."""
     wrap = floors.namespace() if elsewhere and system.ours else ()
-    if elsewhere and system.ours and not wrap:
-        raise Gone("needs a pid namespace (root, or unshare)")
+    if elsewhere and not (lab.hosts.there and (wrap or not system.ours)):
+        raise Gone(MISSING)
     limit = min(4 * max(system.ttl, 10) + 20, 100)
 
     def one() -> float | str:
-        with bench(lab, system, wrap) as b:
-            holder = b.start(wired=elsewhere)
+        with lab.hosts.host() if elsewhere else contextlib.nullcontext() as host, bench(lab, system, wrap) as b:
+            holder = b.start(host=host)
             first = b.works(1, 60)
             waiting = b.start()
             b.waits(waiting)
-            for wire in b.wires:
-                wire.keep = wire.silent = True
+            if not system.exclusive:  # the newest has it, and the first is the one that waits
+                first = b.works(2, 60)
+                holder, waiting = waiting, holder
+                b.waits(waiting)
+            children = len(b.track.spans)
+            _soon(system)
+            if host is not None:
+                host.vanish()
             killed = boot()
             b.kill(holder)
             try:
-                second = b.works(2, limit)
+                second = b.works(children + 1, limit)
             except Gone as e:
                 return str(e)
             if first == second:
                 raise Gone("the same child")
             return b.track.spans[second][0] - killed
 
-    if elsewhere and not system.ttl and isinstance(tried := one(), str):
-        return {"took": [], "gone": [tried]}  # a session that nobody ends: once is enough
+    if elsewhere and not system.ttl:
+        if isinstance(tried := one(), str):
+            return {"took": [], "gone": [tried]}  # a session that nobody ends: once is enough
+        return _sorted([tried, *together(n - 1, at_once, one)])
     return _sorted(together(n, at_once, one))
+
+
+def preempt(lab: Lab, system: System, n: int) -> dict[str, Any]:
+    """A second one is started while the first works, and nobody has told that one to stop. Gap: nobody works; below
+    zero both do."""
+    limit = min(4 * max(system.ttl, 10) + 20, 100)
+
+    def one() -> tuple[float, float] | str:
+        with bench(lab, system) as b:
+            b.start()
+            first = b.works(1, 60)
+            time.sleep(1)
+            _soon(system)
+            asked = boot()
+            b.start()
+            try:
+                second = b.works(2, limit)
+                until(lambda: boot() - b.track.read()[first][1] > 0.5, limit, "the first one's end")
+            except Gone as e:
+                return str(e)
+            spans = b.track.spans
+            return spans[second][0] - spans[first][1], spans[second][0] - asked
+
+    found = together(n, AT_ONCE, one)
+    took = [x for x in found if not isinstance(x, str)]
+    gone = [x for x in found if isinstance(x, str)]
+    return {"gap": [gap for gap, _ in took], "total": [total for _, total in took]} | ({"gone": gone} if gone else {})
 
 
 def _sorted(found: list[float | str]) -> dict[str, Any]:
@@ -105,6 +149,7 @@ def child_dies(lab: Lab, system: System, n: int) -> dict[str, Any]:
             child = b.works(1, 60)
             waiting = b.start()
             b.waits(waiting)
+            _soon(system)
             killed = boot()
             os.kill(pid_of(child), signal.SIGKILL)
             try:
@@ -130,6 +175,7 @@ def overlap(lab: Lab, system: System, fault: str, n: int) -> dict[str, Any]:
             b.works(1, 60)
             waiting = b.start()
             b.waits(waiting)
+            _soon(system)
             if fault == "kill -9 of the supervisor":
                 os.kill(holder.pid, signal.SIGKILL)
                 holder.wait()
@@ -176,7 +222,9 @@ def idle(lab: Lab, system: System, seconds: float) -> dict[str, Any]:
 
         def watch(name: str) -> None:
             counted = Counted(lab.url(system, "-")) if system.server == "postgres" else None
-            time.sleep(1 + system.ttl / 3)  # the first write of each page after the checkpoint is a whole one
+            # The first write of each page after the checkpoint is a whole one: 10 s until our heartbeat comes by. So
+            # late, too, does an idle session of PostgreSQL report what it did at its start.
+            time.sleep(12 if counted is not None else 1 + system.ttl / 3)
             before = [floors.cpu(pids(p)) for p in running]
             asked = [w.requests for w in b.wires]
             if counted is not None:
@@ -193,7 +241,7 @@ def idle(lab: Lab, system: System, seconds: float) -> dict[str, Any]:
                 out[who] = {
                     "cpu": (used[n] - before[n]) / span * 3600,
                     # alone: beside a standby it shares what a host of its own would not share
-                    "pss": out[who]["pss"] if who in out else floors.pss(pids(process)),
+                    **{k: out[who][k] if who in out else floors.memory(pids(process))[k] for k in ("pss", "rss")},
                     "requests": (requests[n] - asked[n]) / span if b.wires else None,
                 }
 
@@ -230,10 +278,14 @@ Job = tuple[str, Callable[[], Any]]
 def _jobs(lab: Lab, system: System, *, quick: bool) -> Iterator[Job]:
     n = 6 if quick else 30
     if system.exclusive:  # where two at once is how it works, nobody waits for the holder's end
-        yield "handover", lambda: handover(lab, system, n)
+        many = 100 if system.ours and not quick else n  # of less the p99 is the largest
+        yield "handover", lambda: handover(lab, system, many)
         if system.bare:
-            yield "in-process", lambda: handover(lab, system, n, bare=True)
+            yield "in-process", lambda: handover(lab, system, many, bare=True)
         yield "child", lambda: child_dies(lab, system, n)
+    else:
+        yield "preempt", lambda: preempt(lab, system, n)
+    if system.exclusive or system.returns:
         # One by one where a crash is seen at once. Where a lease is waited out the machine has nothing to do meanwhile.
         yield "crash", lambda: crash(lab, system, n, AT_ONCE if system.ttl and not system.ours else 1)
         if system.server != "file":
@@ -242,7 +294,7 @@ def _jobs(lab: Lab, system: System, *, quick: bool) -> Iterator[Job]:
         for fault in FAULTS:
             if fault != "connection cut" or system.server != "file":
                 yield fault, lambda fault=fault: overlap(lab, system, fault, n)  # type: ignore[misc]
-    yield "idle", lambda: idle(lab, system, 10 if quick else 20)
+    yield "idle", lambda: idle(lab, system, 10 if quick else 40 if system.ours or system.server == "postgres" else 20)
     yield "start-up", lambda: start_up(lab, system, n)
 
 
@@ -274,6 +326,8 @@ def measure(
         for name, job in _jobs(lab, system, quick=quick):
             if (system.only and name not in system.only) or "failed" not in row.get(name, "failed"):
                 continue
+            if name == "handover":  # the machine of this hour
+                row["start of the child"] = floors.starts(CHILD, lab.folder, 10 if quick else 30)
             began = time.monotonic()
             try:
                 row[name] = job()

@@ -37,17 +37,8 @@ def once(folder: Path, postgres: Postgres, url: str, seconds: float, wrap: tuple
         out["start"] = time.monotonic() - began
         until(lambda: placed(url, BOTS, 4) or time.sleep(0.3), 120)
         before = m.settled(BOTS, {0, 1, 2, 3}, 20)
-        counted = Counted(url)
-        time.sleep(7)  # three renewals: the first write of each page after a checkpoint is a whole one
         members = [run.children()[0] if wrap else run.pid for run in m.runs]
-        counted.start()
-        used, server, at = floors.cpu(members), server_used(postgres), boot()
-        time.sleep(seconds)
-        span = boot() - at
-        out["cpu"] = (floors.cpu(members) - used) / span / 4 * 3600
-        out["cores"] = (server_used(postgres) - server) / span
-        out |= {k: v / 3600 for k, v in counted.stop().items()}
-        out["pss"] = floors.pss(members) / 4
+        out |= _cost(postgres, url, members, seconds)
         victim = m.runs[1]
         if wrap:
             os.kill(members[1], signal.SIGKILL)
@@ -59,7 +50,43 @@ def once(folder: Path, postgres: Postgres, url: str, seconds: float, wrap: tuple
         out["bound"] = TTL * 1.01 + 1.0 + 1.0
         out["moved"] = sum(after[bot] != before[bot] for bot in before if before[bot] != 1)
         m.assert_at_most_one()
+        out["overlap"] = 0.0  # else it has just been raised
         verify(url)
+    finally:
+        with contextlib.suppress(OSError):
+            m.close()
+    return out
+
+
+def _cost(postgres: Postgres, url: str, members: list[int], seconds: float) -> dict[str, float]:
+    """Of a member in the mean, CPU seconds an hour and MB; of the server, in a second."""
+    counted = Counted(url)
+    time.sleep(7)  # three renewals: the first write of each page after a checkpoint is a whole one
+    counted.start()
+    used, server, at = floors.cpu(members), server_used(postgres), boot()
+    time.sleep(seconds)
+    span = boot() - at
+    out = {
+        "cpu": (floors.cpu(members) - used) / span / len(members) * 3600,
+        "cores": (server_used(postgres) - server) / span,
+        "pss": floors.pss(members) / len(members),
+    }
+    return out | {k: v / 3600 for k, v in counted.stop().items()}
+
+
+def growth(folder: Path, postgres: Postgres, url: str, seconds: float) -> dict[int, dict[str, float]]:
+    """One process, and more and more bots."""
+    folder.mkdir()
+    m = Members(folder, url)
+    out: dict[int, dict[str, float]] = {}
+    try:
+        m.start("v1", ttl=TTL)
+        have = 0
+        for size in (1, 100, 1000, 10_000):
+            asyncio.run(add(url, *names(size)[have:]))
+            have = size
+            m.settled(size, {0}, 120)
+            out[size] = _cost(postgres, url, [m.runs[0].pid], seconds)
     finally:
         with contextlib.suppress(OSError):
             m.close()
@@ -82,4 +109,7 @@ def measure(folder: Path, postgres: Postgres, say: Callable[[str], None], *, qui
         asyncio.run(create(database))
         out[name] = once(folder / database, postgres, postgres.url(database), 5 if quick else 30, wrap)
         say(f"fleet of {BOTS:,}, killed on {name}: {out[name]}")
+    asyncio.run(create("one_process"))
+    out["growth"] = growth(folder / "one", postgres, postgres.url("one_process"), 5 if quick else 30)
+    say(f"one process: {out['growth']}")
     return out

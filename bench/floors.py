@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
 import os
 import select
 import subprocess
@@ -20,8 +22,8 @@ def ms(values: list[float]) -> str:
 
 
 def p99(values: list[float]) -> float:
-    values = sorted(values)
-    return values[min(len(values) - 1, int(len(values) * 0.99))]
+    """The least of them below which, or at which, 99 of 100 are: of less than a hundred the largest."""
+    return sorted(values)[math.ceil(len(values) * 0.99) - 1]
 
 
 def cpu(pids: list[int]) -> float:
@@ -36,17 +38,22 @@ def cpu(pids: list[int]) -> float:
     return total
 
 
-def pss(pids: list[int]) -> float:
-    """MB; what is shared with others counts by its share."""
-    total = 0
+def memory(pids: list[int]) -> dict[str, float]:
+    """MB. ``pss``: what is shared with others counts by its share; ``rss``: in full, for each process."""
+    total = {"pss": 0.0, "rss": 0.0}
     for pid in pids:
         try:
             for row in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-                if row.startswith("Pss:"):
-                    total += int(row.split()[1])
+                for what in total:
+                    if row.startswith(f"{what.capitalize()}:"):
+                        total[what] += int(row.split()[1]) / 1024
         except OSError:
             continue
-    return total / 1024
+    return total
+
+
+def pss(pids: list[int]) -> float:
+    return memory(pids)["pss"]
 
 
 @cache
@@ -68,20 +75,28 @@ def timed(command: list[str], n: int, env: dict[str, str] | None = None) -> list
     return out
 
 
-def measure(child: tuple[str, ...], folder: Path, n: int) -> dict[str, list[float]]:
-    """Seconds each: a start of the child up to its first stamp; Pythons; a commit on SQLite."""
-    starts = []
-    for i in range(n):
-        path = folder / f"floor{i}"
+NUMBERS = itertools.count()
+
+
+def starts(child: tuple[str, ...], folder: Path, n: int) -> list[float]:
+    """Seconds from here to the first stamp of the child."""
+    out = []
+    for _ in range(n):
+        path = folder / f"floor{next(NUMBERS)}"
         began = time.clock_gettime(time.CLOCK_BOOTTIME)
         process = subprocess.Popen([*child, str(path)])
         while not (path.exists() and b"\n" in path.read_bytes()):
             time.sleep(0.001)
-        starts.append(float(path.read_text().split()[2]) - began)
+        out.append(float(path.read_text().split()[2]) - began)
         process.kill()
         process.wait()
+    return out
+
+
+def measure(child: tuple[str, ...], folder: Path, n: int) -> dict[str, list[float]]:
+    """Seconds each: a start of the child up to its first stamp; Pythons; a commit on SQLite."""
     return {
-        "start of the child (python -I -S)": starts,
+        "start of the child (python -I -S)": starts(child, folder, n),
         "python -c pass": timed([sys.executable, "-c", "pass"], n),
         "python -c 'import asyncio'": timed([sys.executable, "-c", "import asyncio"], n),
         "a commit on SQLite": _commits(folder, n),
@@ -95,21 +110,19 @@ def idle(url: str, folder: Path, seconds: float) -> dict[str, dict[str, float]]:
     """What a program costs that does nothing but write a row each two seconds (bench/heartbeat.py): CPU seconds an
     hour, and MB."""
     program = str(Path(__file__).parent / "heartbeat.py")
-    places = {"PostgreSQL (asyncpg)": url, "SQLite": str(folder / "heartbeat.db")}
-    running = {name: subprocess.Popen([sys.executable, program, place]) for name, place in places.items()}
-    try:
-        time.sleep(3.0)  # what a start takes is not part of it
-        before, began = {name: cpu([p.pid]) for name, p in running.items()}, time.monotonic()
-        time.sleep(seconds)
-        span = time.monotonic() - began
-        return {
-            name: {"cpu": (cpu([p.pid]) - before[name]) / span * 3600, "pss": pss([p.pid])}
-            for name, p in running.items()
-        }
-    finally:
-        for process in running.values():
+    out = {}
+    for name, place in (("PostgreSQL (asyncpg)", url), ("SQLite", str(folder / "heartbeat.db"))):
+        process = subprocess.Popen([sys.executable, program, place])
+        try:
+            time.sleep(3.0)  # what a start takes is not part of it
+            before, began = cpu([process.pid]), time.monotonic()
+            time.sleep(seconds)
+            used = cpu([process.pid]) - before
+            out[name] = {"cpu": used / (time.monotonic() - began) * 3600} | memory([process.pid])
+        finally:
             process.kill()
             process.wait()
+    return out
 
 
 def _deaths(n: int) -> list[float]:

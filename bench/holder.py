@@ -49,7 +49,8 @@ lost = Lost()
 def advisory() -> Release:
     import psycopg
 
-    connection = psycopg.connect(url, autocommit=True)
+    look = "-c tcp_keepalives_idle=1 -c tcp_keepalives_interval=1 -c tcp_keepalives_count=3"
+    connection = psycopg.connect(url, autocommit=True, options=look if peer == "pg-advisory-fast" else "")
     connection.execute("SELECT pg_advisory_lock(hashtext(%s))", (key,))
     return lambda: connection.execute("SELECT pg_advisory_unlock(hashtext(%s))", (key,))
 
@@ -116,7 +117,9 @@ def kazoo() -> Release:
 def redis_py() -> Release:
     import redis
 
-    lock = redis.Redis.from_url(url).lock(key, timeout=ttl, **({"sleep": 0.01} if ttl < 10 else {}))
+    # thread_local: else the thread that renews does not know that the lock is ours
+    more = {"sleep": 0.01} if ttl < 10 else {}
+    lock = redis.Redis.from_url(url).lock(key, timeout=ttl, thread_local=False, **more)
     lock.acquire(blocking=True)
 
     def renew() -> None:
@@ -150,7 +153,7 @@ def dislock() -> Release:
         lock_key=key,
         owner=str(os.getpid()),
         run_ttl_seconds=ttl,
-        lease_interval_seconds=max(1.0, ttl * 0.3),
+        lease_interval_seconds=max(1.0, min(10.0, ttl * 0.3)) if ttl > 10 else 0.5,  # its own rule
         lease_loss_policy=library.LeaseLossPolicy.TERMINATE,
     )
     while True:  # it does not wait by itself: how often is ours
@@ -193,11 +196,11 @@ def seed() -> Release:
     connection = psycopg.connect(url, autocommit=True)
     me = f"{key}-{os.getpid()}"
     connection.execute(
-        "CREATE TABLE IF NOT EXISTS seed_instances (instance_id text PRIMARY KEY, started_at timestamptz, "
+        "CREATE TABLE IF NOT EXISTS seed_instances (instance_id text PRIMARY KEY, bot text, started_at timestamptz, "
         "last_heartbeat timestamptz, is_active boolean)"
-    )
-    connection.execute("UPDATE seed_instances SET is_active = FALSE")
-    connection.execute("INSERT INTO seed_instances VALUES (%s, now(), now(), TRUE)", (me,))
+    )  # the bot is ours: several pairs are measured at once in one database
+    connection.execute("UPDATE seed_instances SET is_active = FALSE WHERE bot = %s", (key,))
+    connection.execute("INSERT INTO seed_instances VALUES (%s, %s, now(), now(), TRUE)", (me, key))
 
     def beat() -> None:
         own = connection
@@ -221,6 +224,7 @@ def seed() -> Release:
 
 PEERS: dict[str, Callable[[], Release]] = {
     "pg-advisory": advisory,
+    "pg-advisory-fast": advisory,
     "filelock": filelock,
     "filelock-fast": filelock,
     "sqlalchemy-dlock": sqlalchemy_dlock,
@@ -245,7 +249,8 @@ def notifelect(start: Callable[[], subprocess.Popen[bytes]]) -> None:
 
     async def run() -> None:
         connection = await asyncpg.connect(url)
-        settings = {"election_interval": timedelta(seconds=ttl * 2 / 3), "election_timeout": timedelta(seconds=ttl / 3)}
+        interval, timeout = (timedelta(seconds=s) for s in ((20, 5) if ttl > 10 else (1, 0.5)))
+        settings = {"election_interval": interval, "election_timeout": timeout}
         child: subprocess.Popen[bytes] | None = None
         async with Coordinator(connection, namespace=key, **settings) as outcome:
             while not stopping.is_set():

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import asyncpg
+from netns import Netns
 from servers import Postgres
 
 from bench import floors
+from bench.hosts import Hosts
 from bench.services import Consul, Etcd, Missing, Redis, Service, ZooKeeper
 from bench.systems import CHILD, WHO, System, environment
 from bench.wire import Wire
@@ -98,17 +100,18 @@ class Lab:
     servers: dict[str, Any]
     missing: dict[str, str]
     versions: dict[str, str]
+    hosts: Hosts
 
-    def url(self, system: System, key: str, port: int | None = None) -> str:
+    def url(self, system: System, key: str, port: int | None = None, host: str = "127.0.0.1") -> str:
         server = self.servers.get(system.server)
         path = str(self.folder / f"{key}.{'db' if system.ours else 'lock'}")
         port = port or (server.port if server is not None else 0)
         plain = {
             "file": path,
-            "postgres": f"postgresql://postgres@127.0.0.1:{port}/postgres",
-            "redis": f"redis://127.0.0.1:{port}",
+            "postgres": f"postgresql://postgres@{host}:{port}/postgres",
+            "redis": f"redis://{host}:{port}",
         }.get(system.server, "")
-        return system.scheme.format(server=plain, port=port, file=path)
+        return system.scheme.format(server=plain, host=host, port=port, file=path)
 
 
 class Bench:
@@ -121,17 +124,25 @@ class Bench:
         self.wires: list[Wire] = []
         self.running: list[subprocess.Popen[bytes]] = []
 
-    def start(self, *, wired: bool = False, child: tuple[str, ...] = (), bare: bool = False) -> subprocess.Popen[bytes]:
+    def start(
+        self,
+        *,
+        wired: bool = False,
+        child: tuple[str, ...] = (),
+        bare: bool = False,
+        host: Netns | None = None,
+    ) -> subprocess.Popen[bytes]:
+        """``wired``: over a line that can be cut, and on which requests are counted. ``host``: on that one."""
         port = None
         if wired and self.system.server != "file":
             self.wires.append(Wire(self.lab.servers[self.system.server].port))
             port = self.wires[-1].port
-        url = self.lab.url(self.system, self.key, port)
+        url = self.lab.url(self.system, self.key, port, *([host.here] if host else []))
         child = child or (("--bare", str(self.track.path)) if bare else (*CHILD, str(self.track.path), *WHO))
         log = (self.lab.folder / f"{self.key}.log").open("ab")
         with log:
             process = subprocess.Popen(
-                [*self.wrap, *self.system.command(url, self.key, child)],
+                [*(host.inside() if host else ()), *self.wrap, *self.system.command(url, self.key, child)],
                 env=environment(self.system, url, self.key),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -226,6 +237,8 @@ def laboratory(say: Say) -> Iterator[Lab]:
         try:
             postgres = Postgres(durable=True)
             postgres.start()
+            with (postgres.data / "pg_hba.conf").open("a") as hba:
+                hba.write("host all all 10.0.0.0/8 trust\n")  # the hosts of bench/hosts.py, who reach 127.0.0.1
             servers["postgres"] = postgres
             versions["PostgreSQL"] = asyncio.run(_prepare(postgres.url()))
             for kind in (Etcd, Redis, ZooKeeper, Consul):
@@ -237,7 +250,8 @@ def laboratory(say: Say) -> Iterator[Lab]:
                     say(f"without {kind.name}: {e}")
                     continue
                 servers[kind.name], versions[kind.name] = service, service.version()
-            yield Lab(Path(name), servers, missing, versions)
+            with Hosts() as hosts:
+                yield Lab(Path(name), servers, missing, versions, hosts)
         finally:
             for server in servers.values():
                 server.stop()

@@ -102,7 +102,17 @@ class Redis(Service):
     name, package = "redis", "redis-server"
 
     def command(self) -> list[str]:
-        return ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
+        return [
+            "redis-server",
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--protected-mode",
+            "no",
+            "--dir",
+            str(self.folder),
+        ]
 
     def version(self) -> str:
         return _says("redis-server", "--version").split("v=")[1].split()[0]

@@ -49,6 +49,13 @@ class System:
     """False: it waits for half a minute or more, and its faster settings stand for it."""
     slow: bool = False
     """Its handover waits for a lease or a look of seconds: many are measured at once."""
+    returns: bool = False
+    """Where a second one works at once: whether the first takes over again when that is dead."""
+
+    @property
+    def beat(self) -> float:
+        """Seconds between two renewals, at the most: within that a fault comes at any moment."""
+        return self.ttl / (5 if self.ours else 3)
 
     def version(self) -> str:
         if self.ours:
@@ -93,6 +100,7 @@ def library(
         bare=peer not in ("seed", "notifelect"),
         exclusive=peer not in ("seed", "notifelect"),
         overlaps=overlaps,
+        returns=peer == "notifelect",
     )
 
 
@@ -147,43 +155,48 @@ def systems() -> list[System]:
         library("filelock", "file", 0, "defaults: polls each 50 ms", "filelock"),
         library("filelock-fast", "file", 0, "polls each 5 ms", "filelock", "filelock-fast"),
         library("pg-advisory", "postgres", 0, "psycopg 3, blocking", "psycopg"),
+        replace(
+            library("pg-advisory-fast", "postgres", 0, "the server looks after 1 s for who is gone, 3 times (tcp_keepalives)", "psycopg"),
+            only=("elsewhere",),
+        ),
         library("sqlalchemy-dlock", "postgres", 0, "defaults", "sqlalchemy-dlock"),
         library("pals", "postgres", 0, "defaults", "pals"),
         library("tooz-pg", "postgres", 0, "defaults", "tooz", "tooz"),
-        library("tooz-etcd", "etcd", 30, "defaults", "tooz", "tooz", "etcd3+http://127.0.0.1:{port}", overlaps=False),
-        library("tooz-etcd-fast", "etcd", 2, "timeout 2 s", "tooz", "tooz", "etcd3+http://127.0.0.1:{port}?timeout=2"),
-        library("tooz-redis", "redis", 30, "defaults", "tooz", "tooz", "redis://127.0.0.1:{port}", overlaps=False),
-        library("tooz-redis-fast", "redis", 2, "timeout 2 s", "tooz", "tooz", "redis://127.0.0.1:{port}?timeout=2&lock_timeout=2"),
-        library("tooz-zk", "zookeeper", 10, "defaults", "tooz", "tooz", "zookeeper://127.0.0.1:{port}", overlaps=False),
-        library("tooz-zk-fast", "zookeeper", 4, "timeout 4 s, the server's least", "tooz", "tooz", "zookeeper://127.0.0.1:{port}?timeout=4"),
+        library("tooz-etcd", "etcd", 30, "defaults", "tooz", "tooz", "etcd3+http://{host}:{port}", overlaps=False),
+        library("tooz-etcd-fast", "etcd", 2, "timeout 2 s", "tooz", "tooz", "etcd3+http://{host}:{port}?timeout=2"),
+        library("tooz-redis", "redis", 30, "defaults", "tooz", "tooz", "redis://{host}:{port}", overlaps=False),
+        library("tooz-redis-fast", "redis", 2, "timeout 2 s", "tooz", "tooz", "redis://{host}:{port}?timeout=2&lock_timeout=2"),
+        library("tooz-zk", "zookeeper", 10, "defaults", "tooz", "tooz", "zookeeper://{host}:{port}", overlaps=False),
+        library("tooz-zk-fast", "zookeeper", 4, "timeout 4 s, the server's least", "tooz", "tooz", "zookeeper://{host}:{port}?timeout=4"),
         library("redis-py", "redis", 10, "10 s, extended each third by us", "redis", overlaps=False),
         library("redis-py-fast", "redis", 2, "2 s, polls each 10 ms", "redis", "redis-py"),
         library("python-redis-lock", "redis", 10, "10 s, auto_renewal", "python-redis-lock", overlaps=False),
         library("python-redis-lock-fast", "redis", 2, "2 s, auto_renewal", "python-redis-lock", "python-redis-lock"),
-        library("kazoo", "zookeeper", 10, "session 10 s", "kazoo", scheme="127.0.0.1:{port}", overlaps=False),
-        library("kazoo-fast", "zookeeper", 4, "session 4 s, the server's least", "kazoo", "kazoo", "127.0.0.1:{port}"),
+        library("kazoo", "zookeeper", 10, "session 10 s", "kazoo", scheme="{host}:{port}", overlaps=False),
+        library("kazoo-fast", "zookeeper", 4, "session 4 s, the server's least", "kazoo", "kazoo", "{host}:{port}"),
         library("dislock", "postgres", 60, "defaults; waits by our loop of 1 s", "dislock", overlaps=False),
-        library("dislock-fast", "postgres", 4, "ttl 4 s; waits by our loop of 50 ms", "dislock", "dislock"),
+        library("dislock-fast", "postgres", 2, "ttl 2 s, renewed each 0.5; waits by our loop of 50 ms", "dislock", "dislock"),
         library("mithril", "redis", 30, "defaults, auto_renewal", "mithril-locks", overlaps=False),
         library("mithril-fast", "redis", 2, "ttl 2 s, auto_renewal", "mithril-locks", "mithril"),
         System(
             "etcdctl lock", "etcd", 10, "defaults",
             lambda url, key, child: ["etcdctl", "--endpoints", url, "lock", key, "--", *child],
-            scheme="127.0.0.1:{port}", env=lambda url, key: {"ETCDCTL_API": "3"}, group=True, overlaps=False,
+            scheme="{host}:{port}", env=lambda url, key: {"ETCDCTL_API": "3"}, group=True, overlaps=False,
         ),
         System(
             "etcdctl lock-fast", "etcd", 2, "--ttl 2",
             lambda url, key, child: ["etcdctl", "--endpoints", url, "lock", "--ttl", "2", key, "--", *child],
-            scheme="127.0.0.1:{port}", env=lambda url, key: {"ETCDCTL_API": "3"}, group=True,
+            scheme="{host}:{port}", env=lambda url, key: {"ETCDCTL_API": "3"}, group=True,
         ),
         System(
             "consul lock", "consul", 15, "defaults",
             lambda url, key, child: ["consul", "lock", f"-http-addr={url}", key, *child],
-            scheme="127.0.0.1:{port}",
+            scheme="{host}:{port}",
         ),
-        _single_beat("single-beat", 5, "defaults", {}, overlaps=False),
+        _single_beat("single-beat", 5, "defaults", {}),
         _single_beat("single-beat-fast", 3, "LOCK_TIME 3, the least", {"SINGLE_BEAT_LOCK_TIME": "3"}),
-        library("notifelect-fast", "postgres", 1.5, "1 s + 0.5 s (defaults: half an hour + 30 s)", "notifelect", "notifelect"),
+        library("notifelect", "postgres", 25, "defaults: 20 s + 5 s", "notifelect", overlaps=False),
+        library("notifelect-fast", "postgres", 1.5, "1 s + 0.5 s", "notifelect", "notifelect"),
         library("seed's plain design", "postgres", 10, "heartbeat 10 s", "psycopg", "seed", overlaps=False),
         library("seed-fast", "postgres", 1, "heartbeat 1 s", "psycopg", "seed"),
         replace(
@@ -193,7 +206,7 @@ def systems() -> list[System]:
     ]  # fmt: skip
 
 
-def _single_beat(name: str, ttl: float, settings: str, env: dict[str, str], *, overlaps: bool = True) -> System:
+def _single_beat(name: str, ttl: float, settings: str, env: dict[str, str]) -> System:
     return System(
         name,
         "redis",
@@ -203,7 +216,6 @@ def _single_beat(name: str, ttl: float, settings: str, env: dict[str, str], *, o
         env=lambda url, key: {"SINGLE_BEAT_REDIS_SERVER": url, "SINGLE_BEAT_IDENTIFIER": key, **env},
         package="single-beat",
         slow=True,
-        overlaps=overlaps,
     )
 
 

@@ -1,4 +1,4 @@
-"""A line between a client and its server that can be cut, or go silent as when a host vanishes. Counts requests."""
+"""A line between a client and its server that can be cut. Counts requests."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import threading
 class Wire:
     """``port`` leads to ``target``, both on 127.0.0.1. Runs in a thread of its own.
 
-    ``keep``: when the client's side ends, the server is not told, as when the client's host is gone. ``silent``:
-    nothing passes, in both directions. ``refuse``: new connections are reset.
+    ``refuse``: new connections are reset.
     """
 
     def __init__(self, target: int) -> None:
         self.target = target
-        self.keep = self.silent = self.refuse = False
+        self.refuse = False
         self.requests = 0
         self._pairs: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
         self._loop = asyncio.new_event_loop()
@@ -73,8 +72,6 @@ class Wire:
         down = asyncio.ensure_future(self._pump(up_reader, writer, count=False))
         try:
             await asyncio.wait({up, down}, return_when=asyncio.FIRST_COMPLETED)
-            while self.keep and up.done() and not down.done():
-                await asyncio.sleep(0.05)
         except asyncio.CancelledError:
             pass  # the wire is closed
         finally:
@@ -88,11 +85,7 @@ class Wire:
         with contextlib.suppress(ConnectionError, OSError):
             while data := await reader.read(65536):
                 self.requests += count
-                while self.silent:
-                    await asyncio.sleep(0.02)
                 if writer.is_closing():
-                    if not self.keep:
-                        return
-                    continue
+                    return
                 writer.write(data)
                 await writer.drain()

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from cgroups import CGROUPS, Cgroup, has_cgroups
 from harness import BOTLEASE, clean_env
+from netns import Netns, free_subnet, has_netns, is_left, sweep_namespaces
 from proxy import Proxy
 from servers import Postgres, libfaketime, set_clock
 
@@ -41,25 +41,6 @@ def is_root() -> bool:
 
 
 @functools.cache
-def has_netns() -> bool:
-    """Root may make network namespaces; in a container that is not a given."""
-    name = f"botlease-{os.getpid()}-probe"
-    link = f"bl{os.getpid() % 100000}-p"
-    tries = (
-        f"ip netns add {name}",
-        f"ip link add {link} type veth peer name {link}p netns {name}",
-        f"ip netns exec {name} iptables -S",
-    )
-    try:
-        return is_root() and all(subprocess.run(t.split(), capture_output=True).returncode == 0 for t in tries)
-    except OSError:
-        return False
-    finally:
-        if is_root() and shutil.which("ip"):
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
-
-
-@functools.cache
 def has_pid_namespaces() -> bool:
     try:
         tried = subprocess.run(["unshare", "--pid", "--fork", "--mount-proc", "true"], capture_output=True)
@@ -70,31 +51,12 @@ def has_pid_namespaces() -> bool:
 
 def sweep() -> None:
     """Take away what worlds left behind that were killed: the addresses of an old one would be those of a new one."""
-
-    def is_left(name: str) -> bool:
-        pid = name.removeprefix("botlease-").partition("-")[0]
-        return name.startswith("botlease-") and pid.isdigit() and not Path(f"/proc/{pid}").exists()
-
     if has_netns():
-        there = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
-        for name in {line.split()[0] for line in there.splitlines()}:
-            if is_left(name):
-                subprocess.run(["ip", "netns", "del", name], capture_output=True)  # its link goes with it
+        sweep_namespaces()
     if has_cgroups():
         for name in {path.parent.name for path in CGROUPS.glob("*/botlease-*/cgroup.procs")}:
             if is_left(name):
                 Cgroup(name).remove()
-
-
-def free_subnet() -> tuple[int, socket.socket]:
-    """The second byte of addresses that no other world of this machine has, for as long as the socket is open: two with
-    the same get each other's packets. The kernel gives an abstract name to one only, until that dies."""
-    taken = socket.socket(socket.AF_UNIX)
-    for subnet in range(64, 192):
-        with contextlib.suppress(OSError):
-            taken.bind(f"\0botlease-nemesis-{subnet}")
-            return subnet, taken
-    raise RuntimeError("128 worlds are open already")
 
 
 class Host:
@@ -102,27 +64,15 @@ class Host:
 
     def __init__(self, number: int, subnet: int, database: int | None) -> None:
         self.number = number
-        self.netns = f"botlease-{os.getpid()}-{number}" if database and has_netns() else ""
-        self.link = f"bl{os.getpid() % 100000}-{number}"
-        self.address = f"10.{subnet}.{number}"
+        self.netns = Netns(number, subnet) if database and has_netns() else None
         self.proxy: Proxy | None = None
         self.database = database
 
     async def open(self) -> None:
-        if self.netns:
-            peer = self.link + "p"
-            for line in (
-                f"netns add {self.netns}",
-                f"link add {self.link} type veth peer name {peer} netns {self.netns}",
-                f"addr add {self.address}.1/30 dev {self.link}",
-                f"link set {self.link} up",
-                f"-n {self.netns} addr add {self.address}.2/30 dev {peer}",
-                f"-n {self.netns} link set {peer} up",
-                f"-n {self.netns} link set lo up",
-            ):
-                subprocess.run(["ip", *line.split()], check=True, capture_output=True)
+        if self.netns is not None:
+            self.netns.open()
         if self.database:
-            proxy = Proxy(self.database, f"{self.address}.1" if self.netns else "127.0.0.1")
+            proxy = Proxy(self.database, self.netns.here if self.netns is not None else "127.0.0.1")
             self.proxy = await proxy.__aenter__()
 
     def url(self) -> str:
@@ -130,13 +80,14 @@ class Host:
         return f"postgresql://postgres@{self.proxy.host}:{self.proxy.port}/postgres"
 
     def iptables(self, *rule: str) -> None:
-        subprocess.run(["ip", "netns", "exec", self.netns, "iptables", *rule], check=True, capture_output=True)
+        assert self.netns is not None
+        self.netns.iptables(*rule)
 
     async def close(self) -> None:
         if self.proxy is not None:
             await self.proxy.__aexit__()
-        if self.netns:
-            subprocess.run(["ip", "netns", "del", self.netns], capture_output=True)
+        if self.netns is not None:
+            self.netns.close()
 
 
 @dataclass
@@ -215,8 +166,8 @@ class Deployment:
             # inside before anything of it is forked
             script = "".join(f"echo $$ >{f} || exit 99; " for f in self.cgroup.files()) + 'exec "$@"'
             command += ["sh", "-c", script, "sh"]
-        if self.host.netns:
-            command += ["ip", "netns", "exec", self.host.netns]
+        if self.host.netns is not None:
+            command += self.host.netns.inside()
         if t.own_pids:
             command += ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
         if t.inside:

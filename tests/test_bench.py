@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import check, page, plot  # noqa: E402 - after its folder
+from bench import check, floors, page, plot  # noqa: E402 - after its folder
+from bench.hosts import MISSING  # noqa: E402
 from bench.systems import systems  # noqa: E402
 
 
@@ -60,13 +61,26 @@ def test_figures_within_their_bounds_break_nothing_and_each_that_is_beyond_is_na
     fat = figures(idle={w: {"cpu": 1.0, "pss": 27.0, "requests": 0.5} for w in ("holder", "standby")})
     assert len(check.broken(fat)) == 2
     busy = figures(idle={w: {"cpu": 2.6, "pss": 20.0, "requests": 0.5} for w in ("holder", "standby")})
-    assert [line.split(":")[1] for line in check.broken(busy)] == [" CPU of the holder"]
+    assert [line.split(":")[1] for line in check.broken(busy)] == [" CPU of the holder", " CPU of the standby"]
+    late = figures(elsewhere={"took": [11.0, 12.0]})
+    assert [line.split(":")[1] for line in check.broken(late)] == [" another host is gone"]
+    assert check.broken(figures(handover={"gap": [0.03], "total": [0.03], "overlap": 0.0})) != []
+    slower = {"start of the child": [0.02]}  # the machine of that hour
+    assert check.broken(figures(handover={"gap": [0.03], "total": [0.03], "overlap": 0.0}, **slower)) == []
+    fleet = {"same host": {"again": 12.2, "bound": 12.1, "moved": 1, "overlap": 0.0}}
+    assert [line.split(":")[1] for line in check.broken(figures() | {"fleet": fleet})] == [
+        " active again, same host",
+        " moved, same host",
+    ]
+    full = {check.MOST: {"rate": 1000.0}, check.FLOOR: {"rate": 9000.0}}
+    assert "a renewal on a full server" in check.broken(figures() | {"capacity": full})[0]
 
 
 def test_what_of_ours_could_not_be_measured_breaks_the_check() -> None:
     assert check.broken({"floors": figures()["floors"]}) == ["botlease: nothing of ours was measured"]
     assert "Gone: why" in check.broken(figures(crash={"failed": "Gone: why"}))[0]
     assert "not within 60 s" in check.broken(figures(elsewhere={"took": [11.0], "gone": ["not within 60 s"]}))[0]
+    assert check.broken(figures(elsewhere={"failed": f"Gone: {MISSING}"})) == []  # who is not root has no hosts
     late = figures(**{"connection cut": {"overlap": [0.0], "took over": 0, "still": 0, "runs": 1}})
     assert "taken over in 0 of 1 runs" in check.broken(late)[0]
     assert check.broken(figures() | {"fleet": {"failed": "why"}}) == ["fleet: why"]
@@ -79,7 +93,30 @@ def test_the_goals_say_which_are_met() -> None:
     assert goals["another host is gone, worst, botlease, PostgreSQL"].met
     assert goals["start-up, more than that of true, botlease, PostgreSQL"].met
     late = figures(elsewhere={"took": [11.0, 11.4]})
-    assert [g.what for g in check.goals(late) if not g.met] == ["another host is gone, worst, botlease, PostgreSQL"]
+    assert _missed(late) == ["another host is gone, worst, botlease, PostgreSQL"]
+
+
+def _missed(found: dict[str, Any]) -> list[str]:
+    return [g.what for g in check.goals(found) if g.found is not None and not g.met]
+
+
+def test_a_goal_without_a_figure_is_named_and_not_met() -> None:
+    goals = {g.what: g for g in check.goals(figures())}
+    assert goals["statements of a holder"].found is None and not goals["statements of a holder"].met
+    assert page._judged(goals["statements of a holder"]) == ("–", "not measured")
+
+
+def test_what_was_not_seen_to_end_is_no_figure_that_is_left_out() -> None:
+    never = figures(elsewhere={"took": [11.0], "gone": ["not within 60 s"]})
+    assert _missed(never) == ["another host is gone, worst, botlease, PostgreSQL"]
+    goal = next(g for g in check.goals(never) if g.what == _missed(never)[0])
+    assert page._judged(goal) == ("never", "**missed**")
+
+
+def test_of_less_than_a_hundred_the_p99_is_the_largest() -> None:
+    assert floors.p99([float(n) for n in range(1, 31)]) == 30
+    assert floors.p99([float(n) for n in range(1, 101)]) == 99
+    assert floors.p99([float(n) for n in range(1, 201)]) == 198
 
 
 def test_a_slow_machine_breaks_no_bound() -> None:
@@ -115,6 +152,8 @@ def test_a_plot_reaches_from_the_median_to_the_far_end_and_is_drawn_for_any_figu
     ):
         drawing = ElementTree.fromstring(plot.bars("t", "ms", rows))
         assert len(drawing.findall("{*}rect")) == len(rows)
+        drawing = ElementTree.fromstring(plot.dots("t", "ms", rows))
+        assert len(drawing.findall("{*}circle")) == len(rows)
 
 
 def test_every_peer_of_the_issue_is_compared_or_named() -> None:

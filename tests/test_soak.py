@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from harness import until
+from netns import free_subnet, has_netns
 from planted_bugs import BUGS
 
 ROOT = Path(__file__).parent.parent
@@ -149,12 +150,12 @@ def test_a_fault_explains_only_what_it_can_have_done_to_the_terms_that_it_touche
 
 def test_worlds_that_are_open_at_once_have_addresses_of_their_own() -> None:
     """Two whose process numbers were alike got each other's packets, and no database answered."""
-    (first, one), (second, two) = deployments.free_subnet(), deployments.free_subnet()
+    (first, one), (second, two) = free_subnet(), free_subnet()
     with one, two:
         assert first != second
 
 
-@pytest.mark.skipif(not deployments.has_netns(), reason="needs network namespaces")
+@pytest.mark.skipif(not has_netns(), reason="needs network namespaces")
 def test_what_a_world_that_was_killed_left_behind_is_swept_away_and_nothing_else() -> None:
     dead = subprocess.Popen(["true"])
     dead.wait()

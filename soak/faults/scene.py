@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import asyncpg
 from cgroups import has_cgroups
+from netns import has_netns
 
 from soak.agreement import Harm
-from soak.deployments import Deployment, Host, World, has_netns
+from soak.deployments import Deployment, Host, World
 from soak.oracle import Oracle
 
 Fault = Callable[["Scene"], Awaitable[bool | None]]
