@@ -20,7 +20,6 @@ from botlease.stores.postgres import PostgresStore
 from botlease.stores.postgressql import RENEW
 from botlease.work.tree import descendants
 
-CORES = os.cpu_count() or 1
 FILL = """
 INSERT INTO bot_instances (instance_id, started_at, last_heartbeat, is_active, bot, deployment, generation, state)
 SELECT 'i' || n, now(), now(), TRUE, 'b' || n, 'v1', 1, 'active' FROM generate_series($1::int, $2::int) n;

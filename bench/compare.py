@@ -14,8 +14,7 @@ from typing import Any
 
 from bench import floors
 from bench.counted import Counted
-from bench.hosts import MISSING
-from bench.lab import Gone, Lab, Say, bench, boot, pid_of, together, until
+from bench.lab import Gone, Lab, Say, bench, boot, pause, pid_of, together, until
 from bench.systems import CHILD, System, systems, unavailable
 from botlease.work.tree import descendants
 
@@ -65,29 +64,33 @@ def _handover(lab: Lab, system: System, n: int, bare: bool) -> dict[str, Any]:
 
 def _soon(system: System) -> None:
     """A fault comes at any moment between two renewals, and not always so long after a start."""
-    time.sleep(random.uniform(0, system.beat))
+    pause(random.uniform(0, system.ttl * system.renewed))
 
 
 def crash(lab: Lab, system: System, n: int, at_once: int, *, elsewhere: bool = False) -> dict[str, Any]:
     """M2: everything of the holder is killed; ``elsewhere``: its host (a network namespace, for ours a pid namespace
     as well) is gone, so nobody tells the server, and nothing of it can be seen from the host of the one that waits."""
     wrap = floors.namespace() if elsewhere and system.ours else ()
-    if elsewhere and not (lab.hosts.there and (wrap or not system.ours)):
-        raise Gone(MISSING)
+    if elsewhere and lab.hosts.missing:
+        raise Gone(lab.hosts.missing)
+    if elsewhere and system.ours and not wrap:
+        raise Gone("no pid namespace: the death would be seen")
     limit = min(4 * max(system.ttl, 10) + 20, 100)
 
     def one() -> float | str:
-        with lab.hosts.host() if elsewhere else contextlib.nullcontext() as host, bench(lab, system, wrap) as b:
-            holder = b.start(host=host)
-            first = b.works(1, 60)
-            waiting = b.start()
-            b.waits(waiting)
-            if not system.exclusive:  # the newest has it, and the first is the one that waits
+        with lab.host() if elsewhere else contextlib.nullcontext() as host, bench(lab, system, wrap) as b:
+            if system.exclusive:
+                holder = b.start(host=host)
+                first = b.works(1, 60)
+                waiting = b.start()
+            else:  # the newest has it, and the first is the one that waits
+                waiting = b.start()
+                b.works(1, 60)
+                holder = b.start(host=host)
                 first = b.works(2, 60)
-                holder, waiting = waiting, holder
-                b.waits(waiting)
-            children = len(b.track.spans)
+            b.waits(waiting)
             _soon(system)
+            children = len(b.track.read())
             if host is not None:
                 host.vanish()
             killed = boot()
@@ -116,7 +119,7 @@ def preempt(lab: Lab, system: System, n: int) -> dict[str, Any]:
         with bench(lab, system) as b:
             b.start()
             first = b.works(1, 60)
-            time.sleep(1)
+            pause(1)
             _soon(system)
             asked = boot()
             b.start()
@@ -173,8 +176,8 @@ def overlap(lab: Lab, system: System, fault: str, n: int) -> dict[str, Any]:
         with bench(lab, system) as b:
             holder = b.start(wired=fault == "connection cut")
             b.works(1, 60)
-            waiting = b.start()
-            b.waits(waiting)
+            if system.exclusive:
+                b.waits(b.start())
             _soon(system)
             if fault == "kill -9 of the supervisor":
                 os.kill(holder.pid, signal.SIGKILL)
@@ -185,15 +188,17 @@ def overlap(lab: Lab, system: System, fault: str, n: int) -> dict[str, Any]:
                 for wire in b.wires:
                     wire.refuse = True
                     wire.cut()
+            if not system.exclusive:  # one that comes now: before, it would just have taken over
+                b.start()
             end = time.monotonic() + 2 * ttl
             while time.monotonic() < end:
-                time.sleep(0.1)
+                pause(0.1)
                 b.track.read()
             with contextlib.suppress(ProcessLookupError):
                 os.kill(holder.pid, signal.SIGCONT)
             for wire in b.wires:
                 wire.refuse = False
-            time.sleep(min(ttl, 10) + 3)
+            pause(min(ttl, 10) + 3)
             b.track.read()
             latest = max(span[1] for span in b.track.spans.values())
             still = sum(latest - span[1] < 0.5 for span in b.track.spans.values()) > 1
@@ -314,11 +319,16 @@ def measure(
         if chosen and not any(c in system.name for c in chosen):
             continue
         row = next((row for row in out if row["name"] == system.name), None)
+        about = {"settings": system.settings, "ttl": system.ttl, "server": system.server, "ours": system.ours}
         if row is None:
             out.append(row := {"name": system.name})
-        row |= {"settings": system.settings, "ttl": system.ttl, "server": system.server, "ours": system.ours}
+        elif any(row.get(key) != value for key, value in about.items()):  # measured as something else
+            name = row["name"]
+            row.clear()
+            row["name"] = name
+        row |= about
         if missing := unavailable(system, lab.missing):
-            if "start-up" not in row:  # else it was there in an earlier part of this run
+            if not row.get("version"):  # else it was there in an earlier part of this run
                 row |= {"missing": missing, "version": ""}
             say(f"{system.name}: not measured: {missing}")
             continue

@@ -153,7 +153,7 @@ def dislock() -> Release:
         lock_key=key,
         owner=str(os.getpid()),
         run_ttl_seconds=ttl,
-        lease_interval_seconds=max(1.0, min(10.0, ttl * 0.3)) if ttl > 10 else 0.5,  # its own rule
+        lease_interval_seconds=max(1.0, min(10.0, ttl * 0.3)) if ttl > 10 else 0.5,  # its own rule; ours, to be fast
         lease_loss_policy=library.LeaseLossPolicy.TERMINATE,
     )
     while True:  # it does not wait by itself: how often is ours

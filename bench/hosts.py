@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import CalledProcessError
 
-from netns import Netns, free_subnet, has_netns, sweep_namespaces
+from netns import Netns, free_subnet, has_netns, loopback, sweep_namespaces
 
-MISSING = "needs network namespaces: root, ip and iptables"
+MISSING = "no network namespaces"
 
 
 class Hosts:
@@ -18,34 +18,34 @@ class Hosts:
     gone."""
 
     def __init__(self) -> None:
-        self.there = has_netns()
+        self.missing = "" if has_netns() else f"{MISSING}: needs root, ip and iptables"
+        """Why there are none."""
         self._free = [*range(256)]
         self._lock = threading.Lock()
 
     def __enter__(self) -> Hosts:
-        if self.there:
-            self.subnet, self._taken = free_subnet()
+        if not self.missing:
             sweep_namespaces()
-            while self._rule("-D"):  # of one that was killed, and had this subnet before us
-                pass
-            self.there = self._rule("-A")
+            self._subnet, self._taken = free_subnet()
+            try:
+                if not loopback("-A", self._subnet):
+                    self.missing = f"{MISSING}: iptables has no table nat"
+                with self.host():
+                    pass
+            except (OSError, CalledProcessError) as e:
+                self.missing = f"{MISSING}: {e}"
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.there:
-            self._rule("-D")
+        if hasattr(self, "_taken"):
+            loopback("-D", self._subnet)
             self._taken.close()
-
-    def _rule(self, what: str) -> bool:
-        to = ("-j", "DNAT", "--to-destination", "127.0.0.1")
-        rule = ["iptables", "-t", "nat", what, "PREROUTING", "-s", f"10.{self.subnet}.0.0/16", "-p", "tcp", *to]
-        return subprocess.run(rule, capture_output=True).returncode == 0
 
     @contextlib.contextmanager
     def host(self) -> Iterator[Netns]:
         with self._lock:
             number = self._free.pop(0)
-        host = Netns(number, self.subnet)
+        host = Netns(number, self._subnet)
         try:
             host.open()
             # else what comes over the link for 127.0.0.1 is thrown away

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,13 +41,22 @@ def boot() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+STOPPED = threading.Event()
+"""The run ends: nobody waits any more."""
+
+
+def pause(seconds: float) -> None:
+    if STOPPED.wait(seconds):
+        raise Gone("the run was stopped")
+
+
 def until(what: Callable[[], object], limit: float, why: str) -> None:
     """Looks seldom: the moments are those that the children wrote."""
     end = time.monotonic() + limit
     while not what():
         if time.monotonic() > end:
             raise Gone(f"{why}: not within {limit:g} s")
-        time.sleep(0.01)
+        pause(0.01)
 
 
 APART = 0.3
@@ -58,11 +68,17 @@ def together(n: int, at_once: int, one: Callable[[], T]) -> list[T]:
     """``n`` times, so many at once: where a lease is waited out there is nothing to do for the machine."""
 
     def later(i: int) -> T:
-        time.sleep(i * APART if i < at_once else 0.0)
+        pause(i * APART if i < at_once else 0.0)
         return one()
 
     with ThreadPoolExecutor(at_once) as pool:
-        return [f.result() for f in [pool.submit(later, i) for i in range(n)]]
+        try:
+            return [f.result() for f in [pool.submit(later, i) for i in range(n)]]
+        except (KeyboardInterrupt, SystemExit):
+            STOPPED.set()
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass
@@ -101,6 +117,16 @@ class Lab:
     missing: dict[str, str]
     versions: dict[str, str]
     hosts: Hosts
+
+    @contextlib.contextmanager
+    def host(self) -> Iterator[Netns]:
+        """One that can vanish. Its sessions of PostgreSQL are ended with it: the server would keep them for two hours,
+        with what they have open, and all who come later would pay for that."""
+        with self.hosts.host() as host:
+            try:
+                yield host
+            finally:
+                asyncio.run(_end_sessions(self.servers["postgres"].url(), host.there))
 
     def url(self, system: System, key: str, port: int | None = None, host: str = "127.0.0.1") -> str:
         server = self.servers.get(system.server)
@@ -255,6 +281,14 @@ def laboratory(say: Say) -> Iterator[Lab]:
         finally:
             for server in servers.values():
                 server.stop()
+
+
+async def _end_sessions(url: str, address: str) -> None:
+    connection = await asyncpg.connect(url)
+    await connection.execute(
+        f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE client_addr = '{address}'"  # one of ours
+    )
+    await connection.close()
 
 
 async def _prepare(url: str) -> str:

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from bench import ROOT, check, floors, plot
+from bench.capacity import FLOOR
 from bench.compare import FAULTS
 from bench.systems import systems
 
@@ -146,8 +147,8 @@ def write(found: dict[str, Any]) -> Path:
     lines += _goals(found)
     if rows:
         lines += _peers(found, rows, measured)
-    shows = {"own": lambda own: _own(own, measured), "gateway": _gateway, "fleet": _fleet, "capacity": _capacity}
-    for part, show in shows.items():
+    lines += _newer(found.get("own", {}), measured)
+    for part, show in (("own", _own), ("gateway", _gateway), ("fleet", _fleet), ("capacity", _capacity)):
         value = found.get(part)
         if isinstance(value, dict) and "failed" in value:
             lines += [f"## {part}", "", f"Not measured: {value['failed']}", ""]
@@ -164,7 +165,9 @@ def _peers(found: dict[str, Any], rows: list[dict[str, Any]], measured: list[dic
         ("system", "version", "server", "settings"),
         [(_name(r), r["version"] or "–", r["server"], r["settings"]) for r in measured],
     )
-    out += ["", *(f"- not measured: {r['name']}: {r['missing']}" for r in rows if r.get("missing")), ""]
+    known = {r["name"] for r in rows}
+    out += ["", *(f"- not measured: {r['name']}: {r['missing']}" for r in rows if r.get("missing"))]
+    out += [*(f"- not measured yet: {s.name}" for s in systems() if s.name not in known), ""]
     out += ["## Planned handover: the holder is told to stop while another one waits", ""]
     out += [
         "Gap: nobody works. The child's own start is in it; in-process, and warm, there is none. The seed's plain design and notifelect have no holder that another one waits for.",
@@ -212,7 +215,7 @@ def _peers(found: dict[str, Any], rows: list[dict[str, Any]], measured: list[dic
     )
     out += ["", "## Overlap: two children at work, ms", ""]
     out += [
-        "Each fault lasts for two ttl (4 s where there is none), then is healed and watched for as long as the ttl, and 3 s. *Still open*: both were at work when watching ended.",
+        "Each fault lasts for two ttl (4 s where there is none), then is healed and watched for as long as the ttl, and 3 s; where a second one does not wait (the seed, notifelect) it comes just after the fault. *Still open*: both were at work when watching ended.",
         "*No takeover*: the lock stays with what is stopped, which is safe and no failover. Where a system waits for 10 s and longer by default its faster settings stand for it. What a library does about a lost lock",
         "is wired by us for kazoo, redis-py, dislock, mithril and the seed: the child is killed. The others say nothing of it. A program that has its work inside, without a child, leaves no child when it is killed.",
         "",
@@ -291,7 +294,7 @@ def _gateway(lines: list[str]) -> list[str]:
     return ["## The Bot API gateway", "", *(f"- {line}" for line in lines), ""]
 
 
-def _own(own: dict[str, Any], measured: list[dict[str, Any]]) -> list[str]:
+def _newer(own: dict[str, Any], measured: list[dict[str, Any]]) -> list[str]:
     out = [
         "## A newer deployment takes over",
         "",
@@ -299,17 +302,19 @@ def _own(own: dict[str, Any], measured: list[dict[str, Any]]) -> list[str]:
         "begins. Below zero both worked.",
         "",
     ]
-    names = [k for k, v in own.items() if isinstance(v, list)]
-    out += _table(
-        ("what", "gap, ms", "longest overlap, ms"),
-        [(f"**{k}**", _ms(own[k]), "0") for k in names]
-        + [
-            (r["name"], _took(r, "preempt", "gap"), f"{max(0.0, -min(_of(r, 'preempt', 'gap') or [0])) * 1000:,.0f}")
-            for r in measured
-            if "gap" in r.get("preempt", {})
-        ],
-    )
-    out += ["", "## What it writes", ""]
+    ours = [(f"**{k}**", _ms(v), "0") for k, v in own.items() if isinstance(v, list)]
+    theirs = [(r["name"], _took(r, "preempt", "gap"), _longest(r["preempt"])) for r in measured if "preempt" in r]
+    return [*out, *_table(("what", "gap, ms", "longest overlap, ms"), [*ours, *theirs]), ""] if ours or theirs else []
+
+
+def _longest(preempt: dict[str, Any]) -> str:
+    if any("the first one's end" in why for why in preempt.get("gone", [])):
+        return "did not end"
+    return f"{max(0.0, -min(preempt['gap'])) * 1000:,.0f}" if preempt.get("gap") else "–"
+
+
+def _own(own: dict[str, Any]) -> list[str]:
+    out = ["## What it writes", ""]
     rows = [
         (name, f"{w['statements']:.2f}", f"{w['wal']:.0f}", f"{w['hot']:.0%}", f"{w['xids']:,.0f}")
         for name, w in own["PostgreSQL writes"].items()
@@ -350,14 +355,14 @@ def _capacity(capacity: dict[str, Any]) -> list[str]:
     out = [
         "## How many on one PostgreSQL server",
         "",
-        "Renewals from 64 connections, prepared, as the store does it where there is no pooler; the clients are on the same two cores. So many holders need a pooler, or a fleet: each supervisor by itself has a",
+        "Renewals from 64 connections, prepared if nothing else is said, as the store does it where there is no pooler; the clients are on the same cores as the server. So many holders need a pooler, or a fleet: each supervisor by itself has a",
         "connection of its own, and a process of the server. A standby adds a read for each renewal.",
         "",
     ]
     out += _table(
         ("what", "renewals/s", "leases at ttl 10 s", "at ttl 3 s", "latency, ms", "behind schedule, ms", "cores of the server"),
         [
-            (k, f"{v['rate']:,.0f}", *(f"{v['rate'] * 0.2 * ttl:,.0f}" for ttl in (10, 3)), f"{v['latency'] * 1000:.1f}", f"{v['lag'] * 1000:.1f}", f"{v['cores']:.2f}")
+            (k, f"{v['rate']:,.0f}", *(f"{v['rate'] * 0.2 * ttl:,.0f}" if k != FLOOR else "–" for ttl in (10, 3)), f"{v['latency'] * 1000:.1f}", f"{v['lag'] * 1000:.1f}", f"{v['cores']:.2f}")
             for k, v in capacity.items()
             if k != "growth"
         ],

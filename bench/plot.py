@@ -35,7 +35,7 @@ def bars(title: str, unit: str, rows: Sequence[Row]) -> str:
     """From zero on."""
     top = max(low for _, low, _, _ in rows)
     step = 10 ** math.floor(math.log10(top))
-    step = next(s for s in (step / 5, step / 2, step) if top / s <= 8)
+    step = next(s for s in (step / 5, step / 2, step, 2 * step) if top / s <= 8)
     most = math.ceil(top / step) * step
 
     def x(value: float) -> float:

@@ -51,11 +51,8 @@ class System:
     """Its handover waits for a lease or a look of seconds: many are measured at once."""
     returns: bool = False
     """Where a second one works at once: whether the first takes over again when that is dead."""
-
-    @property
-    def beat(self) -> float:
-        """Seconds between two renewals, at the most: within that a fault comes at any moment."""
-        return self.ttl / (5 if self.ours else 3)
+    renewed: float = 1 / 3
+    """How often, in parts of the ttl."""
 
     def version(self) -> str:
         if self.ours:
@@ -71,6 +68,10 @@ class System:
             [program, "version" if program == "etcdctl" else "--version"], capture_output=True, text=True
         )
         return next((word for word in said.stdout.split() if word[0].isdigit()), "")
+
+
+RENEWED = {"tooz": 1 / 2, "mithril": 2 / 3, "python-redis-lock": 2 / 3, "seed": 1.0, "notifelect": 1.0}
+"""Where it is not a third: read in their sources."""
 
 
 def _library(peer: str, ttl: float) -> Command:
@@ -101,6 +102,7 @@ def library(
         exclusive=peer not in ("seed", "notifelect"),
         overlaps=overlaps,
         returns=peer == "notifelect",
+        renewed=RENEWED.get(peer, 1 / 3),
     )
 
 
@@ -138,6 +140,7 @@ def _of_ours(name: str, server: str, ttl: float, settings: str, command: Command
         ours=True,
         bare="in-process" in only,
         only=only,
+        renewed=1 / 5,
     )
 
 

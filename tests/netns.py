@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import shutil
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 def has_netns() -> bool:
     """Root may make network namespaces; in a container that is not a given."""
     name = f"botlease-{os.getpid()}-probe"
-    link = f"bl{os.getpid() % 100000}-p"
+    link = link_of(os.getpid(), "p")
     tries = (
         f"ip netns add {name}",
         f"ip link add {link} type veth peer name {link}p netns {name}",
@@ -37,8 +38,16 @@ def free_subnet() -> tuple[int, socket.socket]:
     for subnet in range(64, 192):
         with contextlib.suppress(OSError):
             taken.bind(f"\0botlease-nemesis-{subnet}")
+            while has_netns() and loopback("-D", subnet):  # of one that was killed, and had this subnet before
+                pass
             return subnet, taken
     raise RuntimeError("128 worlds are open already")
+
+
+def loopback(what: str, subnet: int) -> bool:
+    """Add (``-A``) or delete (``-D``) the rule that what comes from there for this machine is for its 127.0.0.1."""
+    rule = ("PREROUTING", "-s", f"10.{subnet}.0.0/16", "-p", "tcp", "-j", "DNAT", "--to-destination", "127.0.0.1")
+    return subprocess.run(["iptables", "-w", "-t", "nat", what, *rule], capture_output=True).returncode == 0
 
 
 def is_left(name: str) -> bool:
@@ -48,11 +57,28 @@ def is_left(name: str) -> bool:
 
 
 def sweep_namespaces() -> None:
-    """Take away those that were left behind: the addresses of an old one would be those of a new one."""
+    """Take away those that were left behind: the addresses of an old one would be those of a new one. What runs in one
+    keeps it, without its name."""
     there = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
     for name in {line.split()[0] for line in there.splitlines()}:
         if is_left(name):
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)  # its link goes with it
+            pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout
+            for pid in pids.split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            _delete(name)
+
+
+def _delete(name: str) -> None:
+    """The link by itself: with sockets of the dead in it the namespace is gone only when the kernel gives them up."""
+    _, pid, number = name.split("-")
+    subprocess.run(["ip", "link", "del", link_of(int(pid), number)], capture_output=True)
+    subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def link_of(pid: int, number: str | int) -> str:
+    """At most 15 characters."""
+    return f"bl{pid % 100000}-{number}"
 
 
 class Netns:
@@ -60,7 +86,7 @@ class Netns:
 
     def __init__(self, number: int, subnet: int) -> None:
         self.name = f"botlease-{os.getpid()}-{number}"
-        self.link = f"bl{os.getpid() % 100000}-{number}"
+        self.link = link_of(os.getpid(), number)
         net = f"10.{subnet}.{number}"
         self.here, self.there = f"{net}.1", f"{net}.2"
 
@@ -89,6 +115,4 @@ class Netns:
         subprocess.run(["ip", "link", "set", self.link, "down"], check=True, capture_output=True)
 
     def close(self) -> None:
-        # The link by itself: with sockets of the dead in it the namespace is gone only when the kernel gives them up.
-        subprocess.run(["ip", "link", "del", self.link], capture_output=True)
-        subprocess.run(["ip", "netns", "del", self.name], capture_output=True)
+        _delete(self.name)

@@ -80,10 +80,15 @@ def test_what_of_ours_could_not_be_measured_breaks_the_check() -> None:
     assert check.broken({"floors": figures()["floors"]}) == ["botlease: nothing of ours was measured"]
     assert "Gone: why" in check.broken(figures(crash={"failed": "Gone: why"}))[0]
     assert "not within 60 s" in check.broken(figures(elsewhere={"took": [11.0], "gone": ["not within 60 s"]}))[0]
-    assert check.broken(figures(elsewhere={"failed": f"Gone: {MISSING}"})) == []  # who is not root has no hosts
     late = figures(**{"connection cut": {"overlap": [0.0], "took over": 0, "still": 0, "runs": 1}})
     assert "taken over in 0 of 1 runs" in check.broken(late)[0]
     assert check.broken(figures() | {"fleet": {"failed": "why"}}) == ["fleet: why"]
+
+
+@pytest.mark.parametrize(("user", "breaks"), [(0, 1), (1000, 0)])
+def test_only_root_is_asked_for_hosts_that_vanish(monkeypatch: pytest.MonkeyPatch, user: int, breaks: int) -> None:
+    monkeypatch.setattr(check.os, "geteuid", lambda: user)
+    assert len(check.broken(figures(elsewhere={"failed": f"Gone: {MISSING}: why"}))) == breaks
 
 
 def test_the_goals_say_which_are_met() -> None:
@@ -148,6 +153,7 @@ def test_the_page_names_what_was_not_measured_and_what_overlapped(
 def test_a_plot_reaches_from_the_median_to_the_far_end_and_is_drawn_for_any_figures() -> None:
     for rows in (
         [("a", 0.02, 0.0, plot.OURS)],
+        [("a", 90.0, 0.0, plot.OURS)],
         [("a", 1.0, 1.0, plot.THEIRS), ("b", 12_345.0, 99_999.0, plot.FLOOR)],
     ):
         drawing = ElementTree.fromstring(plot.bars("t", "ms", rows))
