@@ -180,8 +180,7 @@ def overlap(lab: Lab, system: System, fault: str, n: int) -> dict[str, Any]:
                 b.waits(b.start())
             _soon(system)
             if fault == "kill -9 of the supervisor":
-                os.kill(holder.pid, signal.SIGKILL)
-                holder.wait()
+                b.kill_alone(holder)
             elif fault == "supervisor stopped":
                 os.kill(holder.pid, signal.SIGSTOP)
             else:

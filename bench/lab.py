@@ -214,13 +214,18 @@ class Bench:
                 os.kill(pid, signal.SIGKILL)
         process.wait()
 
+    def kill_alone(self, process: subprocess.Popen[bytes]) -> None:
+        """The supervisor, and not what it has started."""
+        process.kill()
+        process.wait()
+
     def close(self) -> None:
         # Who waits goes first: with the holder's end it would begin, and its child would be left over.
         for process in reversed(self.running):
             if process.poll() is None:
                 process.send_signal(signal.SIGCONT)
                 self.kill(process)
-        while left := _named(str(self.track.path).encode()):  # children that nobody ended, or that were just begun
+        while left := named(str(self.track.path).encode()):  # children that nobody ended, or that were just begun
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -229,7 +234,7 @@ class Bench:
             wire.close()
 
 
-def _named(path: bytes) -> list[int]:
+def named(path: bytes) -> list[int]:
     """Processes with this in their command line. Fifty children that were left over took most of a core from all
     who came later, and were not noticed for hours."""
     found = []

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import check, floors, page, plot  # noqa: E402 - after its folder
-from bench.hosts import MISSING  # noqa: E402
+from bench.hosts import MISSING, Hosts  # noqa: E402
+from bench.lab import Lab, bench, named  # noqa: E402
 from bench.systems import systems  # noqa: E402
 
 
@@ -148,6 +149,19 @@ def test_the_page_names_what_was_not_measured_and_what_overlapped(
     for drawing in (tmp_path / "docs" / "benchmarks").glob("*.svg"):
         assert f"benchmarks/{drawing.name}" in text
         ElementTree.fromstring(drawing.read_text())
+
+
+def test_nothing_that_a_system_left_behind_is_there_for_the_next_one(tmp_path: Path) -> None:
+    """Fifty children that nobody had ended took most of a core from all that was measured later."""
+    system = next(s for s in systems() if s.name == "flock -o")  # its child outlives it
+    with bench(Lab(tmp_path, {}, {}, {}, Hosts()), system) as b:
+        holder = b.start()
+        b.works(1, 10)
+        b.start()
+        b.kill_alone(holder)
+        b.works(2, 10)
+        assert len(named(str(b.track.path).encode())) >= 3
+    assert named(str(b.track.path).encode()) == []
 
 
 def test_a_plot_reaches_from_the_median_to_the_far_end_and_is_drawn_for_any_figures() -> None:

@@ -7,16 +7,21 @@ import fcntl
 import os
 import random
 import resource
+import select
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from harness import BOTLEASE, WITNESS, World, clean_env, marked, until
 
+from botlease import clock
+from botlease.run import AFTER_A_RELEASE
 from botlease.work.tree import descendants
 
 
@@ -30,6 +35,20 @@ def test_the_newer_deployment_takes_over_without_overlap_and_the_old_one_turns_p
 
     assert world.overlap() == 0
     assert old.process.poll() is None
+
+
+def test_who_was_stopped_leaves_the_processors_to_its_successor_for_a_moment(sqlite_world: World) -> None:
+    """Tidying up takes some milliseconds of both, in which the next bot would start later."""
+    supervisor = sqlite_world.run("--deployment", "v1")
+    sqlite_world.works(1)
+    ended = os.pidfd_open(supervisor.pid)
+    supervisor.signal(signal.SIGTERM)
+    assert select.select([ended], [], [], 20)[0]
+    end = datetime.fromisoformat(clock.iso(clock.wall()))
+    os.close(ended)
+    with contextlib.closing(sqlite3.connect(sqlite_world.url.removeprefix("sqlite:///"))) as db:
+        (released,) = db.execute("SELECT released_at FROM bot_terms").fetchone()
+    assert (end - datetime.fromisoformat(released)).total_seconds() >= AFTER_A_RELEASE
 
 
 def test_an_equal_deployment_stands_by_and_takes_over_when_the_first_is_stopped(world: World) -> None:
