@@ -142,7 +142,8 @@ def goals(found: dict[str, Any]) -> list[Goal]:
     goal("holders of one server at ttl 3 s", 5000, "", lambda: found["capacity"][MOST]["rate"] * 0.6, least=True)
     for name in ("same host", "another host"):
         fleet = found.get("fleet", {}).get(name, {})
-        goal(f"fleet of 10,000, a process killed, {name}", 12.1, "s", lambda fleet=fleet: fleet["again"])
+        most = elsewhere(10) + 0.8  # a second, where a supervisor has 0.2
+        goal(f"fleet of 10,000, a process killed, {name}", most, "s", lambda fleet=fleet: fleet["again"])
         goal(f"bots moved that need not be, {name}", 0, "", lambda fleet=fleet: fleet["moved"])
         goal(f"overlap in the fleet, {name}", 0, "s", lambda fleet=fleet: fleet["overlap"])
     return out
@@ -187,7 +188,7 @@ def _missing(found: dict[str, Any], parts: Collection[str]) -> Iterator[tuple[st
 
 def _bounds(found: dict[str, Any]) -> Iterator[tuple[str, float, float, str]]:
     """What, its figure, the most that it may be, and of what. The bounds are some 1.5 of what was measured
-    (docs/benchmarks.md), in which two runs on a noisy machine do not differ."""
+    (docs/benchmarks.md): two runs on a noisy machine differ by less."""
     floor = {name: median(values) for name, values in found["floors"].items()}
     python = floor["python -c 'import asyncio'"]
     lock = floor["PostgreSQL: an advisory lock, let go here and had there"]
