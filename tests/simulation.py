@@ -190,8 +190,7 @@ class Node:
     def boot(self) -> None:
         plan = self.world.plan
         monitored = plan.ailing and self.number % 2 == 0
-        told = self.number % 3 > 0
-        me = core.Candidate(self.name, Mode.PREEMPT, plan.warm, monitored, told, plan.leaves)
+        me = core.Candidate(self.name, Mode.PREEMPT, plan.warm, monitored, plan.leaves)
         self.state = core.start(me, self.timing, self.local())
         self.world.trace(f"{self.name} starts ({self.deployment})")
         self.feed(core.Tick())

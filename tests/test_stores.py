@@ -953,6 +953,26 @@ async def test_a_failed_acquire_does_not_keep_the_side_car_lock(tmp_path: Path) 
     await b.aclose()
 
 
+async def test_while_a_bot_works_on_sqlite_its_release_is_denied_at_once_and_without_the_file(tmp_path: Path) -> None:
+    """Each commit wakes the next in line, and most are renewals: it may neither stand in their way nor wait."""
+    a, b = await opened(tmp_path), await opened(tmp_path)
+    view = await a.register(registration("a"), DEADLINE)
+    assert await claim(a, "a") and await acquire(a, "a", lease_of(view))
+    held = lease_of(await b.register(registration("b"), DEADLINE))
+    other = sqlite3.connect(tmp_path / "lease.db", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")  # a renewal, which takes its time
+    took = []
+    for _ in range(5):
+        began = time.monotonic()
+        assert await acquire(b, "b", held, how=How.RELEASED) is None
+        took.append(time.monotonic() - began)
+    assert min(took) < 0.05  # whoever has read that it is free tries for 0.1 s
+    other.execute("ROLLBACK")
+    other.close()
+    await a.aclose()
+    await b.aclose()
+
+
 async def test_a_table_that_demands_other_values_is_refused(any_url: str) -> None:
     await run_sql(any_url, SEED_TABLE.replace("is_active BOOLEAN", "owner TEXT NOT NULL, is_active BOOLEAN"))
     store = open_store(any_url)

@@ -131,8 +131,6 @@ class Candidate:
     """The work is started up to its gate beforehand; a handover is asked for only when it has come there."""
     monitored: bool = False
     """The work must prove progress; a probation is not passed without."""
-    told: bool = False
-    """A wake-up is word that something changed hands; otherwise anything may have been written, a mere beat as well."""
     leaves: bool = False
     """Superseded for good it ends (its platform would not start it again) instead of staying passive."""
 
@@ -670,7 +668,7 @@ def _plan_standby(s: State, now: float, out: list[Action]) -> State:
 
 
 def _may_take_unread(s: State, view: View, now: float) -> bool:
-    """It is our turn, or would be next, and there is word of a change: most likely the release. The acquire asks for it
+    """It is our turn, or would be next, and there is word of a change: it may be the release. The acquire asks for it
     in the row itself, and for all else that a look would; so the look, which the bot would stand still for, is saved.
     It is no release after all: then the acquire is refused, and we look. (A release that was seen is not looked at
     again either because of word that came meanwhile.)"""
@@ -680,7 +678,7 @@ def _may_take_unread(s: State, view: View, now: float) -> bool:
     mine = view.assigned is not None and view.assigned.instance_id == s.me.instance_id
     if lease.holder is None:
         return mine and s.evidence.vacancy(lease, s.timing, now) is How.RELEASED
-    next_in_line = s.me.told and (mine or view.ahead == 0)
+    next_in_line = mine or view.ahead == 0
     return next_in_line and lease.holder != s.me.instance_id and s.evidence.may_be_taken_unread(lease)
 
 

@@ -100,7 +100,7 @@ class Session:
 
     def keeper(self, work: BodyWork, bot: str, instance_id: str) -> Keeper:
         s = self.settings
-        me = Candidate(instance_id, self.mode, told=self.store.tells, leaves=s.leaves)
+        me = Candidate(instance_id, self.mode, leaves=s.leaves)
         return Keeper(self.store, _registration(s, bot, instance_id), me, s.timing, work, say=_say)
 
 

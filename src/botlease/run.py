@@ -238,7 +238,7 @@ class Supervisor:
         self.work = ChildWork(command, *self.reaper, say, pulse=pulse, gate=gate)
         host = s.host or socket.gethostname()
         me = Registration(s.instance_id, s.bot, s.deployment, host, os.getpid(), __version__, s.timing.ttl)
-        candidate = Candidate(s.instance_id, s.mode, o.warm, pulse is not None, store.tells, s.leaves)
+        candidate = Candidate(s.instance_id, s.mode, o.warm, pulse is not None, s.leaves)
         self.keeper = Keeper(store, me, candidate, s.timing, self.work, say)
         self.work.give_up = lambda: self.keeper.stop(Reason.FAILED) if self.keeper is not None else None
         if self.stopping.is_set():

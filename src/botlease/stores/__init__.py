@@ -75,9 +75,8 @@ class Grant:
 class Store(Protocol):
     url: str  # without a password: fit for people's eyes
     on_change: Callable[[], None] | None
-    """Called from the event loop when the database changed, as a hint; may never be called."""
-    tells: bool
-    """Whether that means that something of a registered bot changed hands, rather than that anything was written."""
+    """Called from the event loop when the database changed, as a hint; may never be called. Whoever is next in line
+    asks for a release then: to ask in vain must not cost more than to look."""
 
     async def open(self, deadline: float, *, upgrade: bool = True) -> None:
         """Connect; create or upgrade the tables, or refuse. Without ``upgrade`` nothing is changed: missing tables are

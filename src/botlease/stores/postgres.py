@@ -90,7 +90,6 @@ class PostgresStore:
         self._dsn = url
         self.url = shown(url)
         self.on_change: Callable[[], None] | None = None
-        self.tells = True
         self.heard: Callable[[str], None] | None = None
         """Called with what a notification names: a bot or a fleet."""
         self.listens = True
