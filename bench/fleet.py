@@ -15,7 +15,7 @@ from harness import until
 from servers import Postgres
 from test_fleet import Members, add, boot, names, placed, verify
 
-from bench import floors
+from bench import check, floors
 from bench.capacity import used as server_used
 from bench.counted import Counted
 
@@ -47,7 +47,7 @@ def once(folder: Path, postgres: Postgres, url: str, seconds: float, wrap: tuple
         after = m.settled(BOTS, {0, 2, 3}, 120)
         spans = m.spans()
         out["again"] = max(begin for s in spans.values() for begin, _, _, _ in s) - killed
-        out["bound"] = TTL * 1.01 + 1.0 + 1.0
+        out["bound"] = check.elsewhere(TTL, 1.0)
         out["moved"] = sum(after[bot] != before[bot] for bot in before if before[bot] != 1)
         m.assert_at_most_one()
         out["overlap"] = 0.0  # else it has just been raised

@@ -102,6 +102,14 @@ def test_the_goals_say_which_are_met() -> None:
     assert _missed(late) == ["another host is gone, worst, botlease, PostgreSQL"]
 
 
+def test_a_gap_is_also_judged_beyond_the_childs_start_of_its_own_hour() -> None:
+    found = figures(**{"start of the child": [0.010]})
+    found["peers"][1]["start of the child"] = [0.012]  # a slower hour: its gap is the same, and it did better
+    assert _missed(found) == ["the same beyond the child's start alone, beside the fastest peer's (pg <advisory>)"]
+    found["peers"][1]["start of the child"] = [0.008]
+    assert _missed(found) == []
+
+
 def _missed(found: dict[str, Any]) -> list[str]:
     return [g.what for g in check.goals(found) if g.found is not None and not g.met]
 

@@ -317,6 +317,28 @@ def test_nothing_else_is_taken_without_another_look(view: View) -> None:
     assert d.question.verb is Verb.READ
 
 
+def test_of_the_dead_no_release_is_asked_for() -> None:
+    d = Driver().joined(View(HELD, "db", OTHER, 4))
+    d.feed(Tick(), after=2.3)
+    d.feed(HolderDied(4, "y"))
+    d.feed(Woken())
+    d.answer(Seen, View(HELD, "db", OTHER, 4))
+    assert d.question.verb is not Verb.ACQUIRE or d.question.how is How.DIED
+
+
+def test_while_the_database_does_not_answer_its_next_answer_is_to_a_look() -> None:
+    """A side-car lock that is held denies an acquire as well, and says nothing of the database."""
+    d = Driver().joined(View(HELD, "db", OTHER, 4))
+    d.feed(Tick(), after=2.3)
+    d.feed(Woken())
+    d.answer(Failed)
+    d.feed(Tick(), after=1.0)
+    assert d.question.verb is Verb.READ
+    d.answer(Seen, View(HELD, "db", OTHER, 4))
+    d.feed(Woken())
+    assert d.question.verb is Verb.ACQUIRE
+
+
 def test_a_release_that_was_seen_is_not_looked_at_again_because_word_of_it_came_late() -> None:
     d = Driver().joined(View(HELD, "db", ME, 5))
     d.feed(Tick(), after=0.2)

@@ -42,6 +42,7 @@ from botlease.stores.sqlite import SqliteStore
 from botlease.stores.sqlitefile import NETWORK_FILE_SYSTEMS, prepare
 from botlease.testing import DEADLINE, STOPPED, StoreContract, acquire, claim, lease_of, registration
 from botlease.text import redact
+from botlease.value import replace
 
 
 async def two(url: str) -> AsyncIterator[list[Store]]:
@@ -969,6 +970,40 @@ async def test_while_a_bot_works_on_sqlite_its_release_is_denied_at_once_and_wit
     assert min(took) < 0.05  # whoever has read that it is free tries for 0.1 s
     other.execute("ROLLBACK")
     other.close()
+    await a.aclose()
+    await b.aclose()
+
+
+async def test_whoever_asked_in_vain_is_still_told_of_the_release(tmp_path: Path) -> None:
+    """What is refused writes nothing: counted as a commit of ours, the next one of others would be taken for it."""
+    a, b = await opened(tmp_path), await opened(tmp_path)
+    view = await a.register(registration("a"), DEADLINE)
+    assert await claim(a, "a") and await acquire(a, "a", lease_of(view), nonce="n")
+    held = lease_of(await b.register(registration("b"), DEADLINE))
+    noticed = asyncio.Event()
+    b.on_change = noticed.set
+    for _ in range(3):
+        a._drop_guard("bot")  # as in the moment before a release; or somebody has deleted the lock
+        assert await acquire(b, "b", held, how=How.RELEASED) is None
+        noticed.clear()
+        assert await a.renew("bot", "a", Held(held.term, "n", (held.beat,)), held.beat + 1, DEADLINE) is not None
+        await asyncio.wait_for(noticed.wait(), 5)
+        held = replace(held, beat=held.beat + 1)
+    await a.aclose()
+    await b.aclose()
+
+
+async def test_a_lock_that_cannot_be_opened_is_not_reported_while_somebody_works(tmp_path: Path) -> None:
+    a, b = await opened(tmp_path), await opened(tmp_path)
+    view = await a.register(registration("a"), DEADLINE)
+    assert await claim(a, "a") and await acquire(a, "a", lease_of(view), nonce="n")
+    held = lease_of(await b.register(registration("b"), DEADLINE))
+    (lock,) = tmp_path.glob("*.lock")
+    lock.unlink()
+    lock.mkdir()
+    assert await acquire(b, "b", held, how=How.RELEASED) is None
+    with pytest.raises(StoreRefused, match="delete it"):  # whoever has read that it is free
+        await acquire(b, "b", replace(held, holder=None), how=How.RELEASED)
     await a.aclose()
     await b.aclose()
 

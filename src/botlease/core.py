@@ -676,8 +676,11 @@ def _may_take_unread(s: State, view: View, now: float) -> bool:
     if lease is None or view.ended or view.paused or s.stopping or s.me.mode is Mode.REFUSE:
         return False
     mine = view.assigned is not None and view.assigned.instance_id == s.me.instance_id
+    how = s.evidence.vacancy(lease, s.timing, now)
     if lease.holder is None:
-        return mine and s.evidence.vacancy(lease, s.timing, now) is How.RELEASED
+        return mine and how is How.RELEASED
+    if how is not None or s.failures:  # the dead release nothing; and a silent database is asked what it answers itself
+        return False
     next_in_line = mine or view.ahead == 0
     return next_in_line and lease.holder != s.me.instance_id and s.evidence.may_be_taken_unread(lease)
 

@@ -76,7 +76,7 @@ class Store(Protocol):
     url: str  # without a password: fit for people's eyes
     on_change: Callable[[], None] | None
     """Called from the event loop when the database changed, as a hint; may never be called. Whoever is next in line
-    asks for a release then: to ask in vain must not cost more than to look."""
+    asks for a release then, mostly in vain: that must cost no more than a look, or little more."""
 
     async def open(self, deadline: float, *, upgrade: bool = True) -> None:
         """Connect; create or upgrade the tables, or refuse. Without ``upgrade`` nothing is changed: missing tables are

@@ -172,8 +172,13 @@ class SqliteStore:
             # Whoever asks unread for a release has word of some commit, which mostly was a renewal: the side-car lock
             # is still held then, which is found at once and without the one lock of the file.
             unread = how is How.RELEASED and key[3] is not None
-            if not self._take_guard(bot, patience=0 if unread else 20):
-                return None
+            try:
+                if not self._take_guard(bot, patience=0 if unread else 20):
+                    return None
+            except StoreRefused:
+                if unread:  # "delete it" is no advice while somebody works: who reads that it is free will say it
+                    return None
+                raise
             grant = None
             try:
                 grant = f.acquire(

@@ -136,9 +136,10 @@ class SqliteFile:
             yield self.db
             return
         self.db.execute("BEGIN IMMEDIATE")
+        before = self.db.total_changes
         try:
             yield self.db
-            self.commits += 1
+            self.commits += self.db.total_changes > before  # a guard that did not match writes nothing, and no journal
             self.db.execute("COMMIT")
         except BaseException:
             with contextlib.suppress(sqlite3.Error):
