@@ -18,14 +18,14 @@ from typing import Any
 import click
 from harness import World
 
-from bench import ROOT, capacity, check, compare, fleet, floors, own, page
+from bench import ROOT, capacity, check, compare, fleet, floors, own, page, turns
 from bench.counted import nobody
 from bench.gateway import measure as measure_gateway
 from bench.lab import laboratory
 from bench.systems import CHILD
 from botlease import clock
 
-PARTS = ("peers", "own", "gateway", "fleet", "capacity")
+PARTS = ("peers", "turns", "own", "gateway", "fleet", "capacity")
 
 
 def say(text: str) -> None:
@@ -101,6 +101,7 @@ def main(
             "peers": lambda: compare.measure(
                 lab, [*chosen], say, lambda rows: keep(peers=rows), found.get("peers", []), quick=quick
             ),
+            "turns": lambda: turns.measure(lab, found.get("peers", []), say, quick=quick),
             "own": lambda: own.measure(folder, postgres, say, quick=quick),
             "gateway": lambda: _gateway(folder, quick=quick),
             "fleet": lambda: fleet.measure(folder, postgres, say, quick=quick),

@@ -62,35 +62,24 @@ def goals(found: dict[str, Any]) -> list[Goal]:
     def ms(name: str, part: str, key: str, of: Callable[[list[float]], float] = median) -> float:
         return of(_values(rows[name], part, key)) * 1000
 
-    def gap(row: dict[str, Any]) -> float:
-        return median(_values(row, "handover", "gap")) * 1000
-
-    def beyond(row: dict[str, Any]) -> float:
-        """The rows are measured one after the other, for hours: the child's start, alone and just before, goes off."""
-        return gap(row) - median(_values(row, "start of the child", "")) * 1000
-
-    networked = {name: row for name, row in rows.items() if not row["ours"] and row["server"] != "file"}
-    for what, measure, needs in (
-        ("planned gap with a child, PostgreSQL", gap, "handover"),
-        ("the same beyond the child's start alone", beyond, "start of the child"),
-    ):
-        known = [
-            (measure(row), name) for name, row in networked.items() if _values(row, "handover", "gap") and needs in row
-        ]
-        if known:
-            best, name = min(known)
-            goal(
-                f"{what}, beside the fastest peer's ({name})",
-                best,
-                "ms",
-                lambda measure=measure: measure(rows["botlease, PostgreSQL"]),
-            )
-    if "flock" in rows and _values(rows["flock"], "handover", "gap"):
+    turns = {name: median(gaps) * 1000 for name, gaps in found.get("turns", {}).items() if name != "failed" and gaps}
+    networked = {
+        n: gap for n, gap in turns.items() if n in rows and not rows[n]["ours"] and rows[n]["server"] != "file"
+    }
+    if networked:
+        best = min(networked, key=lambda name: networked[name])
         goal(
-            "planned gap with a child, SQLite, beside flock's and two commits",
-            ms("flock", "handover", "gap") + 2 * median(found["floors"]["a commit on SQLite"]) * 1000,
+            f"planned gap with a child, PostgreSQL, beside the fastest peer's ({best}), in turn",
+            networked[best],
             "ms",
-            lambda: ms("botlease, SQLite", "handover", "gap"),
+            lambda: turns["botlease, PostgreSQL"],
+        )
+    if "flock" in turns:
+        goal(
+            "planned gap with a child, SQLite, beside flock's and two commits, in turn",
+            turns["flock"] + 2 * median(found["floors"]["a commit on SQLite"]) * 1000,
+            "ms",
+            lambda: turns["botlease, SQLite"],
         )
     for name in OURS:
         goal(f"planned gap, p99, {name}", 50, "ms", lambda name=name: ms(name, "handover", "gap", floors.p99))

@@ -14,7 +14,7 @@ from typing import Any
 
 from bench import floors
 from bench.counted import Counted
-from bench.lab import Gone, Lab, Say, bench, boot, pause, pid_of, together, until
+from bench.lab import Bench, Gone, Lab, Say, bench, boot, pause, pid_of, together, until
 from bench.systems import CHILD, System, systems, unavailable
 from botlease.work.tree import descendants
 
@@ -37,29 +37,44 @@ def handover(lab: Lab, system: System, n: int, *, bare: bool = False) -> dict[st
 def _handover(lab: Lab, system: System, n: int, bare: bool) -> dict[str, Any]:
     gaps, totals, gone = [], [], []
     with bench(lab, system) as b:
-        holder = b.start(bare=bare)
-        b.works(1, 60)
-        for rep in range(n):
-            waiting = b.start(bare=bare)
-            b.waits(waiting)
-            b.track.read()
-            old = max(b.track.spans, key=lambda who: b.track.spans[who][0])
-            asked = boot()
-            b.stop(holder)
+        line = Line(b, bare)
+        for _ in range(n):
             try:
-                new = b.works(rep + 2, 40)
-                if new == old:
-                    raise Gone("the same child")
-                holder.wait(40)
+                gap, total = line.hand_over()
             except (Gone, subprocess.TimeoutExpired) as e:
                 gone.append(str(e))
                 break  # what waits is in an unknown state
-            time.sleep(0.02)
-            b.track.read()
-            gaps.append(b.track.spans[new][0] - b.track.spans[old][1])
-            totals.append(b.track.spans[new][0] - asked)
-            holder = waiting
+            gaps.append(gap)
+            totals.append(total)
         return {"gap": gaps, "total": totals, "overlap": b.track.overlap(), "gone": gone}
+
+
+class Line:
+    """One holder after the other."""
+
+    def __init__(self, b: Bench, bare: bool) -> None:
+        self.bench, self.bare, self.children = b, bare, 1
+        self.holder = b.start(bare=bare)
+        b.works(1, 60)
+
+    def hand_over(self) -> tuple[float, float]:
+        """Seconds in which nobody worked, and since the holder was told to stop."""
+        b, track = self.bench, self.bench.track
+        waiting = b.start(bare=self.bare)
+        b.waits(waiting)
+        track.read()
+        old = max(track.spans, key=lambda who: track.spans[who][0])
+        asked = boot()
+        b.stop(self.holder)
+        self.children += 1
+        new = b.works(self.children, 40)
+        if new == old:
+            raise Gone("the same child")
+        self.holder.wait(40)
+        time.sleep(0.02)
+        track.read()
+        self.holder = waiting
+        return track.spans[new][0] - track.spans[old][1], track.spans[new][0] - asked
 
 
 def _soon(system: System) -> None:

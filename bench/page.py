@@ -13,6 +13,7 @@ from bench import ROOT, check, floors, plot
 from bench.capacity import FLOOR
 from bench.compare import FAULTS
 from bench.systems import systems
+from bench.turns import ALONE
 
 PLOTS = ROOT / "docs" / "benchmarks"
 
@@ -159,6 +160,25 @@ def write(found: dict[str, Any]) -> Path:
     return path
 
 
+def _in_turn(found: dict[str, Any]) -> list[str]:
+    gaps = {name: values for name, values in found.get("turns", {}).items() if name != "failed" and values}
+    if ALONE not in gaps:
+        return []
+    alone = median(gaps[ALONE])
+    return [
+        "",
+        "The nearly fastest ones once more, in turn: each round had one handover of each, in any order, and one start of the child. The series above are hours apart, and what slowed one did not slow the next.",
+        "",
+        *_table(
+            ("system", "gap", "median, beyond the child's start"),
+            [
+                (f"**{name}**" if name.startswith("botlease") else name, _ms(values), "–" if name == ALONE else f"{(median(values) - alone) * 1000:.1f}")
+                for name, values in sorted(gaps.items(), key=lambda of: median(of[1]))
+            ],
+        ),
+    ]  # fmt: skip
+
+
 def _peers(found: dict[str, Any], rows: list[dict[str, Any]], measured: list[dict[str, Any]]) -> list[str]:
     out = ["## What is compared", ""]
     out += _table(
@@ -192,6 +212,7 @@ def _peers(found: dict[str, Any], rows: list[dict[str, Any]], measured: list[dic
             if "handover" in r or "in-process" in r
         ],
     )  # fmt: skip
+    out += _in_turn(found)
     out += ["", "## Crash: until somebody works again", ""]
     out += [
         "The child alone is killed with -9 (ours is started again in its place after a second, lest a bot that cannot live spins; who has no such pause is faster, and spins); everything of the holder is;",

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import check, floors, page, plot  # noqa: E402 - after its folder
+from bench import check, floors, page, plot, turns  # noqa: E402 - after its folder
 from bench.hosts import MISSING, Hosts  # noqa: E402
 from bench.lab import Lab, bench, named  # noqa: E402
 from bench.systems import systems  # noqa: E402
@@ -50,6 +50,7 @@ def figures(**ours: Any) -> dict[str, Any]:
     }
     idle = {name: {"cpu": 0.5, "pss": 15.0} for name in ("PostgreSQL (asyncpg)", "SQLite")}
     found = {"floors": floors, "idle floor": idle, "versions": {"PostgreSQL": "15"}}
+    found["turns"] = {turns.ALONE: [0.01], "botlease, PostgreSQL": [0.015], "pg <advisory>": [0.015, 0.016]}
     return found | {"peers": [row | ours, peer, gone]}
 
 
@@ -102,12 +103,22 @@ def test_the_goals_say_which_are_met() -> None:
     assert _missed(late) == ["another host is gone, worst, botlease, PostgreSQL"]
 
 
-def test_a_gap_is_also_judged_beyond_the_childs_start_of_its_own_hour() -> None:
-    found = figures(**{"start of the child": [0.010]})
-    found["peers"][1]["start of the child"] = [0.012]  # a slower hour: its gap is the same, and it did better
-    assert _missed(found) == ["the same beyond the child's start alone, beside the fastest peer's (pg <advisory>)"]
-    found["peers"][1]["start of the child"] = [0.008]
+def test_the_planned_gap_is_judged_by_what_was_measured_in_turn() -> None:
+    found = figures()
+    found["peers"][0]["handover"]["gap"] = [0.020]  # in another hour
     assert _missed(found) == []
+    found["turns"]["pg <advisory>"] = [0.014]
+    assert _missed(found) == [
+        "planned gap with a child, PostgreSQL, beside the fastest peer's (pg <advisory>), in turn"
+    ]
+
+
+def test_in_turn_are_ours_and_whoever_comes_near_the_fastest_peer_on_a_server() -> None:
+    rows = figures()["peers"]
+    slow = rows[1] | {"name": "slow", "handover": {"gap": [0.030]}}
+    flock = rows[1] | {"name": "flock", "server": "file", "handover": {"gap": [0.002]}}
+    ours = rows[0] | {"handover": {"gap": [0.050]}}
+    assert turns.near([ours, *rows[1:], slow, flock]) == ["botlease, PostgreSQL", "pg <advisory>", "flock"]
 
 
 def _missed(found: dict[str, Any]) -> list[str]:
