@@ -14,7 +14,7 @@ from typing import Any
 
 from bench import floors
 from bench.compare import Line
-from bench.lab import Gone, Lab, Say, bench
+from bench.lab import Gone, Lab, Say, bench, pause
 from bench.systems import CHILD, systems
 
 NEAR = 1.25
@@ -48,6 +48,7 @@ def measure(lab: Lab, rows: list[dict[str, Any]], say: Say, *, quick: bool) -> d
                     except (Gone, subprocess.TimeoutExpired) as e:
                         say(f"in turn: {name}: {e}")
                         del lines[name]
+            pause(0.5)  # the others wait as well until the one that waits is quiet: what has just ended tidies up
             out[ALONE] += floors.starts(CHILD, lab.folder, 1)
     for name, gaps in out.items():
         if gaps:
