@@ -224,7 +224,7 @@ def _bounds(found: dict[str, Any]) -> Iterator[tuple[str, float, float, str]]:
                 yield f"{name}: PSS of the {who}", row["idle"][who]["pss"], most, "MB"
             writes = found["idle floor"]["SQLite" if row["server"] == "file" else "PostgreSQL (asyncpg)"]["cpu"]
             beats = 10 / row["ttl"]  # the floor writes a row each two seconds
-            for who, most in (("holder", 4.5), ("standby", 3.0)):
+            for who, most in (("holder", 4.0), ("standby", 3.0)):
                 cpu = row["idle"][who]["cpu"] / writes / beats
                 yield f"{name}: CPU of the {who}", cpu, most, "programs that write as often, and do nothing else"
         if took := _values(row, "start-up", ""):
