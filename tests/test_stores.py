@@ -22,7 +22,7 @@ from harness import World, clean_env, one_side_car_lock
 from proxy import Proxy
 from servers import PgBouncer, has_pgbouncer
 
-from botlease.model import Held, How, Probation, Reason
+from botlease.model import Held, How, Lease, Probation, Reason
 from botlease.stores import (
     SCHEMA_VERSION,
     Store,
@@ -954,12 +954,16 @@ async def test_a_failed_acquire_does_not_keep_the_side_car_lock(tmp_path: Path) 
     await b.aclose()
 
 
+async def one_works_one_waits(folder: Path) -> tuple[SqliteStore, SqliteStore, Lease]:
+    a, b = await opened(folder), await opened(folder)
+    view = await a.register(registration("a"), DEADLINE)
+    assert await claim(a, "a") and await acquire(a, "a", lease_of(view), nonce="n")
+    return a, b, lease_of(await b.register(registration("b"), DEADLINE))
+
+
 async def test_while_a_bot_works_on_sqlite_its_release_is_denied_at_once_and_without_the_file(tmp_path: Path) -> None:
     """Each commit wakes the next in line, and most are renewals: it may neither stand in their way nor wait."""
-    a, b = await opened(tmp_path), await opened(tmp_path)
-    view = await a.register(registration("a"), DEADLINE)
-    assert await claim(a, "a") and await acquire(a, "a", lease_of(view))
-    held = lease_of(await b.register(registration("b"), DEADLINE))
+    a, b, held = await one_works_one_waits(tmp_path)
     other = sqlite3.connect(tmp_path / "lease.db", isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")  # a renewal, which takes its time
     took = []
@@ -976,10 +980,7 @@ async def test_while_a_bot_works_on_sqlite_its_release_is_denied_at_once_and_wit
 
 async def test_whoever_asked_in_vain_is_still_told_of_the_release(tmp_path: Path) -> None:
     """What is refused writes nothing: counted as a commit of ours, the next one of others would be taken for it."""
-    a, b = await opened(tmp_path), await opened(tmp_path)
-    view = await a.register(registration("a"), DEADLINE)
-    assert await claim(a, "a") and await acquire(a, "a", lease_of(view), nonce="n")
-    held = lease_of(await b.register(registration("b"), DEADLINE))
+    a, b, held = await one_works_one_waits(tmp_path)
     noticed = asyncio.Event()
     b.on_change = noticed.set
     for _ in range(3):
@@ -994,10 +995,7 @@ async def test_whoever_asked_in_vain_is_still_told_of_the_release(tmp_path: Path
 
 
 async def test_a_lock_that_cannot_be_opened_is_not_reported_while_somebody_works(tmp_path: Path) -> None:
-    a, b = await opened(tmp_path), await opened(tmp_path)
-    view = await a.register(registration("a"), DEADLINE)
-    assert await claim(a, "a") and await acquire(a, "a", lease_of(view), nonce="n")
-    held = lease_of(await b.register(registration("b"), DEADLINE))
+    a, b, held = await one_works_one_waits(tmp_path)
     (lock,) = tmp_path.glob("*.lock")
     lock.unlink()
     lock.mkdir()
