@@ -45,7 +45,7 @@ def main(
     """Measure handover, crash, overlap, memory, idle cost and start-up of botlease and of its peers; what many bots
     cost; how many leases a PostgreSQL server carries. Each figure stands beside its floor of the same run.
 
-    A whole run takes two hours or three, and wants the machine for itself. It writes docs/benchmarks.md. With --json it
+    A whole run takes some four hours, and wants the machine for itself. It writes docs/benchmarks.md. With --json it
     may be cut off: what is there is not measured again, only the floors are measured once more, and count together.
 
     \b

@@ -15,6 +15,7 @@ from bench import floors
 from bench.capacity import FLOOR, MOST
 from bench.compare import FAULTS
 from bench.hosts import MISSING
+from bench.turns import known
 
 OURS = ("botlease, SQLite", "botlease, PostgreSQL")
 SUPERVISED = (*OURS, "botlease-fast, PostgreSQL")
@@ -62,7 +63,7 @@ def goals(found: dict[str, Any]) -> list[Goal]:
     def ms(name: str, part: str, key: str, of: Callable[[list[float]], float] = median) -> float:
         return of(_values(rows[name], part, key)) * 1000
 
-    turns = {name: median(gaps) * 1000 for name, gaps in found.get("turns", {}).items() if name != "failed" and gaps}
+    turns = {name: median(gaps) * 1000 for name, gaps in known(found).items()}
     networked = {
         n: gap for n, gap in turns.items() if n in rows and not rows[n]["ours"] and rows[n]["server"] != "file"
     }
@@ -166,7 +167,7 @@ def broken(found: dict[str, Any], parts: Collection[str] = ("peers",)) -> list[s
 
 
 def _missing(found: dict[str, Any], parts: Collection[str]) -> Iterator[tuple[str, str]]:
-    for part in ("own", "fleet", "capacity", "gateway"):
+    for part in ("turns", "own", "fleet", "capacity", "gateway"):
         if isinstance(found.get(part), dict) and "failed" in found[part]:
             yield part, found[part]["failed"]
     ours = [row for row in found.get("peers", []) if row["ours"]]

@@ -13,7 +13,7 @@ from bench import ROOT, check, floors, plot
 from bench.capacity import FLOOR
 from bench.compare import FAULTS
 from bench.systems import systems
-from bench.turns import ALONE
+from bench.turns import ALONE, known
 
 PLOTS = ROOT / "docs" / "benchmarks"
 
@@ -161,8 +161,7 @@ def write(found: dict[str, Any]) -> Path:
 
 
 def _in_turn(found: dict[str, Any]) -> list[str]:
-    gaps = {name: values for name, values in found.get("turns", {}).items() if name != "failed" and values}
-    if ALONE not in gaps:
+    if not (gaps := known(found)):
         return []
     alone = median(gaps[ALONE])
     return [

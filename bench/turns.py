@@ -31,8 +31,10 @@ def near(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def measure(lab: Lab, rows: list[dict[str, Any]], say: Say, *, quick: bool) -> dict[str, list[float]]:
-    """The gaps of each, seconds, one of a round, and the starts of the child alone."""
+    """The gaps of each, seconds, one of a round, and the starts of the child alone. Of which fails it has fewer."""
     names = near(rows)
+    if not names:
+        raise Gone("no handover was measured before: --only peers")
     out: dict[str, list[float]] = {ALONE: []} | {name: [] for name in names}
     with contextlib.ExitStack() as stack:
         lines = {
@@ -50,7 +52,13 @@ def measure(lab: Lab, rows: list[dict[str, Any]], say: Say, *, quick: bool) -> d
                         del lines[name]
             pause(0.5)  # the others wait as well until the one that waits is quiet: what has just ended tidies up
             out[ALONE] += floors.starts(CHILD, lab.folder, 1)
+    out = {name: gaps for name, gaps in out.items() if gaps}
     for name, gaps in out.items():
-        if gaps:
-            say(f"in turn: {name}: {floors.ms(gaps)}")
-    return {name: gaps for name, gaps in out.items() if name == ALONE or name in lines}
+        say(f"in turn: {name}: {floors.ms(gaps)}")
+    return out
+
+
+def known(found: dict[str, Any]) -> dict[str, list[float]]:
+    """What was measured in turn: nothing, if it failed."""
+    values: dict[str, Any] = found.get("turns", {})
+    return {} if "failed" in values else values
