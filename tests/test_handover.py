@@ -239,7 +239,8 @@ def test_a_gate_is_not_opened_after_the_end_of_trust(tmp_path: Path) -> None:
     code = "import os; g = int(os.environ['BOTLEASE_GATE_FD']); os.write(g, b'x'); os.write(1, os.read(g, 9))"
     with (tmp_path / "out").open("wb") as out:
         argv = [sys.executable, "-S", "-c", code]
-        message = {"do": "start", "argv": argv, "env": dict(os.environ), "until": None, "gate": True, "front": {}}
+        reaper.send(sock, {"do": "prepare", "argv": argv, "env": dict(os.environ), "front": {}, "fds": []})
+        message = {"do": "start", "env": {}, "until": None, "gate": True}
         reaper.send(sock, message | {"fds": ["stdout"]}, (out.fileno(),))
     told("ready")
     reaper.send(sock, {"do": "open", "term": 7, "until": clock.now() - 0.001, "fds": []})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from botlease import clock
 from botlease.work import reaper
 
 OPEN_IN_A_SPARE = ("stdin", "stdout", "stderr", "its orders", "where it says what is wrong")
-ECHO = ["sh", "-c", "echo hello; echo $GREETING; exec sleep 60"]
+ECHO = ("sh", "-c", "echo hello; echo $GREETING; exec sleep 60")
 
 
 class Reaper:
@@ -32,14 +32,20 @@ class Reaper:
         fds = fds or {}
         reaper.send(self.sock, {**message, "fds": list(fds)}, tuple(fds.values()))
 
-    def start(self, argv: list[str], fds: dict[str, int], **env: str) -> None:
-        env = {**os.environ, **env}
-        self.tell(fds, do="start", argv=argv, env=env, until=clock.now() + 30, gate=False, front={})
+    def prepare(self, argv: Sequence[str] = ECHO) -> None:
+        self.tell(do="prepare", argv=list(argv), env=dict(os.environ), front={})
+
+    def start(self, fds: dict[str, int], **env: str) -> None:
+        self.tell(fds, do="start", env=env, until=clock.now() + 30, gate=False)
 
     def says(self, word: str) -> dict[str, Any]:
         """The next message of this kind."""
-        until(lambda: self.seen.extend(self.inbox.receive() or []) or any(m["say"] == word for m in self.seen))
-        found = next(m for m in self.seen if m["say"] == word)
+
+        def said() -> dict[str, Any] | None:
+            return next((m for m in self.seen if m["say"] == word), None)
+
+        # Two may have come at once: what has been heard is not waited for.
+        found: dict[str, Any] = said() or until(lambda: self.seen.extend(self.inbox.receive() or []) or said())
         self.seen.remove(found)
         return found
 
@@ -68,18 +74,18 @@ def a_reaper() -> Iterator[Reaper]:
 
 def test_the_bot_is_the_process_that_was_forked_ahead(tmp_path: Path) -> None:
     with a_reaper() as r, (tmp_path / "out").open("wb") as out:
-        r.tell(do="prepare")
+        r.prepare()
         spare = r.spare()
-        r.start(ECHO, {"stdout": out.fileno()}, GREETING="from here")
+        r.start({"stdout": out.fileno()}, GREETING="from here")
         assert r.says("started")["pid"] == spare == r.children()[0]
         until(lambda: (tmp_path / "out").read_text() == "hello\nfrom here\n")
 
 
 def test_a_program_that_is_not_there_is_said_by_the_spare_too() -> None:
     with a_reaper() as r:
-        r.tell(do="prepare")
+        r.prepare(["/nothing/here"])
         r.spare()
-        r.start(["/nothing/here"], {})
+        r.start({})
         assert r.says("failed")["error"] == "No such file or directory"
         assert r.says("gone")["status"] == 127
 
@@ -88,12 +94,12 @@ def test_a_program_that_is_not_there_is_said_by_the_spare_too() -> None:
 def test_a_spare_that_was_killed_is_replaced_and_one_that_was_stopped_goes_on(tmp_path: Path, how: int) -> None:
     """A platform signals everything that it sees of us, also what only waits."""
     with a_reaper() as r, (tmp_path / "out").open("wb") as out:
-        r.tell(do="prepare")
+        r.prepare()
         spare = r.spare()
         os.kill(spare, how)
         if how != signal.SIGSTOP:
             until(lambda: not r.children())
-        r.start(ECHO, {"stdout": out.fileno()}, GREETING="from here")
+        r.start({"stdout": out.fileno()}, GREETING="from here")
         assert (r.says("started")["pid"] == spare) is (how == signal.SIGSTOP)
         until(lambda: (tmp_path / "out").read_text() == "hello\nfrom here\n")
         r.tell(do="kill")
@@ -103,12 +109,12 @@ def test_a_spare_that_was_killed_is_replaced_and_one_that_was_stopped_goes_on(tm
 def test_a_spare_that_dies_as_its_order_comes_is_replaced(tmp_path: Path) -> None:
     """The reaper has not heard of its death yet: it reads the order first."""
     with a_reaper() as r, (tmp_path / "out").open("wb") as out:
-        r.tell(do="prepare")
+        r.prepare()
         spare = r.spare()
         os.kill(r.pid, signal.SIGSTOP)
         os.kill(spare, signal.SIGKILL)
         until(lambda: gone(spare))
-        r.start(ECHO, {"stdout": out.fileno()}, GREETING="from here")
+        r.start({"stdout": out.fileno()}, GREETING="from here")
         os.kill(r.pid, signal.SIGCONT)
         assert r.says("started")["pid"] != spare
         until(lambda: (tmp_path / "out").read_text() == "hello\nfrom here\n")
@@ -116,32 +122,31 @@ def test_a_spare_that_dies_as_its_order_comes_is_replaced(tmp_path: Path) -> Non
 
 def test_there_is_one_spare_and_none_beside_a_bot() -> None:
     with a_reaper() as r:
-        r.tell(do="prepare")
+        r.prepare()
         spare = r.spare()
-        r.tell(do="prepare")
+        r.prepare()
         r.tell(do="drop")
         r.says("dropped")  # it has heard of all that was said before
         assert r.children() == [spare]
-        r.start(ECHO, {}, GREETING="from here")
-        r.tell(do="prepare")
+        r.start({}, GREETING="from here")
+        r.prepare()
         r.tell(do="drop")
         r.says("dropped")
         assert r.children() == [spare]
         r.tell(do="kill")
         assert r.says("gone")["status"] == -signal.SIGKILL
         assert r.children() == []
-        r.tell(do="prepare")
+        r.prepare()
         assert r.spare() != spare
 
 
 def test_an_order_that_comes_after_the_end_of_trust_starts_nothing(tmp_path: Path) -> None:
     """The fence is armed before the spare hears of anything."""
     r = Reaper()
-    r.tell(do="prepare")
+    r.prepare()
     spare = r.spare()
     with (tmp_path / "out").open("wb") as out:
-        order = {"do": "start", "argv": ECHO, "env": dict(os.environ), "gate": False, "front": {}}
-        r.tell({"stdout": out.fileno()}, **order, until=clock.now() - 0.001)
+        r.tell({"stdout": out.fileno()}, do="start", env={}, gate=False, until=clock.now() - 0.001)
     assert os.waitstatus_to_exitcode(os.waitpid(r.pid, 0)[1]) == -signal.SIGKILL
     r.sock.close()
     until(lambda: gone(spare))
@@ -150,7 +155,7 @@ def test_an_order_that_comes_after_the_end_of_trust_starts_nothing(tmp_path: Pat
 
 def test_a_spare_dies_with_its_reaper() -> None:
     r = Reaper()
-    r.tell(do="prepare")
+    r.prepare()
     spare = r.spare()
     os.kill(r.pid, signal.SIGKILL)
     os.waitpid(r.pid, 0)
@@ -171,7 +176,8 @@ def test_the_side_car_lock_goes_with_a_drain_and_stays_with_a_crash(tmp_path: Pa
     started again, and the lock is kept."""
     with a_reaper() as r, (tmp_path / "lock").open("w") as lock, (tmp_path / "lock").open("w") as other:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        r.start(["sleep", "60"], {"guard": lock.fileno()})
+        r.prepare(["sleep", "60"])
+        r.start({"guard": lock.fileno()})
         lock.close()
         pid = r.says("started")["pid"]
         if drained:

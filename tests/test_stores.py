@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from harness import World, clean_env, one_side_car_lock
 from proxy import Proxy
 from servers import PgBouncer, has_pgbouncer
 
+from botlease import clock
 from botlease.model import Held, How, Lease, Probation, Reason
 from botlease.stores import (
     SCHEMA_VERSION,
@@ -499,6 +500,35 @@ async def test_a_renewal_that_is_a_heartbeat_does_not_wait_for_an_operators_open
     assert renewal is not None and renewal.assigned
     await transaction.rollback()
     await operator.close()
+    await store.aclose()
+
+
+async def test_a_call_waits_for_those_before_it_no_longer_than_its_deadline(postgres_url: str) -> None:
+    """Also one that comes in the very moment between two: the connection is nobody's then, and still promised."""
+    store = PostgresStore(postgres_url)
+    await store.open(DEADLINE)
+
+    def sleep(seconds: float, deadline: float) -> Coroutine[Any, Any, object]:
+        return store.call(deadline, lambda c: c.execute(f"SELECT pg_sleep({seconds})"))
+
+    async def late() -> float:
+        began = clock.now()
+        with pytest.raises(StoreError, match="no answer within"):
+            await sleep(0, 0.3)
+        return clock.now() - began
+
+    async def first() -> float:
+        await sleep(0.2, DEADLINE)
+        return await late()  # the second has been promised the connection, and has not run yet
+
+    begun = asyncio.ensure_future(first())
+    while not store._lock.locked():
+        await asyncio.sleep(0)
+    second = asyncio.ensure_future(sleep(1.5, DEADLINE))
+    assert await begun < 1
+    assert await late() < 1
+    await second
+    await sleep(0, DEADLINE)
     await store.aclose()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Final, NamedTuple
 
 from botlease.value import value
@@ -31,7 +32,7 @@ class TimingError(ValueError):
     """The timings contradict each other; the message shows the arithmetic."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Timing:
     """Every duration in seconds. Checked when made, refused with the arithmetic, never adjusted in silence."""
 
@@ -62,16 +63,16 @@ class Timing:
             probation=probation,
         )
 
-    @property
+    @cached_property  # asked a dozen times for each renewal
     def trust(self) -> float:
         return self.ttl * (1 - self.rho) - self.kill_budget
 
-    @property
+    @cached_property
     def drain_after(self) -> float:
         """Without a confirmed renewal the work is asked to stop this long after the last one was sent."""
         return self.ttl * 0.6
 
-    @property
+    @cached_property
     def danger_after(self) -> float:
         """Without a confirmed renewal for so long the work is told to open nothing new: one attempt has failed by
         then, and the drain is one more away."""

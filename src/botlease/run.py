@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -140,6 +141,8 @@ class Supervisor:
         except StoreRefused as e:
             say(str(e))
             return Exit.CONFIG
+        gc.freeze()  # all that has been loaded stays: no collection goes through it, and cools the caches
+        gc.enable()
         gate = None
         try:
             if self.options.warm:
@@ -226,6 +229,8 @@ class Supervisor:
             s.bot,
             s.instance_id,
             max_crashes=o.max_crashes,
+            # A renewal more may be late or lost, and the fence must still stand behind the drain that this begins.
+            fence_ahead=s.timing.drain_after + s.timing.attempt / 2,
             warm=o.warm,
             front=front,
             danger=o.danger,

@@ -106,8 +106,10 @@ class PostgresStore:
         self._planning: asyncio.TimerHandle | None = None
         self._later: asyncio.Future[None] | None = None
         self._lock = asyncio.Lock()
+        self._asking = 0  # calls that have it or wait for it
         self.system = ""
         self._timeline = TIMELINE
+        self._filled: dict[str, str] = {}  # statements, with this timeline in them
 
     # Connection --------------------------------------------------------------------------------------------------
 
@@ -129,11 +131,18 @@ class PostgresStore:
             return await call(connection)
 
         began = clock.now()
+        self._asking += 1
         try:
-            async with asyncio.timeout(deadline):
-                await self._lock.acquire()
-        except TimeoutError:
-            raise StoreError(f"no answer within {deadline:.2g} s") from None
+            if self._asking == 1:
+                await self._lock.acquire()  # nobody has it, nobody waits for it: no time-out is needed
+            else:
+                async with asyncio.timeout(deadline):
+                    await self._lock.acquire()
+        except BaseException as e:
+            self._asking -= 1
+            if isinstance(e, TimeoutError):
+                raise StoreError(f"no answer within {deadline:.2g} s") from None
+            raise
         try:
             return await within(deadline - (clock.now() - began), work(), self._drop)
         except StoreError:
@@ -154,6 +163,7 @@ class PostgresStore:
                 self._drop()
             raise _explain(e, self._dsn) from None
         finally:
+            self._asking -= 1
             self._lock.release()
 
     def _drop(self) -> None:
@@ -254,7 +264,7 @@ class PostgresStore:
             assert row is not None
             if row["version"] < 130_000:
                 raise StoreRefused(f"PostgreSQL {row['version'] // 10_000} is too old: 13 or newer is needed")
-            self.system, self._timeline = f"{row['system']}/", timeline
+            self.system, self._timeline, self._filled = f"{row['system']}/", timeline, {}
             return int(row["pid"])
         raise StoreError(f"{self.url} does not say which database it is")
 
@@ -269,8 +279,12 @@ class PostgresStore:
             self.heard(name)
 
     def filled(self, text: str) -> str:
-        era = f"('x' || {self._timeline})::bit(32)::bigint * 1000000"
-        return text.replace("{timeline}", self._timeline).replace("{era}", era).replace("{tries}", str(TRIES))
+        known = self._filled.get(text)
+        if known is None:
+            era = f"('x' || {self._timeline})::bit(32)::bigint * 1000000"
+            known = text.replace("{timeline}", self._timeline).replace("{era}", era).replace("{tries}", str(TRIES))
+            self._filled[text] = known
+        return known
 
     async def open(self, deadline: float, *, upgrade: bool = True) -> None:
         async def work(connection: asyncpg.Connection) -> None:

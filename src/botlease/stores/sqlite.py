@@ -51,17 +51,22 @@ class Worker(threading.Thread):
 
     async def call(self, deadline: float, job: Callable[[float], T]) -> T:
         """Run ``job`` here; it is told how many seconds are left. Given up before it began, it never begins."""
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
         give_up = clock.now() + deadline
-        state = {"dropped": False}
 
         def guarded() -> T:
-            if state["dropped"]:
+            if future.done():
                 raise StoreError("given up before it began")
             return job(max(0.0, give_up - clock.now()))
 
         self.jobs.put((guarded, future))
-        return await within(deadline, future, lambda: state.update(dropped=True))
+        late = StoreError(f"no answer within {deadline:.2g} s")
+        timer = loop.call_later(max(deadline, 0.001), _settle, future, None, late)
+        try:
+            return await future
+        finally:
+            timer.cancel()
 
 
 def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
@@ -98,8 +103,7 @@ class SqliteStore:
                 began = clock.now()
                 file = self._file = SqliteFile(self.path, busy=left * 0.8, upgrade=self._upgrade)
                 left = max(0.0, left - (clock.now() - began))
-            # The busy time-out is part of the deadline, so that a late write is refused, not late.
-            file.db.execute(f"PRAGMA busy_timeout = {int(left * 800)}")
+            file.wait_for_locks(left * 0.8)  # a part of the deadline, so that a late write is refused, not late
             try:
                 return call(file)
             except sqlite3.Error as e:

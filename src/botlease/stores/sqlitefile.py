@@ -102,6 +102,7 @@ class SqliteFile:
         self.origin = ""
         self.inode = 0
         self.commits = 0
+        self._patience = -1  # ms
         # A copy of the file put in its place has no number of its own; the seconds of the clock rise well enough.
         self.era: Callable[[], int] = lambda: int(wall())
         if path != ":memory:":
@@ -128,6 +129,14 @@ class SqliteFile:
     def close(self) -> None:
         self.db.close()
 
+    def wait_for_locks(self, seconds: float) -> None:
+        """How long the calls that follow may wait for another process to let the file go."""
+        ms = int(seconds * 1000)
+        ms -= ms % 50 if ms > 50 else 0  # nearly the same each time: to say it costs as much as a small question
+        if ms != self._patience:
+            self.db.execute(f"PRAGMA busy_timeout = {ms}")
+            self._patience = ms
+
     @contextlib.contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:
         """One transaction that takes the write lock at once: a deferred one can fail half way with BUSY."""
@@ -150,7 +159,7 @@ class SqliteFile:
         if not self.inode:
             return
         try:
-            here = Path(self.path).stat().st_ino
+            here = os.stat(self.path).st_ino  # noqa: PTH116 - before each call: a Path is five times as slow
         except OSError:
             raise StoreError(f"the database file {self.path} is gone") from None
         if here != self.inode:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import socket
@@ -53,6 +54,8 @@ class Command:
     max_crashes: int = 5
     """How many crashes in a row end the term; the first restart comes after ``back_off``, then doubled."""
     back_off: float = 1.0
+    fence_ahead: float = math.inf
+    """Seconds that the fence must stand ahead after a renewal to be left where it is."""
     warm: bool = False
     """While it stands by it is started up to its gate."""
     front: Front | None = None
@@ -95,6 +98,7 @@ class ChildWork:
         self._inbox = reaper.Inbox(sock)
         self._loop = asyncio.get_running_loop()
         self._until = 0.0
+        self._fenced = 0.0  # where the reaper's fence stands: at the end of trust, or before it
         self._running = False
         self._warm = False  # it runs up to its gate, or waits there
         self._ready = False
@@ -133,9 +137,15 @@ class ChildWork:
         self._spawn()
 
     def _spare(self) -> None:
-        """Have the reaper fork ahead what becomes the next bot."""
-        if not self.command.warm and not self._running:
-            self._send(do="prepare")
+        """Tell the reaper what the bot is, and have it fork ahead what becomes the next one."""
+        c = self.command
+        env = c.env | {"BOTLEASE_BOT": c.bot, "BOTLEASE_INSTANCE_ID": c.instance_id}
+        front: dict[str, object] = {}
+        if c.front is not None:
+            env["BOTLEASE_API_URL"] = c.front.url
+            front = {"upstream": c.front.upstream, "database": c.front.database, "bot": c.bot}
+            front["delete_webhook"] = c.front.delete_webhook
+        self._send(do="prepare", argv=list(c.argv), env=env, front=front)
 
     def start(self, term: int, nonce: str, until: float, guard_fd: int | None) -> None:
         self.term, self._nonce, self._until = term, nonce, until
@@ -147,6 +157,7 @@ class ChildWork:
             self._retry = None
         if self._warm:
             self._warm, self._began = False, clock.now()
+            self._fenced = until
             self._send(fds, do="open", term=term, until=until)
         else:
             self._spawn(fds)
@@ -156,7 +167,7 @@ class ChildWork:
     def _spawn(self, fds: dict[str, int] | None = None) -> None:
         self._retry = None
         self._ready, self._gated = False, self._warm
-        env = self.command.env | {"BOTLEASE_BOT": self.command.bot, "BOTLEASE_INSTANCE_ID": self.command.instance_id}
+        env = {}  # what is known only now
         if not self._warm:
             env["BOTLEASE_TERM"] = str(self.term)
         elif self.gate is not None:
@@ -167,34 +178,19 @@ class ChildWork:
         if output >= 0:
             fds["stdout"] = output
             env["PYTHONUNBUFFERED"] = "1"  # into a pipe it would write in blocks, and seem to say nothing
-        theirs = self._put_in_front(fds, env)
-        self._send(
-            fds,
-            do="start",
-            argv=list(self.command.argv),
-            env=env,
-            until=None if self._warm else self._until,
-            gate=self._warm,
-            front=self._front_settings(),
-        )
+        theirs = self._put_in_front(fds)
+        self._fenced = self._until
+        self._send(fds, do="start", env=env, until=None if self._warm else self._until, gate=self._warm)
         if output >= 0:
             os.close(output)
         if theirs is not None:
             theirs.close()
 
-    def _front_settings(self) -> dict[str, object]:
-        c = self.command
-        if c.front is None:
-            return {}
-        settings = {"upstream": c.front.upstream, "database": c.front.database, "bot": c.bot}
-        return {**settings, "delete_webhook": c.front.delete_webhook}
-
-    def _put_in_front(self, fds: dict[str, int], env: dict[str, str]) -> socket.socket | None:
+    def _put_in_front(self, fds: dict[str, int]) -> socket.socket | None:
         """A new line to the process in front of the bot. Returns its end."""
         if self.command.front is None:
             return None
         self._drop_front()
-        env["BOTLEASE_API_URL"] = self.command.front.url
         self._tallies = {}
         self._front, theirs = socket.socketpair()
         self._front_inbox = reaper.Inbox(self._front)
@@ -235,12 +231,22 @@ class ChildWork:
 
     def arm(self, until: float) -> None:
         self._until = until
-        if self._running:  # between a crash and the restart, too: the reaper keeps the side-car lock as long
-            self._send(do="arm", until=until)
-            self._tell_front(do="arm", until=until)
+        if not self._running:
+            return
+        # The reaper is woken for every second renewal only: a fence that stands too early errs on the safe side, and
+        # as long as the renewals come it is moved on before the work would be asked to stop for want of one.
+        at_work = self.pid and self._retry is None and not self._stopping
+        if not at_work or self._fenced - clock.now() < self.command.fence_ahead:
+            self._arm_the_fence()
+        self._tell_front(do="arm", until=until)
+
+    def _arm_the_fence(self) -> None:
+        self._fenced = self._until
+        self._send(do="arm", until=self._until)
 
     def drain(self, until: float, reason: Reason) -> None:
         self._stopping = True
+        self._arm_the_fence()  # what is left of the trust is the work's, to end in
         if self._waiting():
             return
         self._asked = self.stop_signal if reason is Reason.STOPPED else signal.SIGTERM
@@ -386,6 +392,7 @@ class ChildWork:
         if status in (0, BAD_CONFIGURATION) or self._stopping:
             self._ended()
             return
+        self._arm_the_fence()  # nothing runs now; the side-car lock is kept for as long as we may start it again
         wait = self._back_off("was ended" if self._restarting else f"crashed ({_how(status)})")
         self._restarting = False
         if wait is None:

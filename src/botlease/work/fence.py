@@ -58,6 +58,8 @@ class Fence:
     def __init__(self) -> None:
         self._library = _library()
         self._timer = ctypes.c_void_p()
+        self._spec = _ITimerSpec(0, 0, 0, 0)
+        self._its = ctypes.byref(self._spec)
         self.kernel = False
         """True if SIGKILL is sent by a kernel timer that counts suspended time: the full promise."""
         if self._library is not None:
@@ -71,8 +73,8 @@ class Fence:
         """Be killed at ``until``; at once if that has passed."""
         if self.kernel:
             nanoseconds = max(1, int(until * 1e9))
-            spec = _ITimerSpec(0, 0, nanoseconds // 1_000_000_000, nanoseconds % 1_000_000_000)
-            if self._library.timer_settime(self._timer, _TIMER_ABSTIME, ctypes.byref(spec), None) != 0:
+            self._spec.value_s, self._spec.value_ns = divmod(nanoseconds, 1_000_000_000)
+            if self._library.timer_settime(self._timer, _TIMER_ABSTIME, self._its, None) != 0:
                 raise OSError(ctypes.get_errno(), "timer_settime failed: the fence cannot be armed")
             return
         # Elsewhere: SIGALRM, whose default action ends the process. It does not count suspended time.
