@@ -355,13 +355,16 @@ bot = TeleBot(os.environ["TELEGRAM_BOT_TOKEN"])
 hook.through_gateway(bot)
 @bot.message_handler(commands=["name"])
 def ask(message):
-    bot.register_next_step_handler(bot.reply_to(message, "your name?"), told)
+    asked = bot.reply_to(message, "your name?")
+    bot.register_next_step_handler(asked, told)
+    print("bot: listens", flush=True)  # after the question was seen by whoever answers it
 def told(message):
     bot.reply_to(message, "hello " + message.text)
 bot.infinity_polling()
 """
     run = start(sqlite_world, telegram, bot=(sys.executable, "-c", code))
     telegram.answered("/name", 30)
+    run.says("bot: listens")
     assert telegram.answered("Alice").replies[0][1] == "hello Alice"
     telegram.say("nobody handles this")
     until(lambda: status(sqlite_world)["gateway"][0]["waiting"] == 0)  # type: ignore[index]

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
+
+from botlease.value import value
 
 Source = tuple[str, str]
 """A variable, and a regular expression whose first group is the part that counts ("": all of it)."""
@@ -22,7 +23,7 @@ POD: Final = r".+-([bcdfghjklmnpqrstvwxz2456789]{8,10})-[bcdfghjklmnpqrstvwxz245
 """A pod's name in a Deployment: name, template hash, suffix, in the alphabet that Kubernetes draws them from."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Platform:
     name: str
     detect: tuple[Source, ...] = ()

@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ from botlease.settings import Settings
 from botlease.stderr import Lines
 from botlease.stores import Registration, Store, StoreError, StoreRefused, open_store
 from botlease.text import safe
+from botlease.value import value
 from botlease.work import tree
 from botlease.work.child import ChildWork, Command, Front
 
@@ -50,7 +50,7 @@ class Exit(IntEnum):
     NOT_FOUND = 127
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Options:
     argv: tuple[str, ...]
     pass_database: bool = False

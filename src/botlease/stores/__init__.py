@@ -15,7 +15,7 @@ A store is a class with the verbs below. What each must keep:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -211,46 +211,47 @@ def make_view(row: Any, origin: str, era: int) -> View:
     )
 
 
-async def within(deadline: float, work: Coroutine[Any, Any, T] | asyncio.Future[T], abandon: Callable[[], None]) -> T:
+async def within(deadline: float, work: Awaitable[T], abandon: Callable[[], None]) -> T:
     """Await ``work`` for at most ``deadline`` seconds, even if it does not react to being cancelled.
 
     ``asyncio.wait_for`` waits for the cancelled task; a driver on a black-holed connection can keep it
     waiting for ever (measured: 11 s with one, 20 s with another). Here nobody waits for it.
     """
     loop = asyncio.get_running_loop()
-    over: asyncio.Future[None] = loop.create_future()
-
-    def end(_: object = None) -> None:
-        if not over.done():
-            over.set_result(None)
-
-    task = asyncio.ensure_future(work)
-    task.add_done_callback(end)
-    timer = loop.call_later(max(deadline, 0.001), end)
+    over: asyncio.Future[T] = loop.create_future()
+    task = loop.create_task(_carry(work, over))
+    late = StoreError(f"no answer within {deadline:.2g} s")
+    timer = loop.call_later(max(deadline, 0.001), _fail, over, late)
     try:
-        await over
-    except asyncio.CancelledError:
-        _give_up(task, abandon)
+        return await over
+    except (StoreError, asyncio.CancelledError):
+        if not task.done():
+            # The connection is dropped first, and the loop hears of it before the cancellation: a driver that is
+            # cancelled on a living connection opens another one to say so.
+            abandon()
+            loop.call_soon(task.cancel)
         raise
     finally:
         timer.cancel()
-    if task.done():
-        return task.result()
-    _give_up(task, abandon)
-    raise StoreError(f"no answer within {deadline:.2g} s")
 
 
-def _give_up(task: asyncio.Future[Any], abandon: Callable[[], None]) -> None:
-    """The connection is dropped first, and the loop hears of it before the cancellation: a driver that is cancelled on
-    a living connection opens another one to say so."""
-    task.add_done_callback(_forget)
-    abandon()
-    asyncio.get_running_loop().call_soon(task.cancel)
+async def _carry(work: Awaitable[T], over: asyncio.Future[T]) -> None:
+    """Settle ``over`` as ``work`` ends; its outcome is of no interest any more if that is over already."""
+    try:
+        result = await work
+    except asyncio.CancelledError:
+        over.cancel()
+        raise
+    except Exception as e:
+        _fail(over, e)
+    else:
+        if not over.done():
+            over.set_result(result)
 
 
-def _forget(task: asyncio.Future[Any]) -> None:
-    if not task.cancelled():
-        task.exception()  # its outcome is of no interest any more; do not log "never retrieved"
+def _fail(over: asyncio.Future[Any], why: Exception) -> None:
+    if not over.done():
+        over.set_exception(why)
 
 
 UNKNOWN_URL: Final = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from botlease.stores.inbox import KEEP_SECONDS, Begun, Changes, Holding, Update
+from botlease.stores.inbox import KEEP_SECONDS, POLL_COLUMNS, Begun, Changes, Holding, Update
 from botlease.stores.postgressql import DURABLE
 
 if TYPE_CHECKING:
@@ -34,6 +34,11 @@ SELECT coalesce(old.next_offset, 0) AS next_offset, coalesce(old.asked, -1) AS a
        coalesce(old.polling, FALSE) AS polling,
        {DURABLE}
 FROM mine LEFT JOIN old ON TRUE
+"""
+POLLS: Final = f"""
+SELECT {", ".join(POLL_COLUMNS)},
+  (SELECT count(*) FROM bot_updates u WHERE u.bot = p.bot AND u.api = p.api AND NOT u.done) AS waiting
+FROM bot_polls p ORDER BY bot, api
 """
 KEPT: Final = """
 SELECT update_id, payload, tries, done FROM bot_updates WHERE bot = $1 AND api = $2

@@ -9,7 +9,6 @@ from typing import Final
 
 from botlease.model import TRIES
 from botlease.stores import KEEP_ENDED_DAYS
-from botlease.stores.inbox import POLL_COLUMNS
 
 # Which incarnation of the database answers. The timeline changes with every promotion, and the function fails
 # on a standby, so a stale replica can never be believed. Some hosted PostgreSQL do not have it.
@@ -246,11 +245,6 @@ LEASES: Final = "SELECT bot, term, beat, holder, ttl, renewed_at, paused, fleet,
 TERMS: Final = """
 SELECT bot, term, instance_id, deployment, host, how, acquired_at, released_at, reason, probation, last_beat, ttl
 FROM bot_terms WHERE ($1::text IS NULL OR bot = $1) ORDER BY bot, term DESC LIMIT $2
-"""
-POLLS: Final = f"""
-SELECT {", ".join(POLL_COLUMNS)},
-  (SELECT count(*) FROM bot_updates u WHERE u.bot = p.bot AND u.api = p.api AND NOT u.done) AS waiting
-FROM bot_polls p ORDER BY bot, api
 """
 FAILURES: Final = "SELECT bot, deployment, failures FROM bot_failures"
 DEACTIVATE: Final = f"""

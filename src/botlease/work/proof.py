@@ -16,14 +16,14 @@ import re
 import select
 import signal
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from botlease import clock, procfs
+from botlease.value import value
 from botlease.work import tree
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Owner:
     pid: int
     start: str
