@@ -42,7 +42,9 @@ def measure(lab: Lab, rows: list[dict[str, Any]], say: Say, *, quick: bool) -> d
             for system in systems()
             if system.name in names
         }
-        for _ in range(3 if quick else 30):
+        rounds = 3 if quick else 30
+        for done in range(rounds):
+            say(f"in turn: {len(lines)} systems, {done} of {rounds} rounds")
             for name in random.sample(names, len(names)):  # who comes after whom is not to matter
                 if name in lines:
                     try:

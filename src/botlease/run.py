@@ -22,7 +22,7 @@ from botlease.stores import Registration, Store, StoreError, StoreRefused, open_
 from botlease.text import safe
 from botlease.value import value
 from botlease.work import tree
-from botlease.work.child import ChildWork, Command, Front
+from botlease.work.child import ChildWork, Command, Front, fence_ahead
 
 if TYPE_CHECKING:
     from botlease.web.gate import GateServer
@@ -125,6 +125,7 @@ class Supervisor:
             if s.barred:
                 # Ended with an error it would be restarted for ever; healthy and idle it harms nobody.
                 say(f"refused to become active: {s.barred}; idle until it is stopped")
+                _all_is_loaded()
                 await self.stopping.wait()
                 return Exit.OK
             from botlease.presence import announced
@@ -141,8 +142,7 @@ class Supervisor:
         except StoreRefused as e:
             say(str(e))
             return Exit.CONFIG
-        gc.freeze()  # all that has been loaded stays: no collection goes through it, and cools the caches
-        gc.enable()
+        _all_is_loaded()
         gate = None
         try:
             if self.options.warm:
@@ -229,8 +229,7 @@ class Supervisor:
             s.bot,
             s.instance_id,
             max_crashes=o.max_crashes,
-            # A renewal more may be late or lost, and the fence must still stand behind the drain that this begins.
-            fence_ahead=s.timing.drain_after + s.timing.attempt / 2,
+            fence_ahead=fence_ahead(s.timing),
             warm=o.warm,
             front=front,
             danger=o.danger,
@@ -302,6 +301,13 @@ class Supervisor:
             bot=self.settings.bot,
             gateway=self.work.gateway(now) if self.work is not None and state.phase is Phase.WORKING else {},
         )
+
+
+def _all_is_loaded() -> None:
+    """Collect garbage from here on (:mod:`botlease.__main__` has put it off). What there is stays for good: no
+    collection goes through it, and cools the caches."""
+    gc.freeze()
+    gc.enable()
 
 
 def _loopback() -> socket.socket:

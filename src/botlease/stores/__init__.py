@@ -224,12 +224,14 @@ async def within(deadline: float, work: Awaitable[T], abandon: Callable[[], None
     timer = loop.call_later(max(deadline, 0.001), _fail, over, late)
     try:
         return await over
-    except (StoreError, asyncio.CancelledError):
-        if not task.done():
+    except (StoreError, asyncio.CancelledError) as e:
+        if e is late or not task.done():
             # The connection is dropped first, and the loop hears of it before the cancellation: a driver that is
             # cancelled on a living connection opens another one to say so.
             abandon()
             loop.call_soon(task.cancel)
+            if asyncio.iscoroutine(work):  # cancelled before its first step it would be "never awaited"
+                task.add_done_callback(lambda _: work.close())
         raise
     finally:
         timer.cancel()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from botlease import clock
-from botlease.model import Crashed, Event, Ready, Reason, WorkEnded
+from botlease.model import Crashed, Event, Ready, Reason, Timing, WorkEnded
 from botlease.work import proof, reaper, tree
 
 TYPE_CHECKING = False
@@ -55,13 +55,20 @@ class Command:
     """How many crashes in a row end the term; the first restart comes after ``back_off``, then doubled."""
     back_off: float = 1.0
     fence_ahead: float = math.inf
-    """Seconds that the fence must stand ahead after a renewal to be left where it is."""
+    """Of :func:`fence_ahead`."""
     warm: bool = False
     """While it stands by it is started up to its gate."""
     front: Front | None = None
     """The Bot API is served in front of it."""
     danger: tuple[int, ...] = ()
     """The signals that say "the end of trust comes nearer" and, if there are two, "not any more"."""
+
+
+def fence_ahead(timing: Timing) -> float:
+    """How far ahead the fence must stand after a renewal to be left where it is, in seconds: behind the drain that
+    begins if no other renewal comes, and by so much that the reaper, which kills :data:`.reaper.EARLY` before the
+    fence, has heard of it."""
+    return timing.drain_after + max(timing.attempt / 2, 2 * reaper.EARLY)
 
 
 class ChildWork:
