@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import os
 import shutil
 import sqlite3
@@ -35,6 +36,7 @@ from botlease.stores import (
     postgresschema,
     sqlitefile,
     sqliteschema,
+    within,
 )
 from botlease.stores.inbox import Changes, Holding, Update
 from botlease.stores.postgres import PostgresStore
@@ -530,6 +532,19 @@ async def test_a_call_waits_for_those_before_it_no_longer_than_its_deadline(post
     await second
     await sleep(0, DEADLINE)
     await store.aclose()
+
+
+async def test_a_call_that_is_cancelled_in_the_turn_in_which_it_begins_leaves_nothing_behind() -> None:
+    """As at the end of ``asyncio.run``, which cancels whatever there is. A coroutine that nobody awaits is a warning,
+    and an error here."""
+    call = asyncio.ensure_future(within(5.0, asyncio.sleep(5.0), lambda: None))
+    await asyncio.sleep(0)  # it has begun, and what it waits for has not
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await asyncio.sleep(0)
+    gc.collect()
 
 
 async def test_a_warmed_up_connection_leaves_nothing_behind(postgres_url: str) -> None:

@@ -23,7 +23,7 @@ from urllib.parse import quote
 
 from botlease import clock
 from botlease.model import Held, How, Probation, Reason, View
-from botlease.stores import Grant, Registration, Renewal, StoreError, StoreRefused, within
+from botlease.stores import Grant, Registration, Renewal, StoreError, StoreRefused, too_late, within
 from botlease.stores.inotify import JournalWatch
 from botlease.stores.sqlitefile import Key, SqliteFile, explain
 from botlease.value import replace
@@ -61,8 +61,7 @@ class Worker(threading.Thread):
             return job(max(0.0, give_up - clock.now()))
 
         self.jobs.put((guarded, future))
-        late = StoreError(f"no answer within {deadline:.2g} s")
-        timer = loop.call_later(max(deadline, 0.001), _settle, future, None, late)
+        timer = loop.call_later(max(deadline, 0.001), too_late, future, deadline)
         try:
             return await future
         finally:
