@@ -22,7 +22,7 @@ from botlease.stores import Registration, Store, StoreError, StoreRefused, open_
 from botlease.text import safe
 from botlease.value import value
 from botlease.work import tree
-from botlease.work.child import ChildWork, Command, Front, fence_ahead
+from botlease.work.child import ChildWork, Command, Front
 
 if TYPE_CHECKING:
     from botlease.web.gate import GateServer
@@ -229,7 +229,6 @@ class Supervisor:
             s.bot,
             s.instance_id,
             max_crashes=o.max_crashes,
-            fence_ahead=fence_ahead(s.timing),
             warm=o.warm,
             front=front,
             danger=o.danger,

@@ -35,7 +35,10 @@ class StoreError(Exception):
 
 
 class Late(StoreError):
-    """No answer within the deadline: it may have been carried out."""
+    """No answer within the deadline, in seconds: it may have been carried out."""
+
+    def __init__(self, deadline: float) -> None:
+        super().__init__(f"no answer within {deadline:.2g} s")
 
 
 class StoreRefused(StoreError):
@@ -261,7 +264,7 @@ def _fail(over: asyncio.Future[Any], why: Exception) -> None:
 
 def too_late(over: asyncio.Future[Any], deadline: float) -> None:
     """End the waiting for ``over``. Only here is it put into words: of a million calls none needs them."""
-    _fail(over, Late(f"no answer within {deadline:.2g} s"))
+    _fail(over, Late(deadline))
 
 
 UNKNOWN_URL: Final = (

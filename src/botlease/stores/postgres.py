@@ -28,6 +28,7 @@ from botlease.stores import (
     KEEP_ENDED_DAYS,
     SCHEMA_VERSION,
     Grant,
+    Late,
     Registration,
     Renewal,
     StoreEmpty,
@@ -140,7 +141,7 @@ class PostgresStore:
         except BaseException as e:
             self._asking -= 1
             if isinstance(e, TimeoutError):
-                raise StoreError(f"no answer within {deadline:.2g} s") from None
+                raise Late(deadline) from None
             raise
         try:
             return await within(deadline - (clock.now() - began), work(), self._drop)

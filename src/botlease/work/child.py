@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import signal
 import socket
@@ -11,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from botlease import clock
-from botlease.model import Crashed, Event, Ready, Reason, Timing, WorkEnded
+from botlease.model import Crashed, Event, Ready, Reason, WorkEnded
 from botlease.work import proof, reaper, tree
 
 TYPE_CHECKING = False
@@ -54,21 +53,12 @@ class Command:
     max_crashes: int = 5
     """How many crashes in a row end the term; the first restart comes after ``back_off``, then doubled."""
     back_off: float = 1.0
-    fence_ahead: float = math.inf
-    """Of :func:`fence_ahead`."""
     warm: bool = False
     """While it stands by it is started up to its gate."""
     front: Front | None = None
     """The Bot API is served in front of it."""
     danger: tuple[int, ...] = ()
     """The signals that say "the end of trust comes nearer" and, if there are two, "not any more"."""
-
-
-def fence_ahead(timing: Timing) -> float:
-    """How far ahead the fence must stand after a renewal to be left where it is, in seconds: behind the drain that
-    begins if no other renewal comes, and by so much that the reaper, which kills :data:`.reaper.EARLY` before the
-    fence, has heard of it."""
-    return timing.drain_after + max(timing.attempt / 2, 2 * reaper.EARLY)
 
 
 class ChildWork:
@@ -105,7 +95,6 @@ class ChildWork:
         self._inbox = reaper.Inbox(sock)
         self._loop = asyncio.get_running_loop()
         self._until = 0.0
-        self._fenced = 0.0  # where the reaper's fence stands: at the end of trust, or before it
         self._running = False
         self._warm = False  # it runs up to its gate, or waits there
         self._ready = False
@@ -164,7 +153,6 @@ class ChildWork:
             self._retry = None
         if self._warm:
             self._warm, self._began = False, clock.now()
-            self._fenced = until
             self._send(fds, do="open", term=term, until=until)
         else:
             self._spawn(fds)
@@ -186,7 +174,6 @@ class ChildWork:
             fds["stdout"] = output
             env["PYTHONUNBUFFERED"] = "1"  # into a pipe it would write in blocks, and seem to say nothing
         theirs = self._put_in_front(fds)
-        self._fenced = self._until
         self._send(fds, do="start", env=env, until=None if self._warm else self._until, gate=self._warm)
         if output >= 0:
             os.close(output)
@@ -238,22 +225,12 @@ class ChildWork:
 
     def arm(self, until: float) -> None:
         self._until = until
-        if not self._running:
-            return
-        # The reaper is woken for every second renewal only: a fence that stands too early errs on the safe side, and
-        # as long as the renewals come it is moved on before the work would be asked to stop for want of one.
-        at_work = self.pid and self._retry is None and not self._stopping
-        if not at_work or self._fenced - clock.now() < self.command.fence_ahead:
-            self._arm_the_fence()
-        self._tell_front(do="arm", until=until)
-
-    def _arm_the_fence(self) -> None:
-        self._fenced = self._until
-        self._send(do="arm", until=self._until)
+        if self._running:  # between a crash and the restart, too: the reaper keeps the side-car lock as long
+            self._send(do="arm", until=until)
+            self._tell_front(do="arm", until=until)
 
     def drain(self, until: float, reason: Reason) -> None:
         self._stopping = True
-        self._arm_the_fence()  # what is left of the trust is the work's, to end in
         if self._waiting():
             return
         self._asked = self.stop_signal if reason is Reason.STOPPED else signal.SIGTERM
@@ -399,7 +376,6 @@ class ChildWork:
         if status in (0, BAD_CONFIGURATION) or self._stopping:
             self._ended()
             return
-        self._arm_the_fence()  # nothing runs now; the side-car lock is kept for as long as we may start it again
         wait = self._back_off("was ended" if self._restarting else f"crashed ({_how(status)})")
         self._restarting = False
         if wait is None:
