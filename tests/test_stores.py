@@ -999,6 +999,16 @@ async def test_a_failed_acquire_does_not_keep_the_side_car_lock(tmp_path: Path) 
     await b.aclose()
 
 
+def test_how_long_sqlite_waits_for_a_lock_is_never_more_than_the_call_at_hand_may_take(tmp_path: Path) -> None:
+    """Or a write would still go in after its call was given up."""
+    file = sqlitefile.SqliteFile(str(tmp_path / "lease.db"))
+    for seconds, most in ((1.2, 1200), (0.08, 80), (0.03, 30), (0.0, 0), (4.0, 4000), (1.199, 1199)):
+        file.wait_for_locks(seconds)
+        (ms,) = file.db.execute("PRAGMA busy_timeout").fetchone()
+        assert most - 50 < ms <= most
+    file.close()
+
+
 async def one_works_one_waits(folder: Path) -> tuple[SqliteStore, SqliteStore, Lease]:
     a, b = await opened(folder), await opened(folder)
     view = await a.register(registration("a"), DEADLINE)
