@@ -15,7 +15,10 @@ from pathlib import Path
 
 import pytest
 from harness import World, until
+from reapers import Reaper
 from servers import free_port
+
+from botlease import clock
 
 LONG = "30"
 
@@ -225,28 +228,16 @@ def test_outside_of_a_supervisor_there_is_no_gate(monkeypatch: pytest.MonkeyPatc
 
 def test_a_gate_is_not_opened_after_the_end_of_trust(tmp_path: Path) -> None:
     """The reaper arms its fence first, and then looks at the clock."""
-    from botlease import clock
-    from botlease.work import reaper
-
-    pid, sock = reaper.fork()
-    inbox = reaper.Inbox(sock)
-
-    def told(word: str) -> dict[str, object]:
-        seen: list[dict[str, object]] = []
-        until(lambda: seen.extend(inbox.receive() or []) or any(m["say"] == word for m in seen))
-        return next(m for m in seen if m["say"] == word)
-
     code = "import os; g = int(os.environ['BOTLEASE_GATE_FD']); os.write(g, b'x'); os.write(1, os.read(g, 9))"
+    r = Reaper()
     with (tmp_path / "out").open("wb") as out:
-        argv = [sys.executable, "-S", "-c", code]
-        reaper.send(sock, {"do": "prepare", "argv": argv, "env": dict(os.environ), "front": {}, "fds": []})
-        message = {"do": "start", "env": {}, "until": None, "gate": True}
-        reaper.send(sock, message | {"fds": ["stdout"]}, (out.fileno(),))
-    told("ready")
-    reaper.send(sock, {"do": "open", "term": 7, "until": clock.now() - 0.001, "fds": []})
+        r.prepare((sys.executable, "-S", "-c", code))
+        r.tell({"stdout": out.fileno()}, do="start", env={}, until=None, gate=True)
+    r.says("ready")
+    r.tell(do="open", term=7, until=clock.now() - 0.001)
     # its own fence ends the reaper at once, and the bot dies with it
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    sock.close()
+    assert os.waitstatus_to_exitcode(os.waitpid(r.pid, 0)[1]) == -signal.SIGKILL
+    r.sock.close()
     assert (tmp_path / "out").read_bytes() == b""
 
 

@@ -5,76 +5,20 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from harness import World, marked, until
+from reapers import Reaper, a_reaper
 
 from botlease import clock
-from botlease.work import reaper
 
-OPEN_IN_A_SPARE = ("stdin", "stdout", "stderr", "its orders", "where it says what is wrong")
 ECHO = ("sh", "-c", "echo hello; echo $GREETING; exec sleep 60")
-
-
-class Reaper:
-    """One without a supervisor: the test speaks for it."""
-
-    def __init__(self) -> None:
-        self.pid, self.sock = reaper.fork()
-        self.inbox = reaper.Inbox(self.sock)
-        self.seen: list[dict[str, Any]] = []
-
-    def tell(self, fds: dict[str, int] | None = None, **message: Any) -> None:
-        fds = fds or {}
-        reaper.send(self.sock, {**message, "fds": list(fds)}, tuple(fds.values()))
-
-    def prepare(self, argv: Sequence[str] = ECHO) -> None:
-        self.tell(do="prepare", argv=list(argv), env=dict(os.environ), front={})
-
-    def start(self, fds: dict[str, int], **env: str) -> None:
-        self.tell(fds, do="start", env=env, until=clock.now() + 30, gate=False)
-
-    def says(self, word: str) -> dict[str, Any]:
-        """The next message of this kind."""
-
-        def said() -> dict[str, Any] | None:
-            return next((m for m in self.seen if m["say"] == word), None)
-
-        # Two may have come at once: what has been heard is not waited for.
-        found: dict[str, Any] = said() or until(lambda: self.seen.extend(self.inbox.receive() or []) or said())
-        self.seen.remove(found)
-        return found
-
-    def children(self) -> list[int]:
-        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
-
-    def spare(self) -> int:
-        """It has set itself up, and closed what is the reaper's."""
-        until(lambda: [len(opened(pid)) for pid in self.children()] == [len(OPEN_IN_A_SPARE)])
-        return self.children()[0]
-
-
-def opened(pid: int) -> list[str]:
-    return [fd.name for fd in Path(f"/proc/{pid}/fd").iterdir()]
-
-
-@contextmanager
-def a_reaper() -> Iterator[Reaper]:
-    r = Reaper()
-    try:
-        yield r
-    finally:
-        r.sock.close()
-        os.waitpid(r.pid, 0)
 
 
 def test_the_bot_is_the_process_that_was_forked_ahead(tmp_path: Path) -> None:
     with a_reaper() as r, (tmp_path / "out").open("wb") as out:
-        r.prepare()
+        r.prepare(ECHO)
         spare = r.spare()
         r.start({"stdout": out.fileno()}, GREETING="from here")
         assert r.says("started")["pid"] == spare == r.children()[0]
@@ -94,7 +38,7 @@ def test_a_program_that_is_not_there_is_said_by_the_spare_too() -> None:
 def test_a_spare_that_was_killed_is_replaced_and_one_that_was_stopped_goes_on(tmp_path: Path, how: int) -> None:
     """A platform signals everything that it sees of us, also what only waits."""
     with a_reaper() as r, (tmp_path / "out").open("wb") as out:
-        r.prepare()
+        r.prepare(ECHO)
         spare = r.spare()
         os.kill(spare, how)
         if how != signal.SIGSTOP:
@@ -109,7 +53,7 @@ def test_a_spare_that_was_killed_is_replaced_and_one_that_was_stopped_goes_on(tm
 def test_a_spare_that_dies_as_its_order_comes_is_replaced(tmp_path: Path) -> None:
     """The reaper has not heard of its death yet: it reads the order first."""
     with a_reaper() as r, (tmp_path / "out").open("wb") as out:
-        r.prepare()
+        r.prepare(ECHO)
         spare = r.spare()
         os.kill(r.pid, signal.SIGSTOP)
         os.kill(spare, signal.SIGKILL)
@@ -122,28 +66,28 @@ def test_a_spare_that_dies_as_its_order_comes_is_replaced(tmp_path: Path) -> Non
 
 def test_there_is_one_spare_and_none_beside_a_bot() -> None:
     with a_reaper() as r:
-        r.prepare()
+        r.prepare(ECHO)
         spare = r.spare()
-        r.prepare()
+        r.prepare(ECHO)
         r.tell(do="drop")
         r.says("dropped")  # it has heard of all that was said before
         assert r.children() == [spare]
         r.start({}, GREETING="from here")
-        r.prepare()
+        r.prepare(ECHO)
         r.tell(do="drop")
         r.says("dropped")
         assert r.children() == [spare]
         r.tell(do="kill")
         assert r.says("gone")["status"] == -signal.SIGKILL
         assert r.children() == []
-        r.prepare()
+        r.prepare(ECHO)
         assert r.spare() != spare
 
 
 def test_an_order_that_comes_after_the_end_of_trust_starts_nothing(tmp_path: Path) -> None:
     """The fence is armed before the spare hears of anything."""
     r = Reaper()
-    r.prepare()
+    r.prepare(ECHO)
     spare = r.spare()
     with (tmp_path / "out").open("wb") as out:
         r.tell({"stdout": out.fileno()}, do="start", env={}, gate=False, until=clock.now() - 0.001)
@@ -155,7 +99,7 @@ def test_an_order_that_comes_after_the_end_of_trust_starts_nothing(tmp_path: Pat
 
 def test_a_spare_dies_with_its_reaper() -> None:
     r = Reaper()
-    r.prepare()
+    r.prepare(ECHO)
     spare = r.spare()
     os.kill(r.pid, signal.SIGKILL)
     os.waitpid(r.pid, 0)

@@ -102,6 +102,7 @@ def main() -> None:
 )
 @click.option("--healthy-within", type=float, metavar="S", help="For how long one such proof counts. Default 30.")
 @click.option("--warm", is_flag=True, help="Start the bot up to botlease.gate() while another one works.")
+@click.option("--no-ahead", is_flag=True, help="Load a Python bot's interpreter in the term, not while standing by.")
 @click.option("--gateway", is_flag=True, help="Serve the Bot API on loopback: no 409, no update lost. See above.")
 @click.option("--bot-api", metavar="URL", help="Your own Bot API server. Default https://api.telegram.org.")
 @click.option(
@@ -133,6 +134,7 @@ def run(
     healthy_if: str | None,
     healthy_within: float | None,
     warm: bool,
+    no_ahead: bool,
     gateway: bool,
     bot_api: str | None,
     delete_webhook: bool,
@@ -186,6 +188,7 @@ def run(
             healthy_if=healthy_if,
             healthy_within=healthy_within,
             warm=warm,
+            no_ahead=no_ahead,
             gateway=gateway,
             bot_api=bot_api,
             delete_webhook=delete_webhook,
@@ -212,6 +215,7 @@ def start(
     healthy_if: str | None = None,
     healthy_within: float | None = None,
     warm: bool = False,
+    no_ahead: bool = False,
     gateway: bool = False,
     bot_api: str | None = None,
     delete_webhook: bool = False,
@@ -230,6 +234,7 @@ def start(
         rule = _rule(healthy_if or env.get("BOTLEASE_HEALTHY_IF"), healthy_within)
         danger = _signals(danger_signal)
         warm = warm or _yes("BOTLEASE_WARM")
+        no_ahead = no_ahead or _yes("BOTLEASE_NO_AHEAD")
         upstream = _upstream(gateway or _yes("BOTLEASE_GATEWAY"), bot_api, delete_webhook)
     except ConfigurationError as e:
         fail(str(e), CONFIG)
@@ -254,6 +259,7 @@ def start(
             health_port=health_port,
             health_host=health_host,
             warm=warm,
+            ahead=not no_ahead,
             healthy_if=rule,
             danger=danger,
             gateway=upstream,

@@ -27,6 +27,8 @@ from botlease.text import safe
 SCRIPTS: Final = ("railway_startup.py", "instance_manager.py", "trading_bot.py")
 MODULES: Final = ("trading_bot",)
 OURS: Final = ("botlease-reaper", "botlease-front")  # what stands between a supervisor and its bot
+WAITING: Final = "botlease-spare"
+"""An interpreter that was started ahead (``work.launch``): nothing of the bot runs in it yet."""
 _WITH_VALUE: Final = frozenset("WXQ")  # options of Python that take a value
 _NODE_WITH_VALUE: Final = frozenset(
     ("-r", "--require", "--import", "--loader", "--experimental-loader", "-C", "--conditions", "--env-file", "--title")
@@ -139,7 +141,7 @@ def _recognise(
     marks = [e for e in environ if e.startswith(b"BOTLEASE_BOT=")]
     if marks and any(e.startswith(b"BOTLEASE_INSTANCE_ID=") for e in environ):
         # what the bot itself started carries the mark too: only the one below the reaper is the bot
-        if _comm(procfs.parent(pid)) in OURS:
+        if _comm(procfs.parent(pid)) in OURS and _comm(pid) != WAITING:
             return "bot" if bot is None or marks[0] == b"BOTLEASE_BOT=" + bot.encode() else None
         return None
     if runs(argv, scripts, modules):

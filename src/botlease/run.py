@@ -25,7 +25,6 @@ from botlease.work import tree
 from botlease.work.child import ChildWork, Command, Front
 
 if TYPE_CHECKING:
-    from botlease.web.gate import GateServer
     from botlease.web.health import Snapshot  # its HTTP parser is loaded only where a port is asked for
     from botlease.work.pulse import Rule
 
@@ -59,6 +58,8 @@ class Options:
     health_port: int | None = None
     health_host: str | None = "127.0.0.1"
     warm: bool = False
+    ahead: bool = True
+    """The interpreter of a Python bot is started while it stands by."""
     healthy_if: Rule | None = None
     danger: tuple[int, ...] = ()
     gateway: str | None = None
@@ -131,21 +132,17 @@ class Supervisor:
             from botlease.presence import announced
 
             with announced(s.bot, s.instance_id, s.timing.stop_grace, os.environ):
-                return await self._with_store()
+                return await self._with_work()
         finally:
             if server is not None:
                 server.close()
 
-    async def _with_store(self) -> int:
-        try:
-            store = open_store(self.settings.database)
-        except StoreRefused as e:
-            say(str(e))
-            return Exit.CONFIG
-        _all_is_loaded()
-        gate = None
-        try:
-            if self.options.warm:
+    async def _with_work(self) -> int:
+        """What is to run is told to the reaper first: while the store is loaded and opened, it is started ahead."""
+        s, o = self.settings, self.options
+        with contextlib.ExitStack() as stack:
+            gate, front, pulse = None, None, None
+            if o.warm:
                 from botlease.web.gate import GateServer
 
                 gate = GateServer()
@@ -154,12 +151,46 @@ class Supervisor:
                 except OSError as e:
                     say(f"cannot listen on 127.0.0.1 for the gate: {e.strerror}")
                     return Exit.UNAVAILABLE
+                stack.callback(gate.close)
+            if o.gateway is not None:
+                try:
+                    front = Front(o.gateway, s.database, o.delete_webhook, _loopback())
+                except OSError as e:
+                    say(f"cannot listen on 127.0.0.1 for the gateway: {e.strerror}")
+                    return Exit.UNAVAILABLE
+                stack.callback(front.listen.close)
+            if o.healthy_if is not None:
+                from botlease.work.pulse import Pulse
+
+                pulse = Pulse(o.healthy_if)
+                stack.callback(pulse.rest)
+            command = Command(
+                o.argv,
+                child_environment(os.environ, s.database, o.pass_database),
+                s.bot,
+                s.instance_id,
+                max_crashes=o.max_crashes,
+                warm=o.warm,
+                ahead=o.ahead,
+                front=front,
+                danger=o.danger,
+            )
+            self.work = ChildWork(command, *self.reaper, say, pulse=pulse, gate=gate)
+            stack.callback(self.work.close)
+            return await self._with_store(self.work)
+
+    async def _with_store(self, work: ChildWork) -> int:
+        try:
+            store = open_store(self.settings.database)
+        except StoreRefused as e:
+            say(str(e))
+            return Exit.CONFIG
+        _all_is_loaded()
+        try:
             code = await self._open(store)
-            return code if code is not None else await self._keep(store, gate)
+            return code if code is not None else await self._keep(store, work)
         finally:
             await store.aclose()
-            if gate is not None:
-                gate.close()
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -214,36 +245,13 @@ class Supervisor:
                 return None
         return Exit.OK
 
-    async def _keep(self, store: Store, gate: GateServer | None) -> int:
-        s, o = self.settings, self.options
-        front = None
-        if o.gateway is not None:
-            try:
-                front = Front(o.gateway, s.database, o.delete_webhook, _loopback())
-            except OSError as e:
-                say(f"cannot listen on 127.0.0.1 for the gateway: {e.strerror}")
-                return Exit.UNAVAILABLE
-        command = Command(
-            self.options.argv,
-            child_environment(os.environ, s.database, self.options.pass_database),
-            s.bot,
-            s.instance_id,
-            max_crashes=o.max_crashes,
-            warm=o.warm,
-            front=front,
-            danger=o.danger,
-        )
-        pulse = None
-        if o.healthy_if is not None:
-            from botlease.work.pulse import Pulse
-
-            pulse = Pulse(o.healthy_if)
-        self.work = ChildWork(command, *self.reaper, say, pulse=pulse, gate=gate)
+    async def _keep(self, store: Store, work: ChildWork) -> int:
+        s = self.settings
         host = s.host or socket.gethostname()
         me = Registration(s.instance_id, s.bot, s.deployment, host, os.getpid(), __version__, s.timing.ttl)
-        candidate = Candidate(s.instance_id, s.mode, o.warm, pulse is not None, s.leaves)
-        self.keeper = Keeper(store, me, candidate, s.timing, self.work, say)
-        self.work.give_up = lambda: self.keeper.stop(Reason.FAILED) if self.keeper is not None else None
+        candidate = Candidate(s.instance_id, s.mode, self.options.warm, work.pulse is not None, s.leaves)
+        self.keeper = Keeper(store, me, candidate, s.timing, work, say)
+        work.give_up = lambda: self.keeper.stop(Reason.FAILED) if self.keeper is not None else None
         if self.stopping.is_set():
             self.keeper.stop()
         try:
@@ -251,11 +259,7 @@ class Supervisor:
             if reason is Reason.STOPPED and self.keeper.state.was_active:
                 await asyncio.sleep(AFTER_A_RELEASE)
         finally:
-            self.work.close()
-            if pulse is not None:
-                pulse.rest()
-            if front is not None:
-                front.listen.close()
+            work.close()
         if reason is Reason.REFUSED:
             say(await _first(store, s))
             return Exit.REFUSED
@@ -265,9 +269,9 @@ class Supervisor:
         if reason is Reason.SUPERSEDED:
             say("the newer deployment has passed its probation: ending")
             return Exit.OK
-        if reason in (Reason.FAILED, Reason.UNHEALTHY) and self.work.exit_code == 0:
+        if reason in (Reason.FAILED, Reason.UNHEALTHY) and work.exit_code == 0:
             return Exit.FAILED
-        return self.work.exit_code
+        return work.exit_code
 
     def snapshot(self) -> Snapshot:
         from botlease.web.health import Snapshot

@@ -44,6 +44,7 @@ OWN_VARIABLES: Final = (
     "BOTLEASE_PLATFORM_GRACE",
     "BOTLEASE_TASK",
     "BOTLEASE_WARM",
+    "BOTLEASE_NO_AHEAD",
     "BOTLEASE_GATEWAY",
     "BOTLEASE_BOT_API",
     # set for the bot by a supervisor, so that one may stand in the environment of another

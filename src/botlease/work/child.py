@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from botlease import clock
 from botlease.model import Crashed, Event, Ready, Reason, WorkEnded
-from botlease.work import proof, reaper, tree
+from botlease.work import ahead, proof, reaper, tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class Command:
     back_off: float = 1.0
     warm: bool = False
     """While it stands by it is started up to its gate."""
+    ahead: bool = True
+    """While it stands by the interpreter of a Python bot is started (:mod:`.ahead`)."""
     front: Front | None = None
     """The Bot API is served in front of it."""
     danger: tuple[int, ...] = ()
@@ -109,6 +111,7 @@ class ChildWork:
         self._tallies: dict[str, dict[str, Any]] = {}
         self._nonce = ""
         self._retry: asyncio.TimerHandle | None = None
+        self._closed = False
         self._asked = 0  # the signal we sent, if the child dies of it that is a clean stop
         tree.prctl(tree.PR_SET_CHILD_SUBREAPER, 1)  # what the reaper leaves behind if it is killed falls to us
         self.proof = proof.make((os.getpid(), pid))
@@ -141,7 +144,11 @@ class ChildWork:
             env["BOTLEASE_API_URL"] = c.front.url
             front = {"upstream": c.front.upstream, "database": c.front.database, "bot": c.bot}
             front["delete_webhook"] = c.front.delete_webhook
-        self._send(do="prepare", argv=list(c.argv), env=env, front=front)
+        if self.pulse is not None and self.pulse.rule.kind == "stdout":
+            env["PYTHONUNBUFFERED"] = "1"  # into a pipe it would write in blocks, and seem to say nothing
+        # Up to its gate it is started long before, and behind a gateway it waits for that one.
+        waits = None if c.warm or front or not c.ahead else ahead.command(c.argv, env)
+        self._send(do="prepare", argv=list(c.argv), env=env, front=front, ahead=waits)
 
     def start(self, term: int, nonce: str, until: float, guard_fd: int | None) -> None:
         self.term, self._nonce, self._until = term, nonce, until
@@ -172,7 +179,6 @@ class ChildWork:
         output = self.pulse.output() if self.pulse is not None else -1
         if output >= 0:
             fds["stdout"] = output
-            env["PYTHONUNBUFFERED"] = "1"  # into a pipe it would write in blocks, and seem to say nothing
         theirs = self._put_in_front(fds)
         self._send(fds, do="start", env=env, until=None if self._warm else self._until, gate=self._warm)
         if output >= 0:
@@ -267,6 +273,10 @@ class ChildWork:
         return True
 
     def close(self) -> None:
+        """Nothing of the work outlives this. A second time is none."""
+        if self._closed:
+            return
+        self._closed = True
         for timer in (self._retry, self._sparing):
             if timer is not None:
                 timer.cancel()

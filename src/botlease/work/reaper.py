@@ -137,7 +137,7 @@ class _Reaper:
         self.draining = False
         self.killing = False
         self.killing_since = 0.0
-        self.command: dict[str, Any] = {}  # what the bot is: argv, env, front
+        self.command: dict[str, Any] = {}  # what the bot is: argv, env, front, and how it is started ahead
         self.spare: _Spare | None = None  # never beside a bot: then "no child is left" says that nothing of it is
         self.guards: list[int] = []  # the side-car lock, kept as long as the work runs
         self.gate: socket.socket | None = None  # ours of the pair, while the bot waits at it
@@ -199,7 +199,7 @@ class _Reaper:
                 self.command = message
                 if not self.working and self.spare is None:
                     with contextlib.suppress(OSError):  # out of processes: it is forked when it is needed
-                        self.spare = self._fork()
+                        self.spare = self._fork(message["ahead"])
             case "start":
                 self._start(message)
             case "open":
@@ -328,14 +328,14 @@ class _Reaper:
             spare.become(order, fds)
         return spare.pid, spare.problem()
 
-    def _fork(self) -> _Spare:
+    def _fork(self, ahead: tuple[list[str], list[str]] | None = None) -> _Spare:
         read, write = _pipe()
         ours, its = socket.socketpair()
         me = os.getpid()
         try:
             pid = os.fork()
             if pid == 0:
-                _wait_and_become(self.command, me, its, write)
+                _wait_and_become(self.command, ahead, me, its, write)
         except OSError:
             os.close(read)
             ours.close()
@@ -409,7 +409,13 @@ class _Spare:
         os.close(self.problems)
 
 
-def _wait_and_become(command: dict[str, Any], reaper: int, orders: socket.socket, problems: int) -> NoReturn:
+def _wait_and_become(
+    command: dict[str, Any],
+    ahead: tuple[list[str], list[str]] | None,
+    reaper: int,
+    orders: socket.socket,
+    problems: int,
+) -> NoReturn:
     try:
         # A set-user-ID program would lose the death signal and could not be killed by us at all.
         tree.prctl(tree.PR_SET_NO_NEW_PRIVS, 1)
@@ -423,6 +429,11 @@ def _wait_and_become(command: dict[str, Any], reaper: int, orders: socket.socket
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         # Nothing of the reaper's may live on in here while it waits: not its end of the line to the supervisor.
         tree.keep_only(orders.fileno(), problems)
+        if ahead is not None:  # it waits in there
+            os.set_inheritable(orders.fileno(), True)
+            tree.may_leave_a_core()
+            argv = [*ahead[0], str(orders.fileno()), *ahead[1]]
+            os.execvpe(argv[0], argv, command["env"])  # noqa: S606 - the interpreter of the user's command
         inbox = Inbox(orders)
         messages: list[dict[str, Any]] | None = []
         while not messages:
