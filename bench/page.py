@@ -189,7 +189,7 @@ def _peers(found: dict[str, Any], rows: list[dict[str, Any]], measured: list[dic
     out += [*(f"- not measured yet: {s.name}" for s in systems() if s.name not in known), ""]
     out += ["## Planned handover: the holder is told to stop while another one waits", ""]
     out += [
-        "Gap: nobody works. The child's own start is in it; in-process, and warm, there is none. The seed's plain design and notifelect have no holder that another one waits for.",
+        "Gap: nobody works. The child's own start is in it: with ours that of the program alone, as a standby has loaded its interpreter; all of it with *any program* (`--no-ahead`), as for a bot in another language. In-process, and warm, there is none. The seed's plain design and notifelect have no holder that another one waits for.",
         "",
     ]
     child = _floor(found, "start of the child (python -I -S)")

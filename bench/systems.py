@@ -122,6 +122,11 @@ def warm(name: str, server: str) -> System:
     )
 
 
+def plain(name: str, server: str) -> System:
+    """As a bot in another language is started: no interpreter of it is loaded ahead."""
+    return _of_ours(name, server, 10, "--no-ahead", _ours("--ttl", "10", "--no-ahead"), "handover")
+
+
 def inside(name: str, server: str) -> System:
     """Beside the libraries: ``botlease.active`` in a program, without a child."""
     program = [sys.executable, str(ROOT / "bench" / "inside.py")]
@@ -149,6 +154,8 @@ def systems() -> list[System]:
         ours("botlease, SQLite", "file", 10, "defaults"),
         ours("botlease, PostgreSQL", "postgres", 10, "defaults"),
         ours("botlease-fast, PostgreSQL", "postgres", 3, "--ttl 3"),
+        plain("botlease, any program, SQLite", "file"),
+        plain("botlease, any program, PostgreSQL", "postgres"),
         warm("botlease, warm, SQLite", "file"),
         warm("botlease, warm, PostgreSQL", "postgres"),
         inside("botlease.active, SQLite", "file"),
