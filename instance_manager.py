@@ -23,20 +23,20 @@ BOT = (sys.executable, "-m", "trading_bot")
 
 
 def run_bot(command: tuple[str, ...] = BOT, **options: Any) -> int:
-    """Supervise the bot. The options are those of ``botlease.cli.start``. Returns the exit code."""
-    from botlease.__main__ import fork_reaper
+    """Supervise the bot. The options are those of ``botlease.start.start``. Returns the exit code."""
+    from botlease.work.reaper import fork_early
 
-    fork_reaper()
-    from botlease.cli import start
+    fork_early()
+    from botlease.start import start
 
     # The ledger of the trading bot is in the lease's database: it is passed on.
     return start(command, pass_database=True, **options)
 
 
 if __name__ == "__main__":
-    from botlease.__main__ import fork_reaper
+    from botlease.work.reaper import fork_early
 
-    fork_reaper()
+    fork_early()
     from botlease.cli import run
     from botlease.console import invoke
 

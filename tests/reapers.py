@@ -74,6 +74,14 @@ def comm(pid: int) -> str:
         return ""
 
 
+def gone(pid: int) -> bool:
+    """Dead, buried or not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] in (b"Z", b"X")
+    except OSError:
+        return True
+
+
 def opened(pid: int) -> list[str]:
     return [fd.name for fd in Path(f"/proc/{pid}/fd").iterdir()]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from harness import World, until
-from reapers import Reaper, comm
+from reapers import Reaper, comm, gone
 
 from botlease import local
 from botlease.work import ahead
@@ -278,7 +278,7 @@ def test_it_ends_without_a_word_when_no_bot_is_wanted_any_more_or_its_reaper_is_
         if number:
             os.kill(r.pid, number)
         r.close()
-        until(lambda pid=waiting: not comm(pid))
+        until(lambda pid=waiting: gone(pid))
     assert (folder / "said").read_text() == ""
 
 

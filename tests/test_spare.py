@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from harness import World, marked, until
-from reapers import Reaper, a_reaper
+from reapers import Reaper, a_reaper, gone
 
 from botlease import clock
 
@@ -105,13 +105,6 @@ def test_a_spare_dies_with_its_reaper() -> None:
     os.waitpid(r.pid, 0)
     until(lambda: gone(spare))
     r.sock.close()
-
-
-def gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] in (b"Z", b"X")
-    except OSError:
-        return True
 
 
 @pytest.mark.parametrize("drained", [True, False])

@@ -1,8 +1,7 @@
-"""What the commands share: one-line errors with exit codes, the database option, asking a store one thing."""
+"""What the commands share: how they are run, the database option, asking a store one thing."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -11,33 +10,17 @@ from typing import Any, NoReturn
 import click
 
 from botlease import settings
+from botlease.exits import CONFIG, UNAVAILABLE, fail
 from botlease.settings import ConfigurationError
+from botlease.title import hide_password
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-CONFIG, UNAVAILABLE = 78, 69
 
 
-def fail(text: str, code: int) -> NoReturn:
-    from botlease.text import safe
-
-    # A URL or a token in the place of something else, a row, a server's answer: any of them may be quoted in it.
-    click.echo(f"botlease: {safe(text)}", err=True)
-    sys.exit(code)
-
-
-def leave(code: int) -> NoReturn:
-    """End at once. What Python tidies up at its end takes 20 to 30 ms of processor time (measured), in the very moment
-    in which the next bot starts."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or nobody reads it any more
-            stream.flush()
-    os._exit(code)
-
-
-def invoke(command: click.Command, program: str) -> NoReturn:
+def invoke(command: click.Command, program: str, obj: object = None) -> NoReturn:
     """Run a command as a program: a wrong command line gets one line with the cure, and exit code 2."""
     try:
-        command.main(prog_name=program, standalone_mode=False)
+        command.main(prog_name=program, standalone_mode=False, obj=obj)
     except click.exceptions.NoArgsIsHelpError as e:
         click.echo(e.format_message())
         sys.exit(2)
@@ -58,17 +41,6 @@ def database_option(f: Callable[..., Any]) -> Callable[..., Any]:
         help="postgresql://... or sqlite:///file. Default: $BOTLEASE_DATABASE_URL, $DATABASE_URL, else SQLite "
         "in your state folder. Better in the environment than here, where it may hold a password.",
     )(f)
-
-
-def hide_password(url: str | None) -> None:
-    """Blot the password out of our own command line, which everybody on this machine can read."""
-    if not url:
-        return
-    from botlease.text import passwords
-    from botlease.title import blot
-
-    for secret in passwords(url):
-        blot(secret)
 
 
 def ask(database: str | None, question: Callable[[Any], Any], *, patience: float = 0.0) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import socket
 import stat
 from collections.abc import Callable
 
@@ -62,6 +61,8 @@ def _writer(fd: int) -> Write:
     except OSError:
         return plain
     if stat.S_ISSOCK(mode):
+        import socket  # not before the reaper is forked, which has no use for it
+
         ours = socket.socket(fileno=os.dup(fd))
         return lambda line: ours.send(line, socket.MSG_DONTWAIT)
     if not (stat.S_ISFIFO(mode) or os.isatty(fd)):

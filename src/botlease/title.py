@@ -30,6 +30,16 @@ def blot(secret: str) -> None:
         at = text.find(wanted, at + 1)
 
 
+def hide_password(url: str | None) -> None:
+    """Blot the password out of our own command line, which everybody on this machine can read."""
+    if not url:
+        return
+    from botlease.text import passwords
+
+    for secret in passwords(url):
+        blot(secret)
+
+
 def retitle(name: str) -> None:
     """Show ``name`` and nothing else."""
     begin, text = _arguments()

@@ -11,7 +11,7 @@ import click
 
 from botlease import settings
 from botlease.commands.shared import command, json_option
-from botlease.console import CONFIG, fail
+from botlease.exits import CONFIG, fail
 
 
 @command

@@ -13,7 +13,8 @@ import click
 
 from botlease import clock
 from botlease.commands.shared import DEADLINE, TIMED_OUT, command, json_option, name_option, which
-from botlease.console import ask, database_option, fail
+from botlease.console import ask, database_option
+from botlease.exits import fail
 from botlease.text import clean, safe
 
 MOST_TERMS = 10_000_000
@@ -236,8 +237,8 @@ def doctor(
 
     Changes nothing. Run it where the bot runs, with its environment. Exit code 1 if there is a problem.
     """
-    from botlease.console import hide_password
     from botlease.doctor import examine
+    from botlease.title import hide_password
 
     hide_password(database)
     lines = asyncio.run(

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
 
 from botlease import clock
 
 TYPE_CHECKING = False  # the reaper is forked before typing is loaded: half a megabyte for each process
 if TYPE_CHECKING:
+    import signal
     from typing import Any
+else:  # nor its enumerations
+    import _signal as signal
 
 _CLOCK_BOOTTIME = 7
 _TIMER_ABSTIME = 1

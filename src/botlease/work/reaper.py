@@ -27,8 +27,6 @@ import gc
 import marshal
 import os
 import select
-import signal
-import socket
 import struct
 
 from botlease import clock
@@ -38,7 +36,12 @@ from botlease.work.fence import Fence
 
 TYPE_CHECKING = False  # the reaper is forked before typing is loaded: half a megabyte for each process
 if TYPE_CHECKING:
+    import signal
+    import socket
     from typing import Any, NoReturn
+else:  # nor what Python puts around these two, enumerations of all names above all: a megabyte
+    import _signal as signal
+    import _socket as socket
 
 HEAD = struct.Struct("!I")
 FD = struct.Struct("i")
@@ -66,7 +69,8 @@ def send(sock: socket.socket, message: dict[str, Any], fds: tuple[int, ...] = ()
     data = marshal.dumps(message)
     packet = HEAD.pack(len(data)) + data
     if fds:
-        sent = socket.send_fds(sock, [packet], fds)
+        besides = b"".join(map(FD.pack, fds))
+        sent = sock.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, besides)])
         packet = packet[sent:]
     if packet:
         sock.sendall(packet)
@@ -123,6 +127,26 @@ def fork() -> tuple[int, socket.socket]:
             os._exit(70)
     its.close()
     return pid, ours
+
+
+_early: tuple[int, socket.socket] | None = None
+
+
+def fork_early() -> None:
+    """Fork it now, for :func:`take` to find: the earlier, the smaller. Standard descriptors that are closed are opened
+    before, lest a database's socket becomes one."""
+    global _early
+    from botlease.stderr import open_standard_descriptors
+
+    open_standard_descriptors()
+    _early = fork()
+
+
+def take() -> tuple[int, socket.socket]:
+    """The reaper that was forked early, or a new one: its pid and our end of the line to it."""
+    global _early
+    taken, _early = _early, None
+    return taken or fork()
 
 
 class _Reaper:

@@ -10,7 +10,12 @@ import contextlib
 import ctypes
 import os
 import resource
-import signal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal
+else:  # without its enumerations, as in the reaper
+    import _signal as signal
 
 PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15

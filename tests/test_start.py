@@ -1,0 +1,103 @@
+"""From the command line to a supervisor: who reads it, and what is loaded for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import clean_env, until
+from reapers import comm, gone
+
+BEFORE = """
+import os, sys
+import botlease.start
+def start(command, **options):
+    print(command, options["name"], options["warm"], options["ttl"])
+    print(*(m for m in ("click", "botlease.cli", "asyncio", "_ssl", "botlease.run") if m in sys.modules))
+    return 7
+botlease.start.start = start
+"""
+MAIN = """
+from botlease.__main__ import main
+main()
+"""
+
+
+def run(code: str, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-c", BEFORE + code + MAIN, "run", *words]
+    return subprocess.run(argv, capture_output=True, text=True, env=clean_env(**env))
+
+
+def test_a_supervisor_has_not_loaded_what_reads_its_command_line() -> None:
+    done = run("", "--name", "n", "--warm", "--ttl", "5", "--", "python", "-m", "bot", "--name", "its")
+    assert (done.returncode, done.stderr) == (7, "")
+    said, loaded = done.stdout.splitlines()
+    assert said == "('python', '-m', 'bot', '--name', 'its') n True 5.0"
+    assert loaded.split() == ["asyncio", "botlease.run"]  # on SQLite: no ssl
+
+
+def test_where_nothing_more_can_be_forked_it_reads_its_command_line_itself() -> None:
+    """The reaper is there already: the second fork fails."""
+    code = "fork = os.fork\ndef once():\n    def never(): raise BlockingIOError(11, 'no more')\n"
+    code += "    os.fork = never\n    return fork()\nos.fork = once\n"
+    done = run(code, "--name", "n", "--", "bot")
+    assert (done.returncode, done.stderr) == (7, "")
+    said, loaded = done.stdout.splitlines()
+    assert said == "('bot',) n False None" and "botlease.cli" in loaded
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "loaded"),
+    [
+        ((), {"DATABASE_URL": "postgresql://h/d"}, ["asyncio", "_ssl", "botlease.run"]),
+        ((), {"DATABASE_URL": "sqlite:///x.db"}, ["asyncio", "botlease.run"]),
+        ((), {"DATABASE_URL": "mysql://h/d"}, ["asyncio", "_ssl", "botlease.run"]),  # start says what is wrong
+        (("--database", "sqlite:///x.db"), {"DATABASE_URL": "postgresql://h/d"}, []),
+        (("--database=sqlite:///x.db",), {"DATABASE_URL": "postgresql://h/d"}, []),
+    ],
+)
+def test_what_is_loaded_meanwhile_is_for_the_database_that_it_will_have(
+    words: tuple[str, ...], env: dict[str, str], loaded: list[str]
+) -> None:
+    done = run("", "--name", "n", *words, "--", "bot", **env)
+    assert (done.returncode, done.stderr) == (7, "")
+    assert done.stdout.splitlines()[1].split() == loaded
+
+
+def test_what_has_no_options_for_a_supervisor_ends_as_its_reader_did() -> None:
+    for words, code, said in (
+        (("--help",), 0, "Usage: botlease run"),
+        ((), 2, "no command"),
+        (("--ttl", "x", "--", "bot"), 2, "'x' is not a valid float"),
+    ):
+        done = run("", *words)
+        assert done.returncode == code and said in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+    broken = "import botlease.cli\nbotlease.cli.main = None\n"
+    done = run(broken, "--", "bot")
+    assert done.returncode == 70 and "AttributeError" in done.stderr and done.stdout == ""
+    killed = "import signal, botlease.cli\nclass Killed:\n"
+    killed += "    def main(self, **_): os.kill(os.getpid(), signal.SIGKILL)\nbotlease.cli.main = Killed()\n"
+    assert run(killed, "--", "bot").returncode == 128 + signal.SIGKILL
+
+
+def test_a_reader_that_hangs_does_not_keep_the_reaper_of_a_supervisor_that_was_killed(tmp_path: Path) -> None:
+    there = tmp_path / "reader"
+    code = "import signal, botlease.cli\nclass Hangs:\n    def main(self, **_):\n"
+    code += f"        open({str(there)!r}, 'w').write(str(os.getpid()))\n        signal.pause()\n"
+    code += "botlease.cli.main = Hangs()\n"
+    argv = [sys.executable, "-c", BEFORE + code + MAIN, "run", "--", "bot"]
+    with subprocess.Popen(argv, env=clean_env()) as supervisor:
+        reader = int(str(until(lambda: there.exists() and there.read_text())))
+        children = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children").read_text().split()
+        (reaper,) = (int(pid) for pid in children if int(pid) != reader)
+        try:
+            until(lambda: comm(reaper) == "botlease-reaper")
+            supervisor.kill()
+            until(lambda: gone(reaper))
+        finally:
+            os.kill(reader, signal.SIGKILL)
