@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -85,7 +84,7 @@ def test_what_has_no_options_for_a_supervisor_ends_as_its_reader_did() -> None:
     assert run(killed, "--", "bot").returncode == 128 + signal.SIGKILL
 
 
-def test_a_reader_that_hangs_does_not_keep_the_reaper_of_a_supervisor_that_was_killed(tmp_path: Path) -> None:
+def test_who_reads_the_command_line_dies_with_its_supervisor_and_so_the_reaper_does(tmp_path: Path) -> None:
     there = tmp_path / "reader"
     code = "import signal, botlease.cli\nclass Hangs:\n    def main(self, **_):\n"
     code += f"        open({str(there)!r}, 'w').write(str(os.getpid()))\n        signal.pause()\n"
@@ -95,9 +94,6 @@ def test_a_reader_that_hangs_does_not_keep_the_reaper_of_a_supervisor_that_was_k
         reader = int(str(until(lambda: there.exists() and there.read_text())))
         children = Path(f"/proc/{supervisor.pid}/task/{supervisor.pid}/children").read_text().split()
         (reaper,) = (int(pid) for pid in children if int(pid) != reader)
-        try:
-            until(lambda: comm(reaper) == "botlease-reaper")
-            supervisor.kill()
-            until(lambda: gone(reaper))
-        finally:
-            os.kill(reader, signal.SIGKILL)
+        until(lambda: comm(reaper) == "botlease-reaper")
+        supervisor.kill()
+        until(lambda: gone(reader) and gone(reaper))
