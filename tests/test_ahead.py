@@ -5,17 +5,19 @@ from __future__ import annotations
 import compileall
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from harness import World, until
+from harness import Run, World, until
 from reapers import Reaper, comm, gone
 
 from botlease import local
@@ -24,6 +26,7 @@ from botlease.work import ahead
 PYTHON = sys.executable
 LOADED = frozenset(
     [
+        "__future__",
         "_socket",
         "marshal",
         "os",
@@ -39,7 +42,7 @@ LOADED = frozenset(
     ]
 )
 """What may have been loaded besides what the bot loads; most of it is only so with -S."""
-PROBE = """
+PROBE = r"""
 import sys
 loaded = sorted(sys.modules)
 import json, os, signal
@@ -55,22 +58,27 @@ json.dump({
     "mask": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), "fds": sorted(os.listdir("/proc/self/fd")),
     "env": dict(os.environ), "comm": open("/proc/self/comm").read(), "buffered": sys.stdout.line_buffering,
     "through": sys.stdout.write_through, "core": __import__("resource").getrlimit(4),
-    "own session": os.getsid(0) == os.getpid(),
+    "own session": os.getsid(0) == os.getpid(), "stdin": sys.stdin.read(),
+    "cmdline": open("/proc/self/cmdline").read().rstrip("\0"),
 }, open(os.environ["RESULT"], "w"))
 """
 
 
 @contextmanager
-def errors_to(path: Path) -> Iterator[None]:
-    """Standard error of what is forked meanwhile."""
-    kept = os.dup(2)
-    with path.open("ab") as f:
+def errors_to(path: Path, given: str = "") -> Iterator[None]:
+    """Standard error of what is forked meanwhile; and what is there on its standard input."""
+    kept = [os.dup(fd) for fd in (0, 2)]
+    with path.open("ab") as f, tempfile.TemporaryFile() as stdin:
+        stdin.write(given.encode())
+        stdin.seek(0)
+        os.dup2(stdin.fileno(), 0)
         os.dup2(f.fileno(), 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        for fd, was in zip((0, 2), kept, strict=True):
+            os.dup2(was, fd)
+            os.close(was)
 
 
 def both(folder: Path, argv: Sequence[str], **env: str) -> list[dict[str, object]]:
@@ -80,7 +88,7 @@ def both(folder: Path, argv: Sequence[str], **env: str) -> list[dict[str, object
         said, result = folder / f"{kind}.out", folder / "result.json"
         for old in (said, result):
             old.unlink(missing_ok=True)
-        with errors_to(said):
+        with errors_to(said, given="what it is given"):
             r = Reaper()
         with closing(r), said.open("ab") as output:
             env = {"RESULT": str(result), "PYTHONDONTWRITEBYTECODE": "1"} | env
@@ -140,7 +148,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_program_that_was_started_ahead_cannot_tell(folder: Path, argv: str) -> None:
     words = argv.replace("PY", PYTHON).replace("HERE", str(folder)).split()
     found = same(folder, words, PATH=f"{folder}:{os.environ['PATH']}")
-    assert found["status"] == 0 and found["is main"]
+    assert found["status"] == 0 and found["is main"] and found["stdin"] == "what it is given"
 
 
 def test_its_errors_look_as_ever_and_end_with_the_same_code(folder: Path) -> None:
@@ -156,6 +164,10 @@ def test_its_errors_look_as_ever_and_end_with_the_same_code(folder: Path) -> Non
             "threading.Timer(0.1, print, ['late']).start()\nraise OSError('first')",
             1,
         ),
+        ("def f():\n    raise KeyboardInterrupt\nf()", -signal.SIGINT),
+        ("import os\nos.kill(os.getpid(), 2)", -signal.SIGINT),
+        ("import asyncio\nraise asyncio.CancelledError", 1),
+        ("class E(BaseException): pass\nraise E('odd')", 1),
         ("import os\nos.kill(os.getpid(), 15)", -signal.SIGTERM),
         ("import os\nos.abort()", -signal.SIGABRT),
     ):
@@ -192,6 +204,29 @@ def test_a_script_that_is_gone_when_it_is_wanted_is_missed_as_ever(folder: Path)
         assert r.says("gone")["status"] == 2
     plain = subprocess.run((PYTHON, "bot.py"), capture_output=True, text=True)
     assert plain.returncode == 2 and (folder / "said").read_text() == plain.stderr
+
+
+@pytest.mark.parametrize("argv", ["PY HERE/other.py", "PY -m other", "PY bot.py"])
+def test_where_its_folder_was_deleted_meanwhile_it_does_what_the_interpreter_does(folder: Path, argv: str) -> None:
+    """A release that is unpacked beside the old one, which is deleted then."""
+    (folder / "other.py").write_text("print('runs')")
+    words = argv.replace("PY", PYTHON).replace("HERE", str(folder)).split()
+    out = []
+    for early in (False, True):
+        release, said = folder / "release", folder / f"said{early}"
+        release.mkdir()
+        (release / "bot.py").write_text("print('runs')")
+        os.chdir(release)
+        with errors_to(said):
+            r = Reaper()
+        with closing(r), said.open("ab") as output:
+            r.prepare(words, early=early, PYTHONPATH=str(folder))
+            until(lambda r=r, early=early: [comm(p) for p in r.children()] == ["botlease-spare"] or not early)
+            shutil.rmtree(release)
+            r.start({"stdout": output.fileno()})
+            out.append((r.says("gone")["status"], said.read_text()))
+        os.chdir(folder)
+    assert out[1] == out[0] and (out[0] == (0, "runs\n") or argv == "PY bot.py")
 
 
 def test_what_has_changed_while_it_waited_is_what_runs(folder: Path) -> None:
@@ -242,6 +277,42 @@ def test_what_is_not_our_interpreter_with_a_program_is_not_started_ahead(folder:
     assert (folder / "bot.pyc").exists()
     words = argv.replace("PY", PYTHON).split()
     assert ahead.command(words, {"PATH": f"{folder}:/usr/bin:/bin"}) is None
+
+
+def test_what_is_no_file_is_not_read(folder: Path) -> None:
+    """A bot may come through a pipe: what we read of it would be lost, and where nothing comes we would wait."""
+    os.mkfifo(folder / "fifo")
+    (folder / "fifo").chmod(0o755)
+    for words in ((PYTHON, "fifo"), ("./fifo",), (PYTHON, "/dev/tty"), (PYTHON, "/dev/stdin")):
+        code = f"import sys; from botlease.work import ahead; print(ahead.command({words!r}, {{}}), sys.stdin.read())"
+        argv = (PYTHON, "-c", code)
+        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as looks:
+            assert looks.communicate("bot", timeout=10)[0] == "None bot\n"
+
+
+def test_a_bot_that_crashes_is_started_again_by_exec(sqlite_world: World) -> None:
+    """There is no interpreter ahead beside a bot."""
+    script = sqlite_world.folder / "mybot.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "print('with', open('/proc/self/cmdline').read().split(chr(0))[1:2], os.environ['BOTLEASE_TERM'], flush=True)\n"
+        "if not os.path.exists('once'): open('once', 'x'); sys.exit(3)\n"
+        "signal.pause()\n"
+    )
+    first = sqlite_world.run("--deployment", "v1", bot=(PYTHON, str(script)), wrap=("env", f"--chdir={script.parent}"))
+    until(lambda: first.text().count(f"with ['{script}'] 1") == 2)
+    assert "restart 1 of 5" in first.text()
+
+
+def test_where_its_reaper_was_killed_there_is_a_new_one_with_a_new_interpreter(sqlite_world: World) -> None:
+    sqlite_world.run("--deployment", "v1")
+    sqlite_world.works(1)
+    second = sqlite_world.run("--deployment", "v1", "--standby")
+    waiting = ["botlease-reaper", "botlease-spare"]
+    until(lambda: [comm(p) for p in second.children()] == waiting)
+    reaper, spare = second.children()
+    os.kill(reaper, signal.SIGKILL)
+    until(lambda: gone(reaper) and gone(spare) and [comm(p) for p in second.children()] == waiting)
 
 
 def test_an_interpreter_that_dies_while_it_waits_is_started_as_ever(folder: Path) -> None:
@@ -331,5 +402,14 @@ def test_what_it_prints_is_seen_at_once_where_it_is_the_proof_of_progress(sqlite
     """Into a pipe Python writes in blocks, if it is not told otherwise when it starts."""
     script = sqlite_world.folder / "mybot.py"
     script.write_text("import signal\nprint('got updates')\nsignal.pause()\n")
-    rule = ("--healthy-if", "stdout:got updates", "--deployment", "v1")
-    sqlite_world.run(*rule, env={"PYTHONUNBUFFERED": ""}, bot=(PYTHON, str(script))).says("got updates")
+
+    def run() -> Run:
+        options = ("--healthy-if", "stdout:got updates", "--deployment", "v1", "--standby")
+        return sqlite_world.run(*options, env={"PYTHONUNBUFFERED": ""}, bot=(PYTHON, str(script)))
+
+    first = run()
+    first.says("got updates")
+    second = run()
+    until(lambda: "botlease-spare" in [comm(p) for p in second.children()])
+    first.signal(signal.SIGTERM)
+    second.says("got updates")

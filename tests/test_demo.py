@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from harness import clean_env, marked
 
 
+@pytest.mark.long
 def test_the_demo_ends_with_zeros_and_leaves_nothing_behind() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "demo"],

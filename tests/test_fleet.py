@@ -313,6 +313,7 @@ def namespaces() -> tuple[str, ...]:
         return ()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_of_ten_thousand_bots_over_four_processes_those_of_a_killed_one_are_soon_active_elsewhere(
     members: Members,
@@ -454,6 +455,42 @@ async def test_a_stop_that_comes_before_there_is_a_slot_is_heard(postgres_url: s
     fleet._fleet.look = look  # type: ignore[method-assign]
     async with asyncio.timeout(10):
         await task
+
+
+async def test_a_member_that_is_alone_looks_once_for_each_renewal_and_sees_who_comes_at_once(postgres_url: str) -> None:
+    async def run(term: botlease.Term) -> None:
+        await asyncio.Event().wait()
+
+    await add(postgres_url, *names(10))
+    ttl = 10.0  # a renewal each 2 s; who is not alone looks each 0.25 s
+    first, second = (botlease.Fleet("fleet", run, database=postgres_url, deployment="v1", ttl=ttl) for _ in "12")
+    real, looks = first._fleet.look, list[float]()
+
+    async def look(*args: Any) -> Any:
+        looks.append(boot())
+        return await real(*args)
+
+    first._fleet.look = look  # type: ignore[method-assign]
+    tasks = [asyncio.create_task(first.run())]
+    async with asyncio.timeout(30):
+        while len(first.running) < 10:
+            await asyncio.sleep(0.02)
+        seen = len(looks)
+        while len(looks) < seen + 4:
+            await asyncio.sleep(0.02)
+        assert looks[-1] - looks[-2] > 1.0
+        tasks.append(asyncio.create_task(second.run()))
+        began = boot()
+        while not second.running:
+            await asyncio.sleep(0.02)
+        assert len([at for at in looks if at > began]) > 0 and boot() - began < 3.0
+        seen = len(looks)
+        while len(looks) < seen + 8:
+            await asyncio.sleep(0.02)
+        assert looks[-1] - looks[-8] < 4.0  # there is somebody now whose death would be missed
+    for fleet in (first, second):
+        fleet.stop()
+    await asyncio.gather(*tasks)
 
 
 async def test_a_member_whose_run_is_cancelled_hands_its_bots_on_at_once(postgres_url: str) -> None:

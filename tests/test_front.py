@@ -168,6 +168,7 @@ def test_the_exit_code_of_the_bot_is_passed_through(sqlite_world: World, telegra
     assert missing.wait() == 126
 
 
+@pytest.mark.long
 def test_a_crash_is_restarted_at_the_same_address_and_the_update_is_not_lost(
     sqlite_world: World, telegram: Telegram
 ) -> None:

@@ -354,7 +354,7 @@ async def test_two_pollers_of_one_program_are_served_from_one_poll(house: House)
     assert house.simulator.report(BOT).conflicts == 0
 
 
-@pytest.mark.parametrize("ttl", [1.2, 2.5, 9.0])
+@pytest.mark.parametrize("ttl", [1.2, 2.5, pytest.param(9.0, marks=pytest.mark.long)])
 async def test_no_poll_outlasts_the_lease(house: House, ttl: float) -> None:
     bot = await house.gateway(seconds=ttl)
     ends: list[tuple[float, float]] = []  # when it must be over by, when it is over
@@ -405,6 +405,7 @@ async def test_allowed_updates_pass_to_the_successor(house: House) -> None:
     assert house.simulator.bot(BOT).allowed == ["message", "chat_member"]
 
 
+@pytest.mark.long
 async def test_the_inbox_of_a_busy_bot_stays_bounded(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(poller, "BACKLOG", 200)
     bot, chat = await house.gateway(), house.user()

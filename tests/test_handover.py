@@ -107,6 +107,7 @@ def test_a_bot_that_ends_with_0_on_probation_has_failed_all_the_same(sqlite_worl
     until(lambda: world.terms() == [1, 2, 3])
 
 
+@pytest.mark.long
 def test_started_again_fifty_times_a_broken_deployment_costs_the_healthy_one_nothing_more(sqlite_world: World) -> None:
     """What a platform's restart loop does. Two tries; after that the quarantined one stands by. What share of the time
     that leaves is tested in virtual time (test_takeover.py): here it would be a test of this machine."""

@@ -201,6 +201,7 @@ def stepped(world: harness.World, clock_file: Path) -> None:
     assert world.overlap() == 0
 
 
+@pytest.mark.long
 @pytest.mark.skipif(libfaketime() is None, reason="libfaketime is not here")
 def test_the_databases_clock_is_stepped_by_a_second_to_a_day_in_mid_lease_and_nobody_minds(tmp_path: Path) -> None:
     library = libfaketime()
@@ -221,6 +222,7 @@ def test_the_databases_clock_is_stepped_by_a_second_to_a_day_in_mid_lease_and_no
             server.stop()
 
 
+@pytest.mark.long
 def test_a_holders_own_clock_is_stepped_by_a_second_to_a_day_in_mid_lease_and_nobody_minds(
     tmp_path: Path, any_url: str
 ) -> None:

@@ -15,7 +15,9 @@ NODE = ("grammY", "Telegraf", "node-telegram-bot-api")
 
 
 @pytest.mark.timeout(170)
-@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize(
+    "framework", [pytest.param(f, marks=[] if f == "python-telegram-bot" else pytest.mark.long) for f in FRAMEWORKS]
+)
 async def test_an_unmodified_framework_loses_nothing_and_sees_no_conflict(framework: str) -> None:
     if framework in NODE and not (BOTS / "node" / "node_modules").exists():
         pytest.skip("needs node and npm (scripts/test installs the frameworks)")

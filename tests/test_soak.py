@@ -204,6 +204,7 @@ def test_an_interrupted_nemesis_leaves_nothing_running() -> None:
             soak.kill()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)  # mostly the second fault shows it; by bad luck it takes thirty
 def test_the_nemesis_finds_work_that_goes_on_when_its_trust_is_over(capsys: pytest.CaptureFixture[str]) -> None:
     # Five worlds of six show it, on a machine that does nothing else; which ones is a matter of milliseconds.

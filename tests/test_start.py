@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -97,3 +98,34 @@ def test_who_reads_the_command_line_dies_with_its_supervisor_and_so_the_reaper_d
         until(lambda: comm(reaper) == "botlease-reaper")
         supervisor.kill()
         until(lambda: gone(reader) and gone(reaper))
+
+
+def test_that_dead_children_are_ignored_where_it_is_started_changes_nothing() -> None:
+    """As some process managers have it, and ``trap '' CHLD``: the kernel buries them, and nobody can wait for them."""
+    argv = [sys.executable, "-c", BEFORE + MAIN, "run", "--name", "n", "--", "bot"]
+    code = f"import os, signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv({argv[0]!r}, {argv!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean_env())
+    assert (done.returncode, done.stderr) == (7, "")
+
+
+def test_ctrl_c_while_it_starts_ends_it_without_a_word() -> None:
+    code = "def load_early(*_): raise KeyboardInterrupt\nbotlease.start.load_early = load_early\n"
+    done = run(code, "--name", "n", "--", "bot")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_a_driver_that_is_there_and_broken_is_named_with_the_cure() -> None:
+    code = "import sys\nsys.modules['asyncpg.pgproto.pgproto'] = None\n"
+    argv = [sys.executable, "-c", code + MAIN, "run", "--name", "n", "--", "true"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=clean_env(DATABASE_URL="postgresql://h/d"))
+    assert (
+        done.returncode == 78 and "pip install 'botlease[postgres]'" in done.stderr and "Traceback" not in done.stderr
+    )
+
+
+def test_the_reaper_is_forked_before_what_it_has_no_use_for_is_loaded() -> None:
+    code = "import sys, botlease.stderr, botlease.work.reaper\n"
+    code += "print(*{'socket', 'signal', 'enum', 'typing', 're', 'asyncio', 'dataclasses'}.intersection(sys.modules))"
+    env = clean_env(PYTHONPATH=os.pathsep.join(sys.path))
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, env=env, check=True)
+    assert done.stdout == "\n"

@@ -237,6 +237,8 @@ WAYS = [
     ("connecting", "acquire"),
     *((way, verb) for way in ROADS[2:] for verb in ("acquire", "release")),
 ]
+MOST = (("direct", "acquire"), ("direct", "renew"), ("direct", "release"))
+"""Of the ways, for a test that has to wait out a deadline for each message: the others are done with the long ones."""
 
 
 @pytest.mark.timeout(120)
@@ -342,7 +344,14 @@ async def test_a_request_that_arrives_once_more_byte_for_byte_after_a_newer_term
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(("way", "verb"), [w for w in WAYS if w[0] == "direct" or w[1] == "acquire"])
+@pytest.mark.parametrize(
+    ("way", "verb"),
+    [
+        pytest.param(*w, marks=[] if w in MOST else pytest.mark.long)
+        for w in WAYS
+        if w[0] == "direct" or w[1] == "acquire"
+    ],
+)
 async def test_a_link_that_stalls_at_any_message_costs_a_call_its_deadline_and_no_more(
     direct: PostgresStore, postgres_url: str, way: str, verb: str, lag: list[float]
 ) -> None:
@@ -656,6 +665,7 @@ def longest_silence(world: World) -> float:
     return max(b - a for a, b in pairwise(stamps))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not can_trace(), reason="strace is not here, or may not trace")
 def test_syncs_of_three_seconds_end_the_work_in_time_and_when_they_are_quick_again_somebody_works(
     sqlite_world: World,

@@ -558,6 +558,23 @@ async def test_a_warmed_up_connection_leaves_nothing_behind(postgres_url: str) -
     await store.aclose()
 
 
+async def test_who_takes_over_from_somebody_plans_while_that_one_works_on_and_who_fills_a_vacancy_does_not(
+    postgres_url: str,
+) -> None:
+    stores = [PostgresStore(postgres_url) for _ in "abc"]
+    planned = []
+    for name, store in zip("abc", stores, strict=True):
+        await store.open(DEADLINE)
+        peer = (await store.register(registration(name), DEADLINE)).assigned
+        assert await store.claim("bot", name, peer.key if peer else None, DEADLINE)
+        planned.append(store._planned())
+        if name == "b":
+            assert await acquire(store, name, lease_of(await store.read("bot", name, DEADLINE)))
+    assert planned == [False, False, True]  # b follows one who was to work, and did not
+    for store in stores:
+        await store.aclose()
+
+
 async def test_another_bots_changes_wake_nobody_nor_do_ones_own(postgres_url: str) -> None:
     """Or each of ten thousand bots on one database would read at every change of any; and whoever has just acquired
     would look at what he has written, in the moment in which his bot starts."""

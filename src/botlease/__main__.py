@@ -29,13 +29,17 @@ def main(prog_name: str | None = None) -> None:
         from botlease.work import reaper
 
         reaper.fork_early()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some start us, we could not see how the fork ended
         reading = _read_apart(program)
-        from botlease.exits import leave
-        from botlease.start import load_early, start
+        try:
+            from botlease.exits import leave
+            from botlease.start import load_early, start
 
-        if reading is not None:
-            load_early(sys.argv, os.environ)
-            leave(start(**reading()))
+            if reading is not None:
+                load_early(sys.argv, os.environ)
+                leave(start(**reading()))
+        except KeyboardInterrupt:  # before there is a supervisor with handlers of its own
+            os._exit(130)
     from botlease.cli import main as commands
     from botlease.console import invoke
 
@@ -93,7 +97,7 @@ def _read_and_end(program: str, supervisor: int, write: int) -> NoReturn:
 
         invoke(commands, program, deliver)
     except SystemExit as e:
-        code = e.code if isinstance(e.code, int) else 0
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
     except KeyboardInterrupt:
         code = 130
     except BaseException:

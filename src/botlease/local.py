@@ -264,7 +264,7 @@ def _describe(pid: int, what: str, **more: float) -> Found | None:
         return None
     ticks = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     started = clock.wall() - (clock.now() - ticks)  # for people's eyes
-    words = " ".join(argv)
+    words = " ".join(argv).rstrip()  # a process that has changed what is shown of it leaves room behind it
     shown = safe(words)[:80]
     return Found(pid, fields[19].decode(), started, what, shown, **more)
 

@@ -136,7 +136,7 @@ def load_early(argv: Sequence[str], env: Mapping[str, str]) -> None:
     """Load what a supervisor of this database needs, while the command line is being read; nothing if that could name
     another one. Whatever is wrong is told by :func:`start`."""
     if not any(word.startswith("--database") for word in argv):
-        with contextlib.suppress(ConfigurationError, ImportError):
+        with contextlib.suppress(ConfigurationError):
             load(settings.database_url(None, env))
 
 
@@ -145,7 +145,8 @@ def load(database: str) -> None:
         _without_ssl()
         import botlease.stores.sqlite
     elif database.startswith(("postgres:", "postgresql:")):
-        import botlease.stores.postgres
+        with contextlib.suppress(ImportError):  # of its driver: who opens the store says what to do
+            import botlease.stores.postgres
     import botlease.run  # noqa: F401
 
 

@@ -104,6 +104,7 @@ class PostgresStore:
         self._prepares = self._plans = True
         self._prepared: dict[str, Any] = {}
         self._planning: asyncio.TimerHandle | None = None
+        self._held = False  # somebody had the lease, when we looked last
         self._later: asyncio.Future[None] | None = None
         self._lock = asyncio.Lock()
         self._asking = 0  # calls that have it or wait for it
@@ -390,15 +391,16 @@ class PostgresStore:
 
         self._bot = me.bot
         view = await self.call(deadline, work)
-        self._plan_soon()
+        self._plan_soon(view)
         return view
 
     async def read(self, bot: str, instance_id: str, deadline: float) -> View:
         view = await self.call(deadline, lambda c: self._view(c, bot, instance_id))
-        self._plan_soon()
+        self._plan_soon(view)
         return view
 
-    def _plan_soon(self) -> None:
+    def _plan_soon(self, view: View) -> None:
+        self._held = view.lease is not None and view.lease.holder is not None
         if not self._planned() and self._planning is None:
             self._planning = asyncio.get_running_loop().call_later(PLAN_AHEAD, self._plan)
 
@@ -418,6 +420,10 @@ class PostgresStore:
             except (asyncpg.UniqueViolationError, asyncpg.DeadlockDetectedError):
                 return False  # rolled back: an operator's edit of this very moment was quicker
 
+        if self._held and not self._planned():
+            # Somebody works, and goes on working while we plan; as soon as we have asked for the handover nobody may. A
+            # newcomer's first acquire took 8 ms of 20 in which nobody worked (measured).
+            await self._plan_ahead()
         return await self.call(deadline, work)
 
     async def acquire(

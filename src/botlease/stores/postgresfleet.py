@@ -51,10 +51,10 @@ FROM bot_leases l LEFT JOIN bot_instances h ON h.instance_id = l.holder
 WHERE l.fleet IS NULL AND l.slot IS NOT NULL AND starts_with(l.bot, $1 || '/')
 """
 
-# Open: it takes bots. Closed: it takes none, and its bots are for the others.
+# Open: it takes bots. Closed: it takes none, and its bots are for the others. Who is alone rarely looks, and is told.
 MARK: Final = (
     "UPDATE bot_leases SET slot = $4 WHERE bot = $1 AND holder = $2 AND nonce = $3 AND slot IS DISTINCT FROM $4 "
-    f"RETURNING {DURABLE}"
+    f"RETURNING {DURABLE}, pg_notify('botlease', bot)"
 )
 
 ROWS: Final = """

@@ -5,7 +5,7 @@ the bot would run, with the bot's own interpreter, options and environment, and 
 beginning of the term it runs the script or the module as the interpreter would have. A planned handover is shorter by
 that (docs/benchmarks.md), for 3 MB in a standby.
 
-What the interpreter loads by itself it loads in standby: ``.pth`` files, ``sitecustomize``. Of the bot nothing is read.
+What the interpreter loads by itself it loads in standby: ``.pth`` files, ``sitecustomize``. Of the bot nothing is run.
 
 Only what is beyond doubt our own interpreter, running a script or a module; everything else is started as it ever was.
 A shim or a wrapper that happens to be called ``python`` would run too early, who knows what.
@@ -14,6 +14,7 @@ A shim or a wrapper that happens to be called ``python`` would run too early, wh
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -65,7 +66,10 @@ def _is_ours(path: str) -> bool:
 def _first_line(path: str) -> list[str] | None:
     """Interpreter and at most one option, if ``path`` is a script that names them."""
     head = _head(path)
-    return os.fsdecode(head[2:].split(b"\n")[0]).split(None, 1) if head.startswith(b"#!") and b"\n" in head else None
+    if not head.startswith(b"#!") or b"\n" not in head:
+        return None
+    line = head[2:].split(b"\n")[0]
+    return os.fsdecode(line).strip(" \t").split(None, 1) if b"\r" not in line else None  # to the kernel a part of it
 
 
 def _is_source(path: str) -> bool:
@@ -75,7 +79,10 @@ def _is_source(path: str) -> bool:
 
 
 def _head(path: str) -> bytes:
+    """Of a file only: what a pipe gives us the bot would not get, and a terminal would have us wait."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116
+            return b""
         with open(path, "rb") as f:  # noqa: PTH123 - the supervisor loads no pathlib for it
             return f.read(4096)
     except (OSError, ValueError):

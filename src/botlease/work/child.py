@@ -150,6 +150,10 @@ class ChildWork:
         waits = None if c.warm or front or not c.ahead else ahead.command(c.argv, env)
         self._send(do="prepare", argv=list(c.argv), env=env, front=front, ahead=waits)
 
+    def _spare_again(self) -> None:
+        if not self._running:  # a look at the bot's file may take long, and a term is no time for it
+            self._spare()
+
     def start(self, term: int, nonce: str, until: float, guard_fd: int | None) -> None:
         self.term, self._nonce, self._until = term, nonce, until
         self._running, self._stopping, self._restarting, self._crashes, self._asked = True, False, False, 0, 0
@@ -407,7 +411,7 @@ class ChildWork:
         if self._running:
             self._running = False
             # Not at once: at a handover the next bot starts just now, and wants the processor.
-            self._sparing = self._loop.call_later(AFTER_A_TERM, self._spare)
+            self._sparing = self._loop.call_later(AFTER_A_TERM, self._spare_again)
             self.tell(WorkEnded(self.term))
 
     def _reaper_died(self, sock: socket.socket) -> None:
