@@ -198,11 +198,11 @@ class Member:
                 self.keeper.stop()
             return
         others = [slot for slot in slots if slot.number != self.number]
-        self._alone = not any(slot.is_open or slot.lease.holder or slot.lease.proof for slot in others)
         self._seen = {f"{self.name}/{slot.number}" for slot in slots}
         for slot in others:
             await self._judge(slot.lease, f"{self.name}/{slot.number}", origin, now)
         is_open = frozenset(slot.number for slot in slots if self._takes_bots(slot, now))
+        self._alone = is_open <= {self.number} and not any(s.lease.holder or s.lease.proof for s in others)
         if self.number not in is_open:
             await self.fleet.mark(self.hold, self.timing.attempt, is_open=True)
             self._soon, self._marked = not self._marked, True  # once: somebody may have deleted the row
