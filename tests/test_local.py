@@ -210,11 +210,13 @@ def herd(tmp_path: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
         for argv, how in decoys(tmp_path):
             options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": clean_env(), **how}
             options["cwd"] = tmp_path  # not here, where the real trading_bot is
+            options["start_new_session"] = True  # to be ended with what they have started
             started.append(subprocess.Popen(argv, **options))  # type: ignore[call-overload]
         yield started
     finally:
         for process in started:
-            process.kill()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             for stream in (process.stdin,):
                 if stream is not None:
