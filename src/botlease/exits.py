@@ -17,7 +17,8 @@ def fail(text: str, code: int) -> NoReturn:
     from botlease.text import safe
 
     # A URL or a token in the place of something else, a row, a server's answer: any of them may be quoted in it.
-    print(f"botlease: {safe(text)}", file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # it was closed when we were started; None would have print() take standard output
+        print(f"botlease: {safe(text)}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

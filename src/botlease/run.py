@@ -176,13 +176,13 @@ class Supervisor:
                 danger=o.danger,
             )
             self.work = ChildWork(command, *self.reaper, say, pulse=pulse, gate=gate)
-            stack.callback(self.work.close)
             return await self._with_store(self.work)
 
     async def _with_store(self, work: ChildWork) -> int:
         try:
             store = open_store(self.settings.database)
         except StoreRefused as e:
+            work.close()
             say(str(e))
             return Exit.CONFIG
         _all_is_loaded()
@@ -190,6 +190,7 @@ class Supervisor:
             code = await self._open(store)
             return code if code is not None else await self._keep(store, work)
         finally:
+            work.close()  # first: whatever has happened, the bot does not outlive who decides
             await store.aclose()
 
     def _handle_signals(self) -> None:
@@ -254,12 +255,9 @@ class Supervisor:
         work.give_up = lambda: self.keeper.stop(Reason.FAILED) if self.keeper is not None else None
         if self.stopping.is_set():
             self.keeper.stop()
-        try:
-            reason = await self.keeper.run()
-            if reason is Reason.STOPPED and self.keeper.state.was_active:
-                await asyncio.sleep(AFTER_A_RELEASE)
-        finally:
-            work.close()
+        reason = await self.keeper.run()
+        if reason is Reason.STOPPED and self.keeper.state.was_active:
+            await asyncio.sleep(AFTER_A_RELEASE)
         if reason is Reason.REFUSED:
             say(await _first(store, s))
             return Exit.REFUSED

@@ -111,7 +111,6 @@ class ChildWork:
         self._tallies: dict[str, dict[str, Any]] = {}
         self._nonce = ""
         self._retry: asyncio.TimerHandle | None = None
-        self._closed = False
         self._asked = 0  # the signal we sent, if the child dies of it that is a clean stop
         tree.prctl(tree.PR_SET_CHILD_SUBREAPER, 1)  # what the reaper leaves behind if it is killed falls to us
         self.proof = proof.make((os.getpid(), pid))
@@ -277,10 +276,7 @@ class ChildWork:
         return True
 
     def close(self) -> None:
-        """Nothing of the work outlives this. A second time is none."""
-        if self._closed:
-            return
-        self._closed = True
+        """Nothing of the work outlives this."""
         for timer in (self._retry, self._sparing):
             if timer is not None:
                 timer.cancel()

@@ -27,7 +27,7 @@ MODULE = {k: v for k, v in globals().items() if k in ("__annotations__", "__buil
 
 
 def wait(fd: int) -> tuple[dict[str, dict[str, str]], dict[str, int]]:
-    """The order, and the descriptors that came along, by their names."""
+    """The order, and the descriptors that came along, by their names; as :func:`.reaper.send` has packed them."""
     from _socket import AF_UNIX, CMSG_SPACE, SOCK_STREAM, socket  # without the Python around it
 
     line = socket(AF_UNIX, SOCK_STREAM, 0, fd)
