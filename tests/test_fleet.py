@@ -462,7 +462,7 @@ async def test_a_member_that_is_alone_looks_once_for_each_renewal_and_sees_who_c
         await asyncio.Event().wait()
 
     await add(postgres_url, *names(10))
-    ttl = 10.0  # a renewal each 2 s; who is not alone looks each 0.25 s
+    ttl = 3.0  # a renewal each 0.6 s; who is not alone looks each 0.15 s
     first, second = (botlease.Fleet("fleet", run, database=postgres_url, deployment="v1", ttl=ttl) for _ in "12")
     real, looks = first._fleet.look, list[float]()
 
@@ -478,7 +478,7 @@ async def test_a_member_that_is_alone_looks_once_for_each_renewal_and_sees_who_c
         seen = len(looks)
         while len(looks) < seen + 4:
             await asyncio.sleep(0.02)
-        assert looks[-1] - looks[-2] > 1.0
+        assert looks[-1] - looks[-2] > 0.3  # 0.6 or 0.4: its rows it looks at each third of a ttl
         tasks.append(asyncio.create_task(second.run()))
         began = boot()
         while not second.running:
@@ -488,9 +488,12 @@ async def test_a_member_that_is_alone_looks_once_for_each_renewal_and_sees_who_c
         while len(looks) < seen + 8:
             await asyncio.sleep(0.02)
         assert looks[-1] - looks[-8] < 4.0  # there is somebody now whose death would be missed
-    for fleet in (first, second):
-        fleet.stop()
-    await asyncio.gather(*tasks)
+        second.stop()
+        await tasks[1]
+        while looks[-1] - looks[-2] < 0.3:  # its slot is closed, and nobody is there any more
+            await asyncio.sleep(0.02)
+    first.stop()
+    await tasks[0]
 
 
 async def test_a_member_whose_run_is_cancelled_hands_its_bots_on_at_once(postgres_url: str) -> None:
