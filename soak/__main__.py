@@ -16,6 +16,7 @@ import click
 
 from soak import ROOT
 from soak.deployments import WORLDS
+from soak.faults import KINDS
 from soak.stores import TARGETS
 
 AT_LEAST_ONE = click.IntRange(min=1)
@@ -36,6 +37,14 @@ NICE = {"nemesis": "0", "stores": "3", "models": "5", "simulation": "15"}
 @click.option("--faults", type=AT_LEAST_ONE, help="Faults of the nemesis. By default 20,000, with --ci 540.")
 @click.option("--world", type=click.Choice(WORLDS), help="Only this kind of world of the nemesis.")
 @click.option(
+    "--fault",
+    "only",
+    multiple=True,
+    type=click.Choice(sorted(KINDS)),
+    metavar="KIND",
+    help="Only this kind of fault of the nemesis; may be repeated.",
+)
+@click.option(
     "--log", type=click.Path(dir_okay=False, writable=True), help="Nemesis: keep it here, and go on from here."
 )
 @click.option("--machines", type=AT_LEAST_ONE, help="Runs of each store. By default 1,000, with --ci 100.")
@@ -50,6 +59,7 @@ def main(
     first: int | None,
     faults: int | None,
     world: str | None,
+    only: tuple[str, ...],
     log: str | None,
     machines: int | None,
     store: str | None,
@@ -73,8 +83,8 @@ def main(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is stopped in order
     if len(parts) != 1:
         options = context.params | {"first": str(first)}
-        del options["parts"]
-        context.exit(_all([p for p in PARTS if not parts or p in parts], options))
+        del options["parts"], options["only"]
+        context.exit(_all([p for p in PARTS if not parts or p in parts], options, only))
     match parts[0]:
         case "models":
             from soak.models import run as models
@@ -84,9 +94,13 @@ def main(
             from soak.nemesis import run as nemesis
 
             report = nemesis(
-                first, faults or (540 if ci else 20_000), (world,) if world else WORLDS, path=Path(log) if log else None
+                first,
+                faults or (540 if ci else 20_000),
+                (world,) if world else WORLDS,
+                only,
+                path=Path(log) if log else None,
             )
-            if ci and not faults:
+            if ci and not faults and not only:
                 report.enough(CI_FAULTS, "faults")
                 report.enough(CI_KINDS, "kinds of faults")
         case "stores":
@@ -103,9 +117,10 @@ def main(
     context.exit(1 if report.failures else 0)
 
 
-def _all(parts: list[str], options: dict[str, object]) -> int:
+def _all(parts: list[str], options: dict[str, object], only: tuple[str, ...]) -> int:
     """Each part in a process of its own. Their figures come when they end."""
     given = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items() if value]
+    given += [f"--fault={name}" for name in only]
     running = {
         part: subprocess.Popen(
             ["nice", "-n", NICE[part], sys.executable, "-m", "soak", f"--part={part}", *given], cwd=ROOT

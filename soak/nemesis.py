@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,14 @@ def bound(ttl: float) -> float:
 class Run:
     """One world, from its first deployment to its last."""
 
-    def __init__(self, seed: int, kind: str, faults: int, plant: str, folder: Path) -> None:
+    def __init__(self, seed: int, kind: str, faults: int, only: Iterable[str], plant: str, folder: Path) -> None:
         store, _, extra = kind.partition("-")
         self.world = World(seed, store, folder, fake_time=extra == "clocks", plant=plant)
         self.kind = kind
         self.oracle = Oracle(self.world.witness)
         self.rng = random.Random(f"{seed}-faults")
         self.quota = faults
+        self.only = sorted(only)
         self.tried: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.findings: list[str] = []
@@ -68,6 +69,9 @@ class Run:
         self.damaged = False
 
     async def go(self) -> None:
+        if not self.kinds():
+            self.findings.append(f"on this machine such a world has no {' and no '.join(self.only)}")
+            return
         try:
             await self.world.open(3)
             await self.works(now(), "the start")
@@ -89,9 +93,12 @@ class Run:
     def broken(self) -> bool:
         return bool(self.findings or self.oracle.findings)
 
+    def kinds(self) -> list[str]:
+        return [kind for kind in possible(self.world) if not self.only or kind in self.only]
+
     def choose(self) -> str:
         """Every kind comes up; what came up least, more often."""
-        kinds = possible(self.world)
+        kinds = self.kinds()
         least = min(self.tried[k] for k in kinds)
         return self.rng.choice([k for k in kinds if self.tried[k] == least] if self.rng.random() < 0.6 else kinds)
 
@@ -214,6 +221,7 @@ class Run:
         return {
             "seed": self.world.seed,
             "kind": self.kind,
+            "only": self.only,
             "counts": dict(self.faults),
             "findings": self.findings + o.findings,
             "terms": len({w.term for w in o.works.values()}),
@@ -230,10 +238,10 @@ class Run:
         }
 
 
-def main(seed: int, kind: str, faults: int, plant: str) -> int:
+def main(seed: int, kind: str, faults: int, only: Iterable[str], plant: str) -> int:
     """One world in this process; its result is the last line of the output."""
     with tempfile.TemporaryDirectory(prefix="botlease-nemesis-", ignore_cleanup_errors=True) as folder:
-        run = Run(seed, kind, faults, plant, Path(folder))
+        run = Run(seed, kind, faults, only, plant, Path(folder))
         with contextlib.suppress(asyncio.CancelledError):
             loop = asyncio.new_event_loop()
             task = loop.create_task(run.go())
@@ -264,10 +272,12 @@ def _ends_at_a_signal(task: asyncio.Task[None]) -> None:
         loop.add_signal_handler(number, end)
 
 
-async def _world(seed: int, kind: str, faults: int, plant: str) -> AsyncIterator[dict[str, object]]:
+async def _world(
+    seed: int, kind: str, faults: int, only: Iterable[str], plant: str
+) -> AsyncIterator[dict[str, object]]:
     starting = asyncio.ensure_future(
         asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "soak.nemesis", str(seed), kind, str(faults), plant),
+            *(sys.executable, "-m", "soak.nemesis", str(seed), kind, str(faults), ",".join(only), plant),
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": f"{ROOT / 'src'}"},
             stdout=subprocess.PIPE,
@@ -312,7 +322,9 @@ class Log:
                 file.write(json.dumps(result) + "\n")
 
 
-async def _all(report: Report, log: Log, faults: int, worlds: tuple[str, ...], at_once: int, plant: str) -> None:
+async def _all(
+    report: Report, log: Log, faults: int, worlds: tuple[str, ...], only: Iterable[str], at_once: int, plant: str
+) -> None:
     this = asyncio.current_task()
     assert this is not None
     _ends_at_a_signal(this)
@@ -336,7 +348,7 @@ async def _all(report: Report, log: Log, faults: int, worlds: tuple[str, ...], a
         while world := next_world():
             seed, kind, left = world
             result: Any = {"damaged": 0}
-            async for line in _world(seed, kind, left, plant):
+            async for line in _world(seed, kind, left, only, plant):
                 some = int(str(line.get("faults", 0)))
                 done, ahead, left = done + some, ahead - min(some, left), left - min(some, left)
                 report.progress(f"{done:,} of {faults:,} faults")
@@ -358,7 +370,8 @@ async def _all(report: Report, log: Log, faults: int, worlds: tuple[str, ...], a
 def _fail(report: Report, result: dict[str, Any]) -> None:
     seed, kind = result["seed"], result["kind"]
     for text in result["findings"]:
-        report.fail(f"{kind}: {text}; again: scripts/soak --part nemesis --first {seed} --world {kind}")
+        only = "".join(f" --fault {name}" for name in result.get("only", ()))
+        report.fail(f"{kind}: {text}; again: scripts/soak --part nemesis --first {seed} --world {kind}{only}")
 
 
 def _figures(report: Report, log: Log) -> None:
@@ -397,6 +410,7 @@ def run(
     first: int,
     faults: int,
     worlds: tuple[str, ...] = WORLDS,
+    only: tuple[str, ...] = (),
     at_once: int = AT_ONCE,
     plant: str = "",
     path: Path | None = None,
@@ -415,7 +429,7 @@ def run(
         if not here:
             print(f"  nemesis: here are no {what}: it does without", file=sys.stderr)
     try:
-        asyncio.run(_all(report, log, faults, worlds, at_once, plant))
+        asyncio.run(_all(report, log, faults, worlds, only, at_once, plant))
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
     _figures(report, log)
@@ -423,4 +437,5 @@ def run(
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]))
+    seed, kind, faults, only, plant = sys.argv[1:]
+    raise SystemExit(main(int(seed), kind, int(faults), only.split(",") if only else (), plant))

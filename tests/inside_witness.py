@@ -13,6 +13,7 @@ async def main(path: str, ttl: float, deployment: str) -> None:
     while True:
         try:
             async with botlease.active(ttl=ttl, deployment=deployment) as term:
+                print(f"active: term {term.number}, inside", flush=True)  # as run says it
                 while True:
                     now = time.clock_gettime(time.CLOCK_BOOTTIME)
                     os.write(fd, f"{term.instance_id}/{os.getpid()} {term.number} {now:.6f}\n".encode())
