@@ -777,6 +777,19 @@ async def test_a_commit_of_another_process_is_noticed_without_polling(tmp_path: 
     await store.aclose()
 
 
+async def test_the_journal_of_a_commit_is_kept_and_void(tmp_path: Path) -> None:
+    """A deleted one can be there again after a power failure, as nobody waits for the folder: it would undo the commit.
+    And a file that somebody had in another mode is taken out of it."""
+    await sqlite_execute(f"sqlite:///{tmp_path}/lease.db")("PRAGMA journal_mode = WAL")
+    store = await opened(tmp_path)
+    await store.register(registration("a"), DEADLINE)
+    assert not (tmp_path / "lease.db-wal").exists()
+    journal = (tmp_path / "lease.db-journal").read_bytes()
+    assert len(journal) > 4096
+    assert not any(journal[:28])
+    await store.aclose()
+
+
 async def test_network_file_systems_links_and_folders_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,6 @@
 """Be told when somebody committed to an SQLite file, without polling it.
 
-With the rollback journal every commit ends by deleting ``<file>-journal``; inotify on the folder
+With the rollback journal every commit ends by closing ``<file>-journal``, which was written to; inotify on the folder
 reports that about 25 us later (measured), and costs nothing while nothing happens. It is only a hint.
 """
 
@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-IN_DELETE = 0x200
+IN_CLOSE_WRITE = 0x8
 IN_CLOEXEC_NONBLOCK = 0o2000000 | 0o4000
 EVENT = struct.Struct("iIII")
 
@@ -35,7 +35,7 @@ class JournalWatch:
         if fd < 0:
             return None
         file = Path(path)
-        if libc.inotify_add_watch(fd, os.fsencode(file.parent), IN_DELETE) < 0:
+        if libc.inotify_add_watch(fd, os.fsencode(file.parent), IN_CLOSE_WRITE) < 0:
             os.close(fd)
             return None
         return cls(fd, os.fsencode(file.name + "-journal"), changed)
