@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import os
 import random
 import signal
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from cgroups import CGROUPS, Cgroup, has_cgroups
 from harness import BOTLEASE, clean_env
-from netns import Netns, free_subnet, has_netns, is_left, sweep_namespaces
+from netns import Netns, free_subnet, has_netns, has_pid_namespaces, is_left, sweep_namespaces
 from proxy import Proxy
 from servers import Postgres, libfaketime, set_clock
 
@@ -38,15 +37,6 @@ WORLDS = ("postgres", "sqlite", "postgres-clocks")
 
 def is_root() -> bool:
     return os.geteuid() == 0
-
-
-@functools.cache
-def has_pid_namespaces() -> bool:
-    try:
-        tried = subprocess.run(["unshare", "--pid", "--fork", "--mount-proc", "true"], capture_output=True)
-    except OSError:
-        return False
-    return is_root() and tried.returncode == 0
 
 
 def sweep() -> None:
@@ -147,7 +137,7 @@ class Deployment:
     @property
     def escapes(self) -> bool:
         """Something of it has no death signal, and its successor may be where it cannot kill it: with supervisor and
-        reaper stopped it would work on (docs/reliability.md, assumption 5)."""
+        reaper stopped before they have seen it, it would work on (docs/reliability.md, assumption 5)."""
         t = self.traits
         return self.world.several_hosts and (t.user or t.daemon or t.spawns > 0)
 

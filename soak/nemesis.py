@@ -20,13 +20,13 @@ from typing import Any
 
 from cgroups import has_cgroups
 from harness import BOTLEASE, clean_env
-from netns import has_netns
+from netns import has_netns, has_pid_namespaces
 from servers import libfaketime
 
 from botlease import clock
 from soak import ROOT
 from soak.agreement import differences
-from soak.deployments import GRACE, WORLDS, World, has_pid_namespaces, sweep
+from soak.deployments import GRACE, WORLDS, World, sweep
 from soak.faults import KINDS, Scene, possible
 from soak.oracle import Oracle, now
 from soak.report import Report

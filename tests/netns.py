@@ -1,4 +1,4 @@
-"""Network namespaces: hosts of their own on this machine, each with one link to it. For root."""
+"""Namespaces, for root: of the network (hosts of their own on this machine, each with one link to it), and others."""
 
 from __future__ import annotations
 
@@ -29,6 +29,20 @@ def has_netns() -> bool:
     finally:
         if os.geteuid() == 0 and shutil.which("ip"):
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@functools.cache
+def has_pid_namespaces() -> bool:
+    try:
+        tried = subprocess.run(["unshare", "--pid", "--fork", "--mount-proc", "true"], capture_output=True)
+    except OSError:
+        return False
+    return os.geteuid() == 0 and tried.returncode == 0
+
+
+def is_the_root() -> bool:
+    """Of the machine, and not of a user namespace."""
+    return os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == ["0", "0", str(2**32 - 1)]
 
 
 def free_subnet() -> tuple[int, socket.socket]:

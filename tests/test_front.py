@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -54,6 +55,24 @@ def test_a_crash_of_the_front_leaves_no_core_with_the_token_in_it(sqlite_world: 
     run = start(sqlite_world, telegram)
     telegram.answered()
     assert "Max core file size        1 " in Path(f"/proc/{front(run)}/limits").read_text()
+
+
+def test_what_the_bot_behind_the_front_has_started_dies_with_the_reaper(
+    sqlite_world: World, telegram: Telegram
+) -> None:
+    """The bot has the front's death signal; what is in its group is on the reaper's leash."""
+    run = start(sqlite_world, telegram, bot=("sh", "-c", "sleep 600 & wait"))
+    helper = int(str(until(lambda: next((p for p in descendants(run.pid) if comm(p) == "sleep"), 0))))
+    run.says("active")
+    reaper = next(p for p in descendants(run.pid) if comm(p) == "botlease-reaper")
+    ends = os.pidfd_open(helper)
+    os.kill(run.pid, signal.SIGSTOP)
+    try:
+        os.kill(reaper, signal.SIGKILL)
+        assert select.select([ends], [], [], 10)[0]
+    finally:
+        os.kill(run.pid, signal.SIGCONT)
+        os.close(ends)
 
 
 def status(world: World) -> dict[str, object]:

@@ -14,7 +14,9 @@ from soak.oracle import now
 
 
 async def _stop(s: Scene, part: str) -> bool:
-    d = s.whom(lambda d: part != "everything" or not d.escapes)
+    d = s.whom(lambda d: part != "everything" or not s.escapes(d))
+    if part == "everything" and s.escapes(d):
+        return False
     stopped = d.part(part)
     if not d.send(part, signal.SIGSTOP):
         return False
@@ -80,7 +82,7 @@ async def kill_all_deployments(s: Scene) -> bool:
 @fault()
 async def stop_all_deployments(s: Scene) -> bool:
     """A machine that is suspended, as far as that can be done to processes."""
-    deployments = [d for d in s.world.deployments if not d.escapes]
+    deployments = [d for d in s.world.deployments if not s.escapes(d)]
     stopped = [pid for d in deployments for pid in d.tree()]
     sent = [d.send("everything", signal.SIGSTOP) for d in deployments]
     await s.wait()
@@ -100,8 +102,8 @@ async def terminate(s: Scene) -> bool:
 @fault(cgroups)
 async def freeze(s: Scene) -> bool:
     """As ``docker pause`` does it. On thawing everything runs at once, the late and the fence."""
-    d = s.whom(lambda d: not d.escapes)
-    if d.cgroup is None or d.escapes or not d.tree():
+    d = s.whom(lambda d: not s.escapes(d))
+    if d.cgroup is None or s.escapes(d) or not d.tree():
         return False
     took = d.cgroup.freeze(True)
     await s.wait()
@@ -112,7 +114,7 @@ async def freeze(s: Scene) -> bool:
 
 @fault(cgroups)
 async def freeze_all(s: Scene) -> bool:
-    frozen = [d.cgroup for d in s.world.deployments if d.cgroup is not None and not d.escapes]
+    frozen = [d.cgroup for d in s.world.deployments if d.cgroup is not None and not s.escapes(d)]
     took = [cgroup.freeze(True) for cgroup in frozen]
     await s.wait()
     s.rng.shuffle(frozen)
@@ -124,7 +126,7 @@ async def freeze_all(s: Scene) -> bool:
 
 @fault(cgroups)
 async def starve(s: Scene) -> bool:
-    """1 to 5 % of a core for a whole deployment. Not where something has to be swept by one that is starved itself."""
+    """1 to 5 % of a core for a whole deployment. Not where something has to be found by one that is starved itself."""
     d = s.whom(lambda d: not d.escapes)
     if d.cgroup is None or d.escapes or not d.cgroup.has("cpu"):
         return False

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import asyncpg
 from cgroups import has_cgroups
-from netns import has_netns
+from netns import has_netns, is_the_root
 
+from botlease import clock
 from soak.agreement import Harm
 from soak.deployments import Deployment, Host, World
 from soak.oracle import Oracle
@@ -20,6 +21,8 @@ from soak.oracle import Oracle
 Fault = Callable[["Scene"], Awaitable[bool | None]]
 """False where there was nothing to do it to: it does not count."""
 KINDS: dict[str, tuple[Fault, Callable[[World], bool]]] = {}
+LEASHED_WITHIN = 1.0
+"""Seconds from the start of a bot to the second renewal at a ttl of 1.5, for which 0.6 are enough."""
 NOT_DONE = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 """The database did not do it. The last two are no PostgresError: a connection that another fault ends under a query."""
 
@@ -75,6 +78,15 @@ class Scene:
         with contextlib.suppress(OSError):
             return latest is not None and f"active: term {latest.term}," in d.log.read_text()
         return False
+
+    def escapes(self, d: Deployment) -> bool:
+        """The kernel does not hold all of it: what has just daemonised is seen with the next renewal, and whoever has
+        another user is beyond the signals of a user namespace's root."""
+        begun = True  # the bot, a moment ago: that would be the last that its log says
+        with contextlib.suppress(OSError):
+            begun = clock.wall() - d.log.stat().st_mtime < LEASHED_WITHIN
+        t = d.traits
+        return d.escapes and (t.spawns > 0 or (t.daemon and begun) or (t.user and not is_the_root()))
 
     def host(self) -> Host:
         return self.whom().host

@@ -16,8 +16,9 @@ A cold start is half begun before the term as well: a *spare*, a fork of the rea
 it is to become, and waits for the word. It runs nothing of the user's before that; a Python bot's interpreter is loaded
 (:mod:`.ahead`), and nothing of the bot. A planned handover, in which nobody works, is shorter by that.
 
-If the reaper itself is stopped or stuck, its own kernel timer kills it at the end of trust, the bot dies
-with it (``PR_SET_PDEATHSIG``), and what had daemonised falls to the supervisor, a sub-reaper as well.
+If the reaper itself is stopped or stuck, its own kernel timer kills it at the end of trust, and the bot dies
+with it (``PR_SET_PDEATHSIG``, and :mod:`.leash` for its whole process group and for what had daemonised). What was not
+seen in time falls to the supervisor, a sub-reaper as well.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from botlease import clock
 from botlease.title import retitle
 from botlease.work import tree
 from botlease.work.fence import Fence
+from botlease.work.leash import Leash
 
 TYPE_CHECKING = False  # the reaper is forked before typing is loaded: half a megabyte for each process
 if TYPE_CHECKING:
@@ -154,7 +156,9 @@ class _Reaper:
         self.sock = sock
         self.inbox = Inbox(sock)
         self.fence = Fence()
+        self.leash = Leash()
         self.kill_at: float | None = None
+        self.search_at: float | None = None
         self.child = 0
         self.status: int | None = None
         self.working = False
@@ -175,6 +179,7 @@ class _Reaper:
         retitle("botlease-reaper")  # forked before the command line was read: it may hold a password
         for number in _PASSED_BY:
             signal.signal(number, signal.SIG_IGN)
+        self.children = tree.Children(os.getpid())
         read, write = _pipe()
         os.set_blocking(read, False)
         os.set_blocking(write, False)
@@ -196,6 +201,10 @@ class _Reaper:
                     self._obey(message)
             if self.gate is not None and self.gate.fileno() in ready:
                 self._at_the_gate()
+            if self.search_at is not None and clock.now() >= self.search_at:
+                self.search_at = None
+                with contextlib.suppress(OSError):  # no /proc, or out of descriptors
+                    self.leash.hold_groups_of(tree.descendants(os.getpid()))
             if self.kill_at is not None and clock.now() >= self.kill_at:
                 self._kill()
                 if not self.working:
@@ -206,7 +215,8 @@ class _Reaper:
         if self.working and self.killing:
             # Look again soon; not so soon for ever, should something be stuck in the kernel.
             return 2.0 if clock.now() < self.killing_since + 1 else 50.0
-        return None if self.kill_at is None else max(0.0, (self.kill_at - clock.now()) * 1000) + 1
+        at = self.kill_at if self.search_at is None else self.search_at
+        return None if at is None else max(0.0, (at - clock.now()) * 1000) + 1
 
     def _tell(self, **message: Any) -> None:
         try:
@@ -230,6 +240,7 @@ class _Reaper:
                 self._open(message)
             case "arm" if self.working:
                 self._arm(message["until"])
+                self._hold_children()
             case "arm" if self.guards:  # between a crash and the restart only the side-car lock is kept for longer
                 self.kill_at = message["until"]
             case "signal":
@@ -266,7 +277,18 @@ class _Reaper:
     def _arm(self, until: float) -> None:
         left = until - clock.now()
         self.kill_at = until - max(0.0, min(EARLY, left / 10))
+        self.search_at = until - left / 2  # not while all is well: then the next one comes before
         self.fence.arm(until)
+
+    def _hold_children(self) -> None:
+        """Whoever has become our child since then has daemonised. (Below the front there is the bot.)"""
+        found = self.children()
+        if self.command["front"]:
+            behind = tree.Children(self.child)
+            found += behind()
+            behind.close()
+        if len(self.leash) != 1 or found != [self.child]:  # as mostly: and nothing is in a cache, two seconds later
+            self.leash.hold_groups_of(found)
 
     def _start(self, message: dict[str, Any]) -> None:
         came = self._came_along(message)
@@ -301,6 +323,7 @@ class _Reaper:
         else:
             self.child = pid
             self._tell(say="started", pid=pid)
+            self._hold_children()
 
     def _at_the_gate(self) -> None:
         """The bot says that it has come there; or it has closed its end, as it may once it is through."""
@@ -332,6 +355,7 @@ class _Reaper:
         assert self.kill_at is not None
         if clock.now() >= self.kill_at:
             return  # the loop kills it
+        self._hold_children()
         if self.gate is not None:
             try:
                 self.gate.sendall(f"{message['term']}\n".encode())
@@ -348,6 +372,7 @@ class _Reaper:
             spare.become(order, fds)
         except OSError:  # somebody has killed it meanwhile
             spare.close()
+            self.leash.close()
             spare = self._fork()
             spare.become(order, fds)
         return spare.pid, spare.problem()
@@ -367,12 +392,14 @@ class _Reaper:
         finally:
             os.close(write)
             its.close()
+        self.leash.hold(pid)  # the group that it makes for itself, if it has not yet
         return _Spare(pid, ours, read)
 
     def _dismiss(self) -> None:
         if self.spare is not None:
             self.spare.close()  # it ends when it reads the end of file
             self.spare = None
+            self.leash.close()
 
     def _look(self) -> None:
         """Collect the dead; kill what should not be; say when nothing is left."""
@@ -391,7 +418,9 @@ class _Reaper:
             tree.kill_below(os.getpid(), self.child)
         if not left and self.child == 0:
             self.working = False
+            self.search_at = None
             self.fence.disarm()
+            self.leash.close()
             self._shut()
             late = self.kill_at is not None and clock.now() >= self.kill_at
             if late or self.draining or not self.guards:  # after a drain the term is over; else there may be a restart

@@ -23,6 +23,7 @@ PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 
 
+_PAGE = 4096
 _prctl = getattr(ctypes.CDLL(None), "prctl", None)  # once, and not in the moment in which a bot is started
 
 
@@ -59,8 +60,26 @@ def _look(pid: int) -> tuple[int, bytes] | None:
     return int(fields[1]), fields[19]
 
 
+def started(pid: int) -> bytes:
+    """Its start time, in clock ticks since the boot; empty if it is gone, or may not be looked at."""
+    try:
+        seen = _look(pid)
+    except OSError:
+        seen = None
+    return seen[1] if seen else b""
+
+
+def _see_ourselves() -> None:
+    """In a pid namespace of our own under the /proc of another one (``unshare --pid --fork`` without ``--mount-proc``)
+    the numbers there are those of strangers here. Raises OSError."""
+    if os.readlink("/proc/self") != str(os.getpid()):  # noqa: PTH115
+        raise OSError("/proc is that of another pid namespace")
+
+
 def look() -> dict[int, tuple[int, bytes]]:
-    """pid -> parent and start time, for every process that can be seen."""
+    """pid -> parent and start time, for every process that can be seen. Raises OSError where there is no /proc, or not
+    ours."""
+    _see_ourselves()
     found: dict[int, tuple[int, bytes]] = {}
     for name in os.listdir("/proc"):  # noqa: PTH208
         if name.isdigit():
@@ -87,8 +106,36 @@ def _below(root: int) -> dict[int, bytes]:
     return out
 
 
+class Children:
+    """Those of a process's main thread, without a look at all processes: a call of the kernel or two. None where
+    it does not tell (``CONFIG_PROC_CHILDREN``)."""
+
+    def __init__(self, pid: int) -> None:
+        try:
+            _see_ourselves()
+            self._fd = os.open(f"/proc/{pid}/task/{pid}/children", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self._fd = -1
+
+    def __call__(self) -> list[int]:
+        data = b""
+        try:
+            while more := os.pread(self._fd, 1 << 16, len(data)):
+                data += more
+                if len(more) < _PAGE // 2:  # the kernel gives a page at a time
+                    break
+        except OSError:
+            return []
+        return [int(word) for word in data.split()]
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
 def descendants(root: int) -> list[int]:
-    """Everything below ``root``, nearest first."""
+    """Everything below ``root``, nearest first. Raises OSError where there is no /proc, or not ours."""
     return list(_below(root))
 
 
