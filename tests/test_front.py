@@ -19,6 +19,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 from harness import BOTLEASE, Run, World, clean_env, until
+from reapers import comm
 from servers import free_port
 from telegram_thread import BOT, TOKEN, Telegram
 
@@ -38,10 +39,6 @@ def telegram() -> Iterator[Telegram]:
 def start(world: World, telegram: Telegram, *options: str, bot: tuple[str, ...] = PLAIN, work: str = "0") -> Run:
     more = () if "--ttl" in options else ("--ttl", "4")
     return world.run("--gateway", *more, *options, bot=bot, env=telegram.env | {"WORK": work}, ttl="4")
-
-
-def comm(pid: int) -> str:
-    return Path(f"/proc/{pid}/comm").read_text().strip()
 
 
 def front(run: Run) -> int:
