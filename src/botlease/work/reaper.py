@@ -420,13 +420,13 @@ class _Reaper:
             self.working = False
             self.search_at = None
             self.fence.disarm()
-            self.leash.close()
             self._shut()
             late = self.kill_at is not None and clock.now() >= self.kill_at
             if late or self.draining or not self.guards:  # after a drain the term is over; else there may be a restart
                 self._drop()
             status = self.status if self.status is not None else -signal.SIGKILL
             self._tell(say="gone", status=status, guarded=bool(self.guards))
+            self.leash.close()
 
     def _end(self) -> NoReturn:
         """The supervisor is gone. Nothing below us may outlive it."""
