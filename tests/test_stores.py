@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import gc
 import os
@@ -1087,6 +1088,27 @@ async def test_a_lock_that_cannot_be_opened_is_not_reported_while_somebody_works
     assert await acquire(b, "b", held, how=How.RELEASED) is None
     with pytest.raises(StoreRefused, match="delete it"):  # whoever has read that it is free
         await acquire(b, "b", replace(held, holder=None), how=How.RELEASED)
+    await a.aclose()
+    await b.aclose()
+
+
+async def test_a_lock_that_the_kernel_cannot_give_is_named_and_leaves_no_descriptor_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import botlease.stores.sqlite as module
+
+    a, b, held = await one_works_one_waits(tmp_path)
+    a._drop_guard("bot")
+    before = len([*Path("/proc/self/fd").iterdir()])
+
+    def flock(fd: int, how: int) -> None:  # what it says where lockd is away, or its memory; cannot be had here
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(module.fcntl, "flock", flock)
+    for _ in range(3):
+        with pytest.raises(StoreError, match="No locks available"):
+            await acquire(b, "b", replace(held, holder=None), how=How.RELEASED)
+    assert len([*Path("/proc/self/fd").iterdir()]) <= before
     await a.aclose()
     await b.aclose()
 

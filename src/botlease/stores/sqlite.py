@@ -332,6 +332,9 @@ class SqliteStore:
             except BlockingIOError:
                 if left:
                     time.sleep(0.005)
+            except OSError as e:
+                os.close(fd)
+                raise StoreError(f"cannot take the lock {lock}: {e.strerror or e}") from None
             else:
                 self._guards[bot] = fd
                 return True
