@@ -207,13 +207,8 @@ for n in range(40):
 open({str(tmp_path / "ready")!r}, "w").close()
 time.sleep(600)
 """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
-    try:
-        reaper = Reaper()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    with contextlib.closing(reaper):
+    with a_reaper() as reaper:
+        resource.prlimit(reaper.pid, resource.RLIMIT_NOFILE, (64, 64))
         reaper.prepare([sys.executable, "-S", "-c", many])
         reaper.tell(do="start", env={}, until=clock.now() + LONG, gate=False)
         reaper.says("started")

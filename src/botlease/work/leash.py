@@ -37,8 +37,6 @@ class Leash:
 
     def __init__(self) -> None:
         self._held: dict[int, tuple[socket.socket, socket.socket]] = {}
-        # The sweeps need some, too; and a bot of that many groups is swept, as it ever was.
-        self._most = min(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8)
 
     def __len__(self) -> int:
         return len(self._held)
@@ -46,7 +44,9 @@ class Leash:
     def hold(self, group: int) -> None:
         """This one, too; as long as there is anybody in it. A child of ours that has not made its group yet will be in
         the one of its number."""
-        if _fcntl is None or len(self._held) >= self._most:
+        # The sweeps need some descriptors, too; and a bot of very many groups is swept, as it ever was.
+        most = min(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8)
+        if _fcntl is None or len(self._held) >= most:
             return
         try:
             pair = socket.socketpair()
