@@ -28,6 +28,8 @@ else:  # as in the reaper
     import _signal as signal
     import _socket as socket
 
+MOST = 64
+"""Process groups."""
 _F_SETFL, _F_SETOWN, _F_SETSIG = 4, 8, 10
 _fcntl = getattr(ctypes.CDLL(None), "fcntl", None) if os.uname().sysname == "Linux" else None
 
@@ -45,7 +47,8 @@ class Leash:
         """This one, too; as long as there is anybody in it. A child of ours that has not made its group yet will be in
         the one of its number."""
         # The sweeps need some descriptors, too; and a bot of very many groups is swept, as it ever was.
-        most = min(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8)
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        most = min(MOST, limit // 8) if limit >= 0 else MOST
         if _fcntl is None or len(self._held) >= most:
             return
         try:
