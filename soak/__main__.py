@@ -38,7 +38,6 @@ NICE = {"nemesis": "0", "stores": "3", "models": "5", "simulation": "15"}
 @click.option("--world", type=click.Choice(WORLDS), help="Only this kind of world of the nemesis.")
 @click.option(
     "--fault",
-    "only",
     multiple=True,
     type=click.Choice(sorted(KINDS)),
     metavar="KIND",
@@ -59,7 +58,7 @@ def main(
     first: int | None,
     faults: int | None,
     world: str | None,
-    only: tuple[str, ...],
+    fault: tuple[str, ...],
     log: str | None,
     machines: int | None,
     store: str | None,
@@ -83,8 +82,8 @@ def main(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started is stopped in order
     if len(parts) != 1:
         options = context.params | {"first": str(first)}
-        del options["parts"], options["only"]
-        context.exit(_all([p for p in PARTS if not parts or p in parts], options, only))
+        del options["parts"]
+        context.exit(_all([p for p in PARTS if not parts or p in parts], options))
     match parts[0]:
         case "models":
             from soak.models import run as models
@@ -97,10 +96,10 @@ def main(
                 first,
                 faults or (540 if ci else 20_000),
                 (world,) if world else WORLDS,
-                only,
+                fault,
                 path=Path(log) if log else None,
             )
-            if ci and not faults and not only:
+            if ci and not faults and not fault:
                 report.enough(CI_FAULTS, "faults")
                 report.enough(CI_KINDS, "kinds of faults")
         case "stores":
@@ -117,10 +116,10 @@ def main(
     context.exit(1 if report.failures else 0)
 
 
-def _all(parts: list[str], options: dict[str, object], only: tuple[str, ...]) -> int:
+def _all(parts: list[str], options: dict[str, object]) -> int:
     """Each part in a process of its own. Their figures come when they end."""
-    given = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items() if value]
-    given += [f"--fault={name}" for name in only]
+    values = [(n, v) for n, value in options.items() for v in (value if isinstance(value, tuple) else (value,)) if v]
+    given = [f"--{name}" if value is True else f"--{name}={value}" for name, value in values]
     running = {
         part: subprocess.Popen(
             ["nice", "-n", NICE[part], sys.executable, "-m", "soak", f"--part={part}", *given], cwd=ROOT

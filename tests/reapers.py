@@ -39,8 +39,8 @@ class Reaper:
         until(lambda: [comm(pid) for pid in self.children()] == ["botlease-spare"])
         return self.children()[0]
 
-    def start(self, fds: dict[str, int], **env: str) -> None:
-        self.tell(fds, do="start", env=env, until=clock.now() + 30, gate=False)
+    def start(self, fds: dict[str, int], *, seconds: float = 30, **env: str) -> None:
+        self.tell(fds, do="start", env=env, until=clock.now() + seconds, gate=False)
 
     def says(self, word: str) -> dict[str, Any]:
         """The next message of this kind."""

@@ -61,7 +61,7 @@ class Bot:
         note = folder / "pid"
         note.unlink(missing_ok=True)
         reaper.prepare([sys.executable, "-S", "-c", BOT, kind, str(note), str(user)])
-        reaper.tell(do="start", env={}, until=clock.now() + LONG, gate=False)
+        reaper.start({}, seconds=LONG)
         reaper.says("started")
         self.pid = int(until(lambda: note.exists() and note.read_text().strip()))
         self.ends = os.pidfd_open(self.pid)
@@ -210,7 +210,7 @@ time.sleep(600)
     with a_reaper() as reaper:
         resource.prlimit(reaper.pid, resource.RLIMIT_NOFILE, (64, 64))
         reaper.prepare([sys.executable, "-S", "-c", many])
-        reaper.tell(do="start", env={}, until=clock.now() + LONG, gate=False)
+        reaper.start({}, seconds=LONG)
         reaper.says("started")
         until((tmp_path / "ready").exists)
         arm(reaper, LONG)

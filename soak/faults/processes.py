@@ -14,8 +14,8 @@ from soak.oracle import now
 
 
 async def _stop(s: Scene, part: str) -> bool:
-    d = s.whom(lambda d: part != "everything" or not s.escapes(d))
-    if part == "everything" and s.escapes(d):
+    d = s.whom(lambda d: part != "everything" or not s.unleashed(d))
+    if part == "everything" and s.unleashed(d):
         return False
     stopped = d.part(part)
     if not d.send(part, signal.SIGSTOP):
@@ -82,7 +82,7 @@ async def kill_all_deployments(s: Scene) -> bool:
 @fault()
 async def stop_all_deployments(s: Scene) -> bool:
     """A machine that is suspended, as far as that can be done to processes."""
-    deployments = [d for d in s.world.deployments if not s.escapes(d)]
+    deployments = [d for d in s.world.deployments if not s.unleashed(d)]
     stopped = [pid for d in deployments for pid in d.tree()]
     sent = [d.send("everything", signal.SIGSTOP) for d in deployments]
     await s.wait()
@@ -102,8 +102,8 @@ async def terminate(s: Scene) -> bool:
 @fault(cgroups)
 async def freeze(s: Scene) -> bool:
     """As ``docker pause`` does it. On thawing everything runs at once, the late and the fence."""
-    d = s.whom(lambda d: not s.escapes(d))
-    if d.cgroup is None or s.escapes(d) or not d.tree():
+    d = s.whom(lambda d: not s.unleashed(d))
+    if d.cgroup is None or s.unleashed(d) or not d.tree():
         return False
     took = d.cgroup.freeze(True)
     await s.wait()
@@ -114,7 +114,7 @@ async def freeze(s: Scene) -> bool:
 
 @fault(cgroups)
 async def freeze_all(s: Scene) -> bool:
-    frozen = [d.cgroup for d in s.world.deployments if d.cgroup is not None and not s.escapes(d)]
+    frozen = [d.cgroup for d in s.world.deployments if d.cgroup is not None and not s.unleashed(d)]
     took = [cgroup.freeze(True) for cgroup in frozen]
     await s.wait()
     s.rng.shuffle(frozen)

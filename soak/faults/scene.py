@@ -79,7 +79,7 @@ class Scene:
             return latest is not None and f"active: term {latest.term}," in d.log.read_text()
         return False
 
-    def escapes(self, d: Deployment) -> bool:
+    def unleashed(self, d: Deployment) -> bool:
         """The kernel does not hold all of it: what has just daemonised is seen with the next renewal, and whoever has
         another user is beyond the signals of a user namespace's root."""
         begun = True  # the bot, a moment ago: that would be the last that its log says

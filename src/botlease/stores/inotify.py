@@ -1,7 +1,7 @@
 """Be told when somebody committed to an SQLite file, without polling it.
 
 With the rollback journal every commit ends by closing ``<file>-journal``, which was written to; inotify on the folder
-reports that about 25 us later (measured), and costs nothing while nothing happens. It is only a hint.
+reports that at once, and costs nothing while nothing happens. It is only a hint.
 """
 
 from __future__ import annotations
