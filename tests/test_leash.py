@@ -56,12 +56,15 @@ while True:
 class Bot:
     """Below a reaper whose supervisor does nothing any more."""
 
-    def __init__(self, reaper: Reaper, folder: Path, kind: str, user: int = 0) -> None:
+    def __init__(self, reaper: Reaper, folder: Path, kind: str, user: int = 0, *, warm: bool = False) -> None:
         self.reaper = reaper
         note = folder / "pid"
         note.unlink(missing_ok=True)
         reaper.prepare([sys.executable, "-S", "-c", BOT, kind, str(note), str(user)])
-        reaper.start({}, seconds=LONG)
+        if warm:
+            reaper.tell(do="start", env={}, until=None, gate=True)
+        else:
+            reaper.start({}, seconds=LONG)
         reaper.says("started")
         self.pid = int(until(lambda: note.exists() and note.read_text().strip()))
         self.ends = os.pidfd_open(self.pid)
@@ -159,6 +162,30 @@ def test_a_group_that_has_ended_is_let_go(tmp_path: Path) -> None:
         os.kill(bot.pid, signal.SIGKILL)
         assert bot.dies()
         until(lambda: arm(reaper, LONG) or leashes(reaper) == 1)
+
+
+def test_what_has_daemonised_while_it_warmed_up_is_held_before_the_gate_opens(tmp_path: Path) -> None:
+    with a_reaper() as reaper:
+        bot = Bot(reaper, tmp_path, "daemon", warm=True)
+        reaper.tell(do="open", until=clock.now() + LONG, term=1)
+        reaper.says("opened")
+        assert leashes(reaper) == 2
+        os.kill(reaper.pid, signal.SIGKILL)
+        assert bot.dies()
+        os.close(bot.ends)
+
+
+def test_all_children_are_found_however_many_there_are() -> None:
+    code = """
+import os, signal
+from botlease.work.tree import Children
+made = sorted(os.fork() or signal.pause() for _ in range(700))
+print(sorted(Children(os.getpid())()) == made)
+for pid in made:
+    os.kill(pid, signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=clean_env(), capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_nothing_is_left_of_a_leash_when_its_bot_is_gone(tmp_path: Path) -> None:
