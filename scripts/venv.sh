@@ -1,6 +1,9 @@
 # Sourced by the other scripts: makes .venv on a fresh machine with Python 3.11 or newer, from the
 # hashed lists in requirements/. Uses uv where there is one, else puts one into .venv.
 # shellcheck shell=sh
+# Images of Python often set it. Without compiled modules each supervisor that is started compiles its own anew, which
+# doubles the time that a start takes; of the tests there are thousands.
+unset PYTHONDONTWRITEBYTECODE
 venv() {
   list=requirements/$1.txt
   stamp=.venv/.installed-$1

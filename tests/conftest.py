@@ -55,6 +55,9 @@ async def postgres_url(postgres_server: object) -> AsyncIterator[str]:
     await admin.execute(f"CREATE DATABASE {name}")
     await admin.close()
     yield postgres_server.url(name)
+    admin = await asyncpg.connect(postgres_server.url())
+    await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    await admin.close()
 
 
 @pytest.fixture

@@ -122,7 +122,8 @@ class Postgres:
         options = {"port": self.port, "listen_addresses": "127.0.0.1", "unix_socket_directories": ""}
         options |= {"max_connections": "200", "log_min_messages": "fatal"}
         if not self.durable:
-            options |= {"fsync": "off", "shared_buffers": "16MB"}
+            options |= {"fsync": "off", "shared_buffers": "16MB", "max_wal_size": "64MB"}  # it may all be in memory
+            options |= {"dynamic_shared_memory_type": "mmap"}  # posix is left in /dev/shm by a server that was killed
         options |= {"wal_retrieve_retry_interval": "50ms"}  # or a promotion waits for the next try, up to 5 s
         deadline = time.monotonic() + 30
         while True:

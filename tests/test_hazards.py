@@ -566,6 +566,7 @@ def test_of_thousands_of_orphans_none_is_left_unburied(sqlite_world: World, tmp_
     assert run.process.poll() is None
 
 
+@pytest.mark.long
 def test_of_thirty_supervisors_that_start_at_once_one_works(sqlite_world: World) -> None:
     runs = [sqlite_world.run("--standby", "--deployment", "v1", ttl="10") for _ in range(30)]
     for run in runs:
@@ -598,7 +599,7 @@ def test_a_set_user_id_program_stays_ours_to_kill_and_dies_with_its_supervisor(s
 
 def test_beside_a_stopped_supervisor_the_reaper_ends_the_bot_itself_and_outlives_it(sqlite_world: World) -> None:
     """The kernel's timer, a moment later, would have to kill the reaper to get at the bot."""
-    run = sqlite_world.run()
+    run = sqlite_world.run(ttl="3")  # that moment is a tenth of the trust: of 1.2 s too little beside three other tests
     sqlite_world.works(1)
     ((bot, _),) = sqlite_world.stamps()
     (reaper,) = [p for p in run.children() if p != bot]

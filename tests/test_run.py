@@ -264,7 +264,7 @@ def test_a_stop_signal_between_a_crash_and_the_restart_ends_it(sqlite_world: Wor
 TRIALS = 25  # times 8 below: 200
 
 
-@pytest.mark.parametrize("chunk", [*range(4), *(pytest.param(n, marks=pytest.mark.long) for n in range(4, 8))])
+@pytest.mark.parametrize("chunk", [*range(2), *(pytest.param(n, marks=pytest.mark.long) for n in range(2, 8))])
 def test_kill_9_of_the_supervisor_leaves_no_living_child_after_100_ms(
     tmp_path: Path, chunk: int, sqlite_url: str
 ) -> None:

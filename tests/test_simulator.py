@@ -266,7 +266,7 @@ async def test_what_is_not_there_is_answered_as_the_server_does(
 BOTS = Path(__file__).parent / "bots"
 
 
-@pytest.mark.parametrize("framework", ["ptb", "aiogram", "telebot"])
+@pytest.mark.parametrize("framework", ["ptb", pytest.param("aiogram", marks=pytest.mark.long), "telebot"])
 async def test_an_unmodified_framework_runs_and_a_second_copy_of_it_conflicts(framework: str) -> None:
     simulator = await Simulator.start()
     bot_id = next(_ids)
