@@ -200,6 +200,58 @@ def test_nothing_is_left_of_a_leash_when_its_bot_is_gone(tmp_path: Path) -> None
             until(lambda: leashes(reaper) == 0)
 
 
+def test_a_spare_is_held_and_when_it_has_ended_or_was_replaced_nothing_is_left_of_its_leash(tmp_path: Path) -> None:
+    with a_reaper() as reaper:
+        reaper.prepare(["sleep", "600"])
+        spare = reaper.spare()
+        until(lambda: leashes(reaper) == 1)
+        os.kill(spare, signal.SIGKILL)
+        until(lambda: leashes(reaper) == 0)
+        reaper.prepare(["sleep", "600"])
+        spare = reaper.spare()
+        os.kill(reaper.pid, signal.SIGSTOP)  # it hears of the order first, and then of the death
+        os.kill(spare, signal.SIGKILL)
+        until(lambda: gone(spare))
+        reaper.start({}, seconds=LONG)
+        os.kill(reaper.pid, signal.SIGCONT)
+        assert reaper.says("started")["pid"] != spare
+        # Not buried yet, it may have been taken for something that had daemonised: until the next renewal.
+        until(lambda: arm(reaper, LONG) or leashes(reaper) == 1)
+
+
+@pytest.mark.skipif(
+    not has_pid_namespaces() or not is_the_root(), reason="numbers are chosen by root in a pid namespace"
+)
+def test_whoever_has_the_number_of_one_that_ended_meanwhile_is_not_held() -> None:
+    code = """
+import subprocess, time
+from pathlib import Path
+from botlease.work import tree
+from botlease.work.leash import Leash
+def sleeps():
+    return subprocess.Popen(["sleep", "600"], start_new_session=True)
+ended, asked, strangers = sleeps(), tree.started, []
+time.sleep(0.05)  # the kernel tells starts to a hundredth of a second
+def meanwhile(pid):
+    began = asked(pid)
+    if not strangers:
+        ended.kill()
+        ended.wait()
+        Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
+        strangers.append(sleeps())
+    return began
+tree.started = meanwhile
+leash = Leash()
+leash.hold_groups_of([ended.pid])
+(stranger,) = strangers
+print(stranger.pid == ended.pid, len(leash), stranger.poll())
+stranger.kill()
+"""
+    wrap = ("unshare", "--pid", "--fork", "--mount-proc")
+    done = subprocess.run([*wrap, sys.executable, "-c", code], env=clean_env(), capture_output=True, text=True)
+    assert done.stdout == "True 0 None\n", done.stderr
+
+
 def test_a_leash_that_is_let_go_does_not_kill(tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "600"], start_new_session=True) as stranger:
         try:
