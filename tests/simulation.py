@@ -987,11 +987,14 @@ class World:
     # A whole run -----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """The database is another world's afterwards."""
         try:
             self._run()
         finally:
-            Database.free.append(self.db)
+            self.close()
+
+    def close(self) -> None:
+        """The database is another world's afterwards."""
+        Database.free.append(self.db)
 
     def _run(self) -> None:
         if self.plan.failover:

@@ -446,11 +446,17 @@ def quiet(nodes: int, *, same_host: bool = False) -> Simulated:
     return world
 
 
+@pytest.fixture
+def stack() -> Iterator[contextlib.ExitStack]:
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
 @pytest.mark.parametrize("same_host", [False, True])
 def test_of_a_hundred_candidates_one_follows_a_dead_holder_and_the_others_write_next_to_nothing(
-    same_host: bool,
+    stack: contextlib.ExitStack, same_host: bool
 ) -> None:
-    world = quiet(100, same_host=same_host)
+    world = stack.enter_context(contextlib.closing(quiet(100, same_host=same_host)))
     dead = next(iter(world.running)).node
     written: Counter[core.Verb] = Counter()
     serve = world.serve
@@ -473,9 +479,9 @@ def test_of_a_hundred_candidates_one_follows_a_dead_holder_and_the_others_write_
     assert written[core.Verb.TOUCH] <= 101 * 4
 
 
-def test_an_hour_without_a_database_is_asked_after_gently_and_over_at_once() -> None:
+def test_an_hour_without_a_database_is_asked_after_gently_and_over_at_once(stack: contextlib.ExitStack) -> None:
     """In virtual time: how often it is asked, and how soon somebody works when it is back."""
-    world = quiet(2)
+    world = stack.enter_context(contextlib.closing(quiet(2)))
     there, asked = True, 0
     delay = world.delay
 

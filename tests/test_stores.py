@@ -177,10 +177,9 @@ TIMESTAMP, is_active BOOLEAN DEFAULT TRUE)"""
 async def run_sql(url: str, *statements: str) -> list[Any]:
     out: list[Any] = []
     if url.startswith("sqlite"):
-        with sqlite3.connect(url.removeprefix("sqlite:///")) as db:
+        with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as db, db:
             for s in statements:
                 out = db.execute(s).fetchall()
-        db.close()
     else:
         connection = await asyncpg.connect(url)
         try:

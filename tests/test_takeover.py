@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +22,16 @@ class Steady(random.Random):
 
     def choice(self, seq: Any) -> Any:
         return seq[0]
+
+
+_worlds: list[World] = []
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    yield
+    while _worlds:
+        _worlds.pop().close()
 
 
 def quiet(probation: float = 30.0, **more: object) -> World:
@@ -47,6 +58,7 @@ def quiet(probation: float = 30.0, **more: object) -> World:
     world.calm = True
     world.limit = 10**9  # these worlds live for hours
     world.rng = Steady()
+    _worlds.append(world)
     return world
 
 
