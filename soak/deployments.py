@@ -21,7 +21,7 @@ from cgroups import CGROUPS, Cgroup, has_cgroups
 from harness import BOTLEASE, clean_env
 from netns import Netns, free_subnet, has_netns, has_pid_namespaces, is_left, sweep_namespaces
 from proxy import Proxy
-from servers import Postgres, libfaketime, set_clock
+from servers import Postgres, forget_clocks, libfaketime, set_clock
 
 from botlease.work.tree import descendants
 from soak import ROOT
@@ -199,6 +199,7 @@ class Deployment:
             self.process = subprocess.Popen(
                 self._command(), env=clean_env(**env), stdout=out, stderr=out, start_new_session=True
             )
+        w.started.append(self.process.pid)
         self.starts += 1
 
     async def run(self) -> None:
@@ -288,6 +289,8 @@ class World:
     library: Path | None = None
     subnet: socket.socket | None = None
     count: int = 0
+    started: list[int] = field(default_factory=list)
+    """Every process of the platforms, in the order in which it started them."""
     harms: list[Harm] = field(default_factory=list)
     """What faults left in the database that ``verify`` may name."""
 
@@ -398,3 +401,4 @@ class World:
             if server.process is not None:
                 server.signal(signal.SIGCONT)
             server.stop()
+        forget_clocks(self.started)

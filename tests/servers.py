@@ -60,6 +60,13 @@ def libfaketime() -> Path | None:
     return next(iter(Path(found.origin).parent.glob("vendor/libfaketime/src/libfaketime.so.1")), None)
 
 
+def forget_clocks(pids: list[int]) -> None:
+    """What libfaketime leaves in /dev/shm of a process that was killed."""
+    for pid in pids:
+        for name in (f"faketime_shm_{pid}", f"sem.faketime_sem_{pid}"):
+            Path("/dev/shm", name).unlink(missing_ok=True)
+
+
 def set_clock(file: Path, seconds: float, rate: float | None = None) -> None:
     """At once: who reads it meanwhile must not find it empty. A ``rate`` holds until another one is named, and is
     counted from the start of each process."""
@@ -91,6 +98,7 @@ class Postgres:
         self.port = free_port()
         self._known = False  # once it has run, others know its port
         self.process: subprocess.Popen[bytes] | None = None
+        self._started: list[int] = []
         self._over = False
         self._lock = threading.Lock()
         self.user: str | None = None
@@ -140,6 +148,7 @@ class Postgres:
                     stderr=subprocess.DEVNULL,
                     start_new_session=True,  # what interrupts a whole terminal does not end it under those who use it
                 )
+                self._started.append(self.process.pid)
             while self.process.poll() is None and time.monotonic() < deadline:
                 try:
                     socket.create_connection(("127.0.0.1", self.port), 1).close()
@@ -214,6 +223,7 @@ class Postgres:
         with self._lock:
             self._over = True
         self.shut_down()
+        forget_clocks(self._started)
         # Of hundreds of databases there are tens of thousands of files: on a busy disk two minutes were not enough.
         subprocess.run(["sh", "-c", 'rm -rf "$0" >/dev/null 2>&1 &', self.folder], check=True)
 
