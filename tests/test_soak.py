@@ -178,7 +178,11 @@ def test_what_a_world_that_was_killed_left_behind_is_swept_away_and_nothing_else
             subprocess.run(["ip", "netns", "del", name], check=True)
 
 
-def test_an_interrupted_nemesis_leaves_nothing_running() -> None:
+@pytest.mark.parametrize(
+    ("options", "word", "many"),
+    [(("--world=postgres",), "", 11), (("--world=sqlite", "--fault=lock_the_file"), "BEGIN EXCLUSIVE", 1)],
+)
+def test_an_interrupted_nemesis_leaves_nothing_running(options: tuple[str, ...], word: str, many: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)  # PostgreSQL is another user for root
 
@@ -190,7 +194,7 @@ def test_an_interrupted_nemesis_leaves_nothing_running() -> None:
             return [command for command in found if folder in command]
 
         soak = subprocess.Popen(
-            [sys.executable, "-m", "soak", "--part=nemesis", "--world=postgres", "--first=0"],
+            [sys.executable, "-m", "soak", "--part=nemesis", "--first=0", *options],
             cwd=ROOT,
             env=os.environ | {"TMPDIR": folder},
             stdout=subprocess.DEVNULL,
@@ -198,7 +202,7 @@ def test_an_interrupted_nemesis_leaves_nothing_running() -> None:
             start_new_session=True,
         )
         try:
-            until(lambda: len(running()) > 10, 60)
+            until(lambda: sum(word in command for command in running()) >= many, 60)
             soak.send_signal(signal.SIGINT)  # as timeout(1) does it: its child, then the group
             os.killpg(soak.pid, signal.SIGINT)
             assert soak.wait(60) == 1

@@ -147,16 +147,15 @@ time.sleep(60)
 @fault(sqlite)
 async def lock_the_file(s: Scene) -> None:
     """A writer that is stopped inside its transaction."""
-    locker = subprocess.Popen(
-        [sys.executable, "-S", "-c", LOCKER, str(s.world.file)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    assert locker.stdout is not None
-    await asyncio.to_thread(locker.stdout.readline)
-    locker.send_signal(signal.SIGSTOP)
-    await s.wait()
-    locker.kill()
-    locker.wait()
-    locker.stdout.close()
+    command = [sys.executable, "-S", "-c", LOCKER, str(s.world.file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as locker:
+        try:
+            assert locker.stdout is not None
+            await asyncio.to_thread(locker.stdout.readline)
+            locker.send_signal(signal.SIGSTOP)
+            await s.wait()
+        finally:  # stopped, nobody else would end it
+            locker.kill()
 
 
 @fault(sqlite)

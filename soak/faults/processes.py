@@ -155,9 +155,11 @@ async def out_of_memory(s: Scene) -> bool:
     script = "".join(f"echo $$ >{f} || exit 99; " for f in files) + 'exec "$@"'
     hog = subprocess.Popen(["sh", "-c", script, "sh", sys.executable, "-S", "-c", HOG], stderr=subprocess.DEVNULL)
     end = now() + 3
-    while hog.poll() is None and now() < end:
-        await asyncio.sleep(0.05)
-    hog.kill()
+    try:
+        while hog.poll() is None and now() < end:
+            await asyncio.sleep(0.05)
+    finally:
+        hog.kill()
     d.cgroup.limit(None)
     # Frozen by the fault beside this one it dies when that one is undone: to wait for it in our loop would be for ever.
     await asyncio.to_thread(hog.wait)
