@@ -56,7 +56,6 @@ def main(
     if checking and not parts:
         parts, chosen = ("peers", "own"), ("botlease",)
     # As an installation has it: with compiled modules. Compiling them at each start doubles its time and memory.
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     subprocess.run([sys.executable, "-m", "compileall", "-q", "src"], check=True, cwd=ROOT)
     todo = [part for part in PARTS if not parts or part in parts]
     found: dict[str, Any] = {"quick": quick, "floors": {}}

@@ -230,7 +230,7 @@ def _single_beat(name: str, ttl: float, settings: str, env: dict[str, str]) -> S
 
 
 def environment(system: System, url: str, key: str) -> dict[str, str]:
-    return clean_env(**system.env(url, key)) | {"PYTHONDONTWRITEBYTECODE": ""}
+    return clean_env(**system.env(url, key))
 
 
 def unavailable(system: System, servers: dict[str, str]) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -58,6 +59,13 @@ async def postgres_url(postgres_server: object) -> AsyncIterator[str]:
     admin = await asyncpg.connect(postgres_server.url())
     await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
     await admin.close()
+
+
+@pytest.fixture
+def worlds() -> Iterator[contextlib.ExitStack]:
+    """Closed with the test: those of the simulation that are not run to their end, which closes them itself."""
+    with contextlib.ExitStack() as stack:
+        yield stack
 
 
 @pytest.fixture

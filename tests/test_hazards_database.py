@@ -433,11 +433,11 @@ async def test_what_was_stored_of_the_bot_api_and_what_a_fleet_took_outlast_a_cr
         crashing.stop()
 
 
-def quiet(nodes: int, *, same_host: bool = False) -> Simulated:
+def quiet(worlds: contextlib.ExitStack, nodes: int, *, same_host: bool = False) -> Simulated:
     """A world of the simulation (the core and the store statements as they are, virtual time) without faults."""
     none = {name: False for name, kind in Plan.__annotations__.items() if kind == "bool"}
     plan = Plan(nodes=nodes, length=0, timings=[TIMING], loss=0, late=0, ambush=0, **none | {"same_host": same_host})
-    world = Simulated(1, plan)
+    world = worlds.enter_context(contextlib.closing(Simulated(1, plan)))
     world.calm = True
     for _ in range(nodes):
         world.deploy("d1")
@@ -446,17 +446,11 @@ def quiet(nodes: int, *, same_host: bool = False) -> Simulated:
     return world
 
 
-@pytest.fixture
-def stack() -> Iterator[contextlib.ExitStack]:
-    with contextlib.ExitStack() as stack:
-        yield stack
-
-
 @pytest.mark.parametrize("same_host", [False, True])
 def test_of_a_hundred_candidates_one_follows_a_dead_holder_and_the_others_write_next_to_nothing(
-    stack: contextlib.ExitStack, same_host: bool
+    worlds: contextlib.ExitStack, same_host: bool
 ) -> None:
-    world = stack.enter_context(contextlib.closing(quiet(100, same_host=same_host)))
+    world = quiet(worlds, 100, same_host=same_host)
     dead = next(iter(world.running)).node
     written: Counter[core.Verb] = Counter()
     serve = world.serve
@@ -479,9 +473,9 @@ def test_of_a_hundred_candidates_one_follows_a_dead_holder_and_the_others_write_
     assert written[core.Verb.TOUCH] <= 101 * 4
 
 
-def test_an_hour_without_a_database_is_asked_after_gently_and_over_at_once(stack: contextlib.ExitStack) -> None:
+def test_an_hour_without_a_database_is_asked_after_gently_and_over_at_once(worlds: contextlib.ExitStack) -> None:
     """In virtual time: how often it is asked, and how soon somebody works when it is back."""
-    world = stack.enter_context(contextlib.closing(quiet(2)))
+    world = quiet(worlds, 2)
     there, asked = True, 0
     delay = world.delay
 

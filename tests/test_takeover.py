@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from typing import Any
 
 import pytest
@@ -24,17 +24,7 @@ class Steady(random.Random):
         return seq[0]
 
 
-_worlds: list[World] = []
-
-
-@pytest.fixture(autouse=True)
-def closed() -> Iterator[None]:
-    yield
-    while _worlds:
-        _worlds.pop().close()
-
-
-def quiet(probation: float = 30.0, **more: object) -> World:
+def quiet(worlds: ExitStack, probation: float = 30.0, **more: object) -> World:
     plan = Plan(
         nodes=0,
         length=0.0,
@@ -54,11 +44,10 @@ def quiet(probation: float = 30.0, **more: object) -> World:
         watching=False,
         **more,  # type: ignore[arg-type]
     )
-    world = World(1, plan)
+    world = worlds.enter_context(closing(World(1, plan)))
     world.calm = True
     world.limit = 10**9  # these worlds live for hours
     world.rng = Steady()
-    _worlds.append(world)
     return world
 
 
@@ -101,8 +90,10 @@ def keep_restarting(world: World, node: Node, tries: int = 0) -> None:
     world.at(world.time + ATTEMPT_OF_A_PLATFORM[min(tries, 3)], lambda: keep_restarting(world, node, tries))
 
 
-def test_a_deployment_that_dies_at_start_deployed_fifty_times_leaves_the_healthy_one_its_time() -> None:
-    world = quiet()
+def test_a_deployment_that_dies_at_start_deployed_fifty_times_leaves_the_healthy_one_its_time(
+    worlds: ExitStack,
+) -> None:
+    world = quiet(worlds)
     world.deploy("healthy")
     world.run_until(world.time + 60)
     share = Share(world, "healthy")
@@ -116,8 +107,8 @@ def test_a_deployment_that_dies_at_start_deployed_fifty_times_leaves_the_healthy
     assert share.changes <= 1 + 50 * 2 * 2  # two tries each, there and back: no ping-pong
 
 
-def test_the_same_broken_deployment_gets_two_tries_however_often_it_is_started() -> None:
-    world = quiet()
+def test_the_same_broken_deployment_gets_two_tries_however_often_it_is_started(worlds: ExitStack) -> None:
+    world = quiet(worlds)
     world.deploy("healthy")
     world.run_until(world.time + 60)
     share = Share(world, "healthy")
@@ -129,8 +120,8 @@ def test_the_same_broken_deployment_gets_two_tries_however_often_it_is_started()
     assert working(world) == "healthy" and share.changes <= 5 and share.value >= 0.99
 
 
-def test_an_old_deployment_restarted_a_thousand_times_never_regains() -> None:
-    world = quiet(probation=1.0)
+def test_an_old_deployment_restarted_a_thousand_times_never_regains(worlds: ExitStack) -> None:
+    world = quiet(worlds, probation=1.0)
     old = world.deploy("old")
     world.run_until(world.time + 5)
     world.deploy("new")
@@ -151,8 +142,8 @@ def stop(world: World, node: Node) -> None:
     node.stopped_at = world.time
 
 
-def test_a_roll_back_that_reuses_its_key_wins_when_the_newer_one_is_stopped() -> None:
-    world = quiet(probation=1.0)
+def test_a_roll_back_that_reuses_its_key_wins_when_the_newer_one_is_stopped(worlds: ExitStack) -> None:
+    world = quiet(worlds, probation=1.0)
     first = world.deploy("one")
     world.run_until(world.time + 5)
     second = world.deploy("two")
@@ -173,8 +164,8 @@ def test_a_roll_back_that_reuses_its_key_wins_when_the_newer_one_is_stopped() ->
     assert working(world) == "three"
 
 
-def test_what_the_operator_chose_stays_until_a_new_deployment() -> None:
-    world = quiet(probation=1.0)
+def test_what_the_operator_chose_stays_until_a_new_deployment(worlds: ExitStack) -> None:
+    world = quiet(worlds, probation=1.0)
     one = world.deploy("one")
     world.run_until(world.time + 5)
     two = world.deploy("two")
@@ -190,8 +181,8 @@ def test_what_the_operator_chose_stays_until_a_new_deployment() -> None:
 
 
 @pytest.mark.parametrize("leaves", [False, True])
-def test_the_superseded_one_takes_back_within_the_probation_and_goes_after_it(leaves: bool) -> None:
-    world = quiet(leaves=leaves)
+def test_the_superseded_one_takes_back_within_the_probation_and_goes_after_it(worlds: ExitStack, leaves: bool) -> None:
+    world = quiet(worlds, leaves=leaves)
     old = world.deploy("old")
     world.run_until(world.time + 5)
     new = world.deploy("new")
