@@ -1,6 +1,6 @@
 """Is the trading bot already running on this machine? ``python check_bot_running.py [--force-kill] [--json]``
 
-Exit code 0: no (or no more); 1: yes. The same as ``botlease check``.
+Exit code 0: no (or no more); 1: yes; 78: it cannot be told here (no /proc). The same as ``botlease check``.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def main(
             found["idle floor"] = floors.idle(postgres.url(), folder, 10 if quick else 60)
         measures: dict[str, Callable[[], Any]] = {
             "peers": lambda: compare.measure(
-                lab, [*chosen], say, lambda rows: keep(peers=rows), found.get("peers", []), quick=quick
+                lab, [*chosen], say, lambda rows: keep(peers=rows), found.get("peers", []), _commit(), quick=quick
             ),
             "turns": lambda: turns.measure(lab, found.get("peers", []), say, quick=quick),
             "own": lambda: own.measure(folder, postgres, say, quick=quick),

@@ -19,6 +19,8 @@ from bench.systems import CHILD, System, systems, unavailable
 from botlease.work.tree import descendants
 
 AT_ONCE = 15
+POLLS = 1.0
+"""Seconds: the longest pause between two looks of those that wait by looking."""
 
 
 def handover(lab: Lab, system: System, n: int, *, bare: bool = False) -> dict[str, Any]:
@@ -62,6 +64,8 @@ class Line:
         b, track = self.bench, self.bench.track
         waiting = b.start(bare=self.bare)
         b.waits(waiting)
+        # At any moment between two looks of one that polls. A lease that is never given back has settled by then, too.
+        pause(random.uniform(0, POLLS) + (2.0 if b.system.slow else 0.0))
         track.read()
         old = max(track.spans, key=lambda who: track.spans[who][0])
         asked = boot()
@@ -78,8 +82,8 @@ class Line:
 
 
 def _soon(system: System) -> None:
-    """A fault comes at any moment between two renewals, and not always so long after a start."""
-    pause(random.uniform(0, system.ttl * system.renewed))
+    """A fault comes at any moment between two renewals and two looks, and not always so long after a start."""
+    pause(random.uniform(0, max(POLLS, system.ttl * system.renewed)))
 
 
 def crash(lab: Lab, system: System, n: int, at_once: int, *, elsewhere: bool = False) -> dict[str, Any]:
@@ -157,6 +161,40 @@ def _sorted(found: list[float | str]) -> dict[str, Any]:
     return {"took": [x for x in found if not isinstance(x, str)]} | ({"gone": gone} if gone else {})
 
 
+def resign(lab: Lab, system: System, n: int) -> dict[str, Any]:
+    """M1 where the newest one has it: that one is told to stop, and the first one has it again."""
+    limit = 4 * max(system.ttl, 10) + 20
+
+    def one() -> tuple[float, float, float] | str:
+        with bench(lab, system) as b:
+            waiting = b.start()
+            b.works(1, 60)
+            holder = b.start()
+            b.works(2, 60)
+            b.waits(waiting)
+            _soon(system)
+            children = len(b.track.read())
+            old = max(b.track.spans, key=lambda who: b.track.spans[who][0])
+            asked = boot()
+            b.stop(holder)
+            try:
+                new = b.works(children + 1, limit)
+            except Gone as e:
+                return str(e)
+            time.sleep(0.02)
+            spans = b.track.read()
+            return spans[new][0] - spans[old][1], spans[new][0] - asked, max(0.0, spans[old][1] - spans[new][0])
+
+    found = together(n, AT_ONCE, one)
+    took = [x for x in found if not isinstance(x, str)]
+    gone = [x for x in found if isinstance(x, str)]
+    return {
+        "gap": [gap for gap, _, _ in took],
+        "total": [total for _, total, _ in took],
+        "overlap": max((overlap for _, _, overlap in took), default=0.0),
+    } | ({"gone": gone} if gone else {})
+
+
 def child_dies(lab: Lab, system: System, n: int) -> dict[str, Any]:
     """Only the child is killed: until one works again, in the same place or another."""
     limit = min(3 * max(system.ttl, 10) + 20, 100)
@@ -183,11 +221,12 @@ FAULTS = ("kill -9 of the supervisor", "supervisor stopped", "connection cut")
 
 
 def overlap(lab: Lab, system: System, fault: str, n: int) -> dict[str, Any]:
-    """M3: milliseconds for which two children worked. ``took over``: in how many runs the second one began at all;
-    ``still``: in how many both were at work when watching ended."""
+    """M3: seconds for which two children worked. ``took over``: in how many runs the second one began at all;
+    ``still``: in how many both were at work when watching ended; ``blind``: how short an overlap could have
+    been and not be seen."""
     ttl = system.ttl or 4.0
 
-    def one() -> tuple[float, bool, bool]:
+    def one() -> tuple[float, bool, bool, float]:
         with bench(lab, system) as b:
             holder = b.start(wired=fault == "connection cut")
             b.works(1, 60)
@@ -216,15 +255,26 @@ def overlap(lab: Lab, system: System, fault: str, n: int) -> dict[str, Any]:
             b.track.read()
             latest = max(span[1] for span in b.track.spans.values())
             still = sum(latest - span[1] < 0.5 for span in b.track.spans.values()) > 1
-            return b.track.overlap(), len(b.track.spans) > 1, still
+            return b.track.overlap(), len(b.track.spans) > 1, still, b.track.blind
 
     found = together(n, AT_ONCE, one)
     return {
         "overlap": [f[0] for f in found],
         "took over": sum(f[1] for f in found),
         "still": sum(f[2] for f in found),
+        "blind": [f[3] for f in found],
         "runs": n,
     }
+
+
+PARTS = 3
+"""Of a window: how much they differ says how far its figure can be trusted."""
+
+
+def _window(system: System) -> float:
+    """Seconds: five renewals at least."""
+    least = 40 if system.ours or system.server == "postgres" else 20
+    return max(least, 5 * system.ttl * system.renewed)
 
 
 def idle(lab: Lab, system: System, seconds: float) -> dict[str, Any]:
@@ -244,21 +294,27 @@ def idle(lab: Lab, system: System, seconds: float) -> dict[str, Any]:
             # The first write of each page after the checkpoint is a whole one: 10 s until our heartbeat comes by. So
             # late, too, does an idle session of PostgreSQL report what it did at its start.
             time.sleep(12 if counted is not None else 1 + system.ttl / 3)
-            before = [floors.cpu(pids(p)) for p in running]
             asked = [w.requests for w in b.wires]
             if counted is not None:
                 counted.start()
-            began = boot()
-            time.sleep(seconds)
-            span = boot() - began
-            used = [floors.cpu(pids(p)) for p in running]
+            used, moments = [[floors.cpu(pids(p)) for p in running]], [boot()]
+            for _ in range(PARTS):
+                time.sleep(seconds / PARTS)
+                used.append([floors.cpu(pids(p)) for p in running])
+                moments.append(boot())
+            span = moments[-1] - moments[0]
             requests = [w.requests for w in b.wires]
             if counted is not None:
                 out.setdefault("database", {})[name] = counted.stop()
             for n, process in enumerate(running):
                 who = "holder" if n == 0 else "standby"
+                parts = [
+                    (b[n] - a[n]) / (then - since) * 3600
+                    for a, b, since, then in zip(used, used[1:], moments, moments[1:], strict=False)
+                ]
                 out[who] = {
-                    "cpu": (used[n] - before[n]) / span * 3600,
+                    "cpu": (used[-1][n] - used[0][n]) / span * 3600,
+                    "cpus": parts,
                     # alone: beside a standby it shares what a host of its own would not share
                     **{k: out[who][k] if who in out else floors.memory(pids(process))[k] for k in ("pss", "rss")},
                     "requests": (requests[n] - asked[n]) / span if b.wires else None,
@@ -274,19 +330,21 @@ def idle(lab: Lab, system: System, seconds: float) -> dict[str, Any]:
 
 def start_up(lab: Lab, system: System, n: int) -> list[float]:
     """M6: the whole run of ``true``."""
-    out = []
-    for _ in range(n):
+
+    def one() -> float:
         with bench(lab, system) as b:
             began = time.perf_counter()
             process = b.start(child=("true",))
             late = threading.Timer(60, process.kill)
             late.start()
             process.wait()  # without a limit of its own: with one it would look each 50 ms
-            out.append(time.perf_counter() - began)
+            took = time.perf_counter() - began
             late.cancel()
             if process.returncode:
                 raise Gone(f"it ended with {process.returncode}")
-    return out
+            return took
+
+    return together(n, AT_ONCE if system.returns and system.ttl > 10 else 1, one)  # an election of half a minute
 
 
 # All of it -----------------------------------------------------------------------------------------------------------
@@ -303,6 +361,8 @@ def _jobs(lab: Lab, system: System, *, quick: bool) -> Iterator[Job]:
             yield "in-process", lambda: handover(lab, system, many, bare=True)
         yield "child", lambda: child_dies(lab, system, n)
     else:
+        if system.returns:
+            yield "handover", lambda: resign(lab, system, n)
         yield "preempt", lambda: preempt(lab, system, n)
     if system.exclusive or system.returns:
         # One by one where a crash is seen at once. Where a lease is waited out the machine has nothing to do meanwhile.
@@ -313,7 +373,7 @@ def _jobs(lab: Lab, system: System, *, quick: bool) -> Iterator[Job]:
         for fault in FAULTS:
             if fault != "connection cut" or system.server != "file":
                 yield fault, lambda fault=fault: overlap(lab, system, fault, n)  # type: ignore[misc]
-    yield "idle", lambda: idle(lab, system, 10 if quick else 40 if system.ours or system.server == "postgres" else 20)
+    yield "idle", lambda: idle(lab, system, 10 if quick else _window(system))
     yield "start-up", lambda: start_up(lab, system, n)
 
 
@@ -323,11 +383,13 @@ def measure(
     say: Say,
     keep: Callable[[list[dict[str, Any]]], object],
     known: list[dict[str, Any]],
+    commit: str,
     *,
     quick: bool,
 ) -> list[dict[str, Any]]:
     """Every system whose name has one of ``chosen`` in it (or all), one by one; of what is ``known`` only what had
-    failed. ``keep``: called with all that is known after each figure, for who may be cut off."""
+    failed. ``commit``: of what is measured. ``keep``: called with all that is known after each figure, for who may be
+    cut off."""
     out = [*known]
     for system in systems():
         if chosen and not any(c in system.name for c in chosen):
@@ -347,6 +409,7 @@ def measure(
             say(f"{system.name}: not measured: {missing}")
             continue
         row |= {"missing": "", "version": system.version()}
+        commits = set(row.get("commits", []))
         for name, job in _jobs(lab, system, quick=quick):
             if (system.only and name not in system.only) or "failed" not in row.get(name, "failed"):
                 continue
@@ -357,6 +420,7 @@ def measure(
                 row[name] = job()
             except Exception as e:  # a peer that cannot be measured is a figure as well, and no reason to lose the rest
                 row[name] = {"failed": f"{type(e).__name__}: {e}"}
+            row["commits"] = sorted(commits | {commit})
             say(f"{system.name}: {name}: {_short(row[name])} ({time.monotonic() - began:.0f} s)")
             keep(out)
     return out

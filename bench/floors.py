@@ -76,20 +76,31 @@ def timed(command: list[str], n: int, env: dict[str, str] | None = None) -> list
 
 
 NUMBERS = itertools.count()
+SPAWNER = Path(__file__).parent / "spawner.py"
 
 
 def starts(child: tuple[str, ...], folder: Path, n: int) -> list[float]:
-    """Seconds from here to the first stamp of the child."""
+    """Seconds from the start by a small process (bench/spawner.py) to the first stamp of the child."""
     out = []
-    for _ in range(n):
-        path = folder / f"floor{next(NUMBERS)}"
-        began = time.clock_gettime(time.CLOCK_BOOTTIME)
-        process = subprocess.Popen([*child, str(path)])
-        while not (path.exists() and b"\n" in path.read_bytes()):
-            time.sleep(0.001)
-        out.append(float(path.read_text().split()[2]) - began)
-        process.kill()
-        process.wait()
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", SPAWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as spawner:
+        assert spawner.stdin is not None and spawner.stdout is not None
+
+        def ask(line: str) -> str:
+            spawner.stdin.write(f"{line}\n")  # type: ignore[union-attr]
+            spawner.stdin.flush()  # type: ignore[union-attr]
+            return spawner.stdout.readline()  # type: ignore[union-attr]
+
+        for _ in range(n):
+            time.sleep(0.1)  # what has just ended, or begun, is quiet
+            path = folder / f"floor{next(NUMBERS)}"
+            began = float(ask("\0".join([*child, str(path)])))
+            while not (path.exists() and b"\n" in path.read_bytes()):
+                time.sleep(0.01)  # the moment is the one that the child wrote
+            out.append(float(path.read_text().split()[2]) - began)
+            ask("")
+        spawner.stdin.close()
     return out
 
 

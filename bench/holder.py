@@ -49,9 +49,19 @@ lost = Lost()
 def advisory() -> Release:
     import psycopg
 
-    look = "-c tcp_keepalives_idle=1 -c tcp_keepalives_interval=1 -c tcp_keepalives_count=3"
-    connection = psycopg.connect(url, autocommit=True, options=look if peer == "pg-advisory-fast" else "")
+    connection = psycopg.connect(url, autocommit=True)
     connection.execute("SELECT pg_advisory_lock(hashtext(%s))", (key,))
+
+    def ask() -> None:  # the server ends a session that says nothing for a second (idle_session_timeout)
+        while not stopping.wait(0.3):
+            try:
+                connection.execute("SELECT 1")
+            except psycopg.Error:
+                lost.set()
+                return
+
+    if peer == "pg-advisory-fast":
+        threading.Thread(target=ask, daemon=True).start()
     return lambda: connection.execute("SELECT pg_advisory_unlock(hashtext(%s))", (key,))
 
 

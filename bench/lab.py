@@ -88,6 +88,8 @@ class Track:
     path: Path
     at: int = 0
     spans: dict[str, list[float]] = field(default_factory=dict)
+    blind: float = 0.0
+    """Seconds, the longest between two stamps of one child: a shorter overlap may not have been seen."""
 
     def read(self) -> dict[str, list[float]]:
         if self.path.exists():
@@ -99,6 +101,7 @@ class Track:
             for line in whole.splitlines():
                 who, _, moment = line.decode().split()
                 span = self.spans.setdefault(who, [float(moment), float(moment)])
+                self.blind = max(self.blind, float(moment) - span[1])
                 span[1] = max(span[1], float(moment))
                 span[0] = min(span[0], float(moment))
         return self.spans

@@ -135,7 +135,7 @@ class ZooKeeper(Service):
 
 
 class Consul(Service):
-    name, package = "consul", "none in Debian 12"
+    name, package = "consul", "none in Debian 12, nor a package of it in PyPI or npm"
 
     def command(self) -> list[str]:
         return [

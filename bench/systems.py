@@ -70,6 +70,9 @@ class System:
         return next((word for word in said.stdout.split() if word[0].isdigit()), "")
 
 
+KEEPALIVE = "the server looks after 1 s for who is gone, 3 times (tcp_keepalives)"
+LOOK = "-c tcp_keepalives_idle=1 -c tcp_keepalives_interval=1 -c tcp_keepalives_count=3"
+
 RENEWED = {"tooz": 1 / 2, "mithril": 2 / 3, "python-redis-lock": 2 / 3, "seed": 1.0, "notifelect": 1.0}
 """Where it is not a third: read in their sources."""
 
@@ -104,6 +107,11 @@ def library(
         returns=peer == "notifelect",
         renewed=RENEWED.get(peer, 1 / 3),
     )
+
+
+def _kept_alive(system: System) -> System:
+    """It differs only where a host is gone."""
+    return replace(system, env=lambda url, key: {"PGOPTIONS": LOOK}, only=("elsewhere",))
 
 
 def _ours(*options: str) -> Command:
@@ -166,23 +174,26 @@ def systems() -> list[System]:
         library("filelock-fast", "file", 0, "polls each 5 ms", "filelock", "filelock-fast"),
         library("pg-advisory", "postgres", 0, "psycopg 3, blocking", "psycopg"),
         replace(
-            library("pg-advisory-fast", "postgres", 0, "the server looks after 1 s for who is gone, 3 times (tcp_keepalives)", "psycopg"),
-            only=("elsewhere",),
+            library("pg-advisory-fast", "postgres", 0, f"{KEEPALIVE}; it asks each 0.3 s, and the server ends who is silent for 1 s (idle_session_timeout)", "psycopg"),
+            env=lambda url, key: {"PGOPTIONS": f"{LOOK} -c idle_session_timeout=1s"},
         ),
         library("sqlalchemy-dlock", "postgres", 0, "defaults", "sqlalchemy-dlock"),
+        _kept_alive(library("sqlalchemy-dlock-fast", "postgres", 0, KEEPALIVE, "sqlalchemy-dlock", "sqlalchemy-dlock")),
         library("pals", "postgres", 0, "defaults", "pals"),
+        _kept_alive(library("pals-fast", "postgres", 0, KEEPALIVE, "pals", "pals")),
         library("tooz-pg", "postgres", 0, "defaults", "tooz", "tooz"),
+        _kept_alive(library("tooz-pg-fast", "postgres", 0, KEEPALIVE, "tooz", "tooz")),
         library("tooz-etcd", "etcd", 30, "defaults", "tooz", "tooz", "etcd3+http://{host}:{port}", overlaps=False),
         library("tooz-etcd-fast", "etcd", 2, "timeout 2 s", "tooz", "tooz", "etcd3+http://{host}:{port}?timeout=2"),
         library("tooz-redis", "redis", 30, "defaults", "tooz", "tooz", "redis://{host}:{port}", overlaps=False),
         library("tooz-redis-fast", "redis", 2, "timeout 2 s", "tooz", "tooz", "redis://{host}:{port}?timeout=2&lock_timeout=2"),
         library("tooz-zk", "zookeeper", 10, "defaults", "tooz", "tooz", "zookeeper://{host}:{port}", overlaps=False),
         library("tooz-zk-fast", "zookeeper", 4, "timeout 4 s, the server's least", "tooz", "tooz", "zookeeper://{host}:{port}?timeout=4"),
-        library("redis-py", "redis", 10, "10 s, extended each third by us", "redis", overlaps=False),
+        library("redis-py", "redis", 10, "10 s, extended each third by us", "redis"),
         library("redis-py-fast", "redis", 2, "2 s, polls each 10 ms", "redis", "redis-py"),
         library("python-redis-lock", "redis", 10, "10 s, auto_renewal", "python-redis-lock", overlaps=False),
         library("python-redis-lock-fast", "redis", 2, "2 s, auto_renewal", "python-redis-lock", "python-redis-lock"),
-        library("kazoo", "zookeeper", 10, "session 10 s", "kazoo", scheme="{host}:{port}", overlaps=False),
+        library("kazoo", "zookeeper", 10, "session 10 s", "kazoo", scheme="{host}:{port}"),
         library("kazoo-fast", "zookeeper", 4, "session 4 s, the server's least", "kazoo", "kazoo", "{host}:{port}"),
         library("dislock", "postgres", 60, "defaults; waits by our loop of 1 s", "dislock", overlaps=False),
         library("dislock-fast", "postgres", 2, "ttl 2 s, renewed each 0.5; waits by our loop of 50 ms", "dislock", "dislock"),
@@ -191,7 +202,7 @@ def systems() -> list[System]:
         System(
             "etcdctl lock", "etcd", 10, "defaults",
             lambda url, key, child: ["etcdctl", "--endpoints", url, "lock", key, "--", *child],
-            scheme="{host}:{port}", env=lambda url, key: {"ETCDCTL_API": "3"}, group=True, overlaps=False,
+            scheme="{host}:{port}", env=lambda url, key: {"ETCDCTL_API": "3"}, group=True,
         ),
         System(
             "etcdctl lock-fast", "etcd", 2, "--ttl 2",
@@ -204,10 +215,10 @@ def systems() -> list[System]:
             scheme="{host}:{port}",
         ),
         _single_beat("single-beat", 5, "defaults", {}),
-        _single_beat("single-beat-fast", 3, "LOCK_TIME 3, the least", {"SINGLE_BEAT_LOCK_TIME": "3"}),
+        _single_beat("single-beat-fast", 3, "LOCK_TIME 3, INITIAL_LOCK_TIME 4, the least", {"SINGLE_BEAT_LOCK_TIME": "3", "SINGLE_BEAT_INITIAL_LOCK_TIME": "4"}),
         library("notifelect", "postgres", 25, "defaults: 20 s + 5 s", "notifelect", overlaps=False),
         library("notifelect-fast", "postgres", 1.5, "1 s + 0.5 s", "notifelect", "notifelect"),
-        library("seed's plain design", "postgres", 10, "heartbeat 10 s", "psycopg", "seed", overlaps=False),
+        library("seed's plain design", "postgres", 10, "heartbeat 10 s", "psycopg", "seed"),
         library("seed-fast", "postgres", 1, "heartbeat 1 s", "psycopg", "seed"),
         replace(
             library("no lock at all", "file", 0, "the program that libraries are measured in", "psycopg", "none"),

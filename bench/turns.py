@@ -45,15 +45,16 @@ def measure(lab: Lab, rows: list[dict[str, Any]], say: Say, *, quick: bool) -> d
         rounds = 3 if quick else 30
         for done in range(rounds):
             say(f"in turn: {len(lines)} systems, {done} of {rounds} rounds")
-            for name in random.sample(names, len(names)):  # who comes after whom is not to matter
-                if name in lines:
+            for name in random.sample([*names, ALONE], len(names) + 1):  # who comes after whom is not to matter
+                if name == ALONE:
+                    pause(0.5)  # the others wait as well until the one that waits is quiet
+                    out[ALONE] += floors.starts(CHILD, lab.folder, 1)
+                elif name in lines:
                     try:
                         out[name].append(lines[name].hand_over()[0])
                     except (Gone, subprocess.TimeoutExpired) as e:
                         say(f"in turn: {name}: {e}")
                         del lines[name]
-            pause(0.5)  # the others wait as well until the one that waits is quiet: what has just ended tidies up
-            out[ALONE] += floors.starts(CHILD, lab.folder, 1)
     out = {name: gaps for name, gaps in out.items() if gaps}
     for name, gaps in out.items():
         say(f"in turn: {name}: {floors.ms(gaps)}")

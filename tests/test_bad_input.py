@@ -121,7 +121,7 @@ def test_a_missing_driver_is_named_with_the_command_that_installs_it(tmp_path: P
         capture_output=True,
         text=True,
     )
-    assert result.returncode == 78 and "pip install 'botlease[postgres]'" in result.stderr
+    assert result.returncode == 78 and "pip install 'asyncpg>=0.30'" in result.stderr
 
 
 def test_promoting_nobody_is_an_error(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_a_crash_on_probation_with_nobody_to_take_back_is_restarted(sqlite_world
     world.works(2)
     old.signal(signal.SIGTERM)
     old.wait()
-    new.says("restart 1 of 5 in 1 s")
+    new.says("restart 1 of 5 at once")
     world.works(3)
 
     assert world.terms() == [1, 2] and new.process.poll() is None
@@ -190,7 +190,7 @@ def test_a_warm_bot_that_dies_while_its_instance_is_passive_is_warmed_up_again(s
     old.says("ready: ")
     (waiting,) = [p for p in old.children() if b"--gate" in Path(f"/proc/{p}/cmdline").read_bytes()]
     os.kill(waiting, signal.SIGKILL)
-    old.says("restart 1 of 5 in 1 s")
+    old.says("restart 1 of 5 at once")
     until(lambda: old.text().count("ready: ") == 2)
     assert old.process.poll() is None
 

@@ -435,3 +435,18 @@ def test_the_local_check_finds_its_own_where_others_are_hidden_and_says_so_where
     if "unshare" in done.stderr or "mount:" in done.stderr:
         pytest.skip(f"nothing can be mounted here: {done.stderr}")
     assert done.stdout == says, done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, who mounts")
+def test_a_check_that_cannot_tell_does_not_say_that_a_bot_runs() -> None:
+    shell = 'mount -t tmpfs none /proc && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", shell, "sh", *BOTLEASE, "check"],
+        env=clean_env(),
+        capture_output=True,
+        text=True,
+    )
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"nothing can be mounted here: {done.stderr}")
+    assert (done.returncode, done.stdout) == (78, "")
+    assert done.stderr == "botlease: the local check reads /proc, which is not there: it works on Linux alone\n"

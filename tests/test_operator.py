@@ -355,6 +355,8 @@ def test_the_doctor_asks_telegram_about_token_and_webhook_and_shows_neither_secr
             done = botlease(None, "doctor", **env)
             assert "Telegram: the token is that of @" in done.stdout and "(424242)" in done.stdout, done.stdout
             assert "no webhook" in done.stdout
+            own = {**env, "BOTLEASE_BOT_API": api, "TELEGRAM_API_URL": "http://127.0.0.1:1"}
+            assert "(424242)" in botlease(None, "doctor", **own).stdout  # the gateway's goes before the bot's
             import urllib.request
 
             hook = f"{api}/bot{token}/setWebhook?url=https://hooks.example.org/{token}"

@@ -245,6 +245,14 @@ def test_a_bot_that_crashes_is_restarted_within_the_term(sqlite_world: World) ->
     assert run.text().count("term 1\n") == 2
 
 
+def test_the_first_crash_is_restarted_at_once_and_the_next_one_only_after_a_while(world: World) -> None:
+    run = world.run(bot=world.bot(exit=3, **{"for": 0.3}), ttl="10")
+    run.says("restart 1 of 5 at once")
+    run.says("restart 2 of 5 in 2 s")
+    first, second = sorted(world.stamps().values())[:2]
+    assert 0 < second[0] - first[1] < 1.0  # 1 s was the shortest pause that there was
+
+
 def test_a_bot_that_says_its_configuration_is_wrong_is_not_started_again(sqlite_world: World) -> None:
     run = sqlite_world.run(bot=("sh", "-c", "exit 78"))
     assert run.wait() == 78
@@ -333,13 +341,13 @@ def test_a_killed_reaper_takes_the_bot_and_its_daemons_with_it_and_the_bot_is_st
 def test_a_reaper_killed_while_the_bot_waits_for_its_restart_leads_to_one_bot(sqlite_world: World) -> None:
     marker = sqlite_world.folder / "crashed"
     witness = f"{sys.executable} -S {WITNESS} {sqlite_world.witness}"
-    script = f"test -e {marker} && exec {witness}; touch {marker}; exit 1"
+    script = f"test -e {marker}2 && exec {witness}; test -e {marker} && touch {marker}2; touch {marker}; exit 1"
     run = sqlite_world.run(bot=("sh", "-c", script), ttl="10")
-    run.says("restart 1 of 5 in 1 s")
+    run.says("restart 2 of 5 in 2 s")
     (reaper,) = run.children()
     os.kill(reaper, signal.SIGKILL)
     sqlite_world.works(1)
-    time.sleep(1.5)  # the time of a second restart, were there one
+    time.sleep(2.5)  # the time of another restart, were there one
     assert len(sqlite_world.stamps()) == 1 and sqlite_world.overlap() == 0
 
 
@@ -351,11 +359,10 @@ def test_the_bot_cannot_gain_privileges_by_which_it_would_escape_the_fence(sqlit
 
 def test_the_side_car_lock_is_kept_between_a_crash_and_a_late_restart(sqlite_world: World) -> None:
     marker = sqlite_world.folder / "crashed"
-    script = f"test -e {marker} && exec sleep 60; touch {marker}; exit 1"
+    script = f"test -e {marker}2 && exec sleep 60; test -e {marker} && touch {marker}2; touch {marker}; exit 1"
     run = sqlite_world.run(bot=("sh", "-c", script), ttl="1")  # the restart comes after the first end of trust
-    run.says("restart 1 of 5 in 1 s")
-    run.says("active: term 1, started sh")
-    until(lambda: run.text().count("active: term 1") == 2)
+    run.says("restart 2 of 5 in 2 s")
+    until(lambda: run.text().count("active: term 1, started sh") == 3)
     (lock,) = sqlite_world.folder.glob("*.lock")
     with lock.open() as f, pytest.raises(BlockingIOError):
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)

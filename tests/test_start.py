@@ -118,9 +118,7 @@ def test_a_driver_that_is_there_and_broken_is_named_with_the_cure() -> None:
     code = "import sys\nsys.modules['asyncpg.pgproto.pgproto'] = None\n"
     argv = [sys.executable, "-c", code + MAIN, "run", "--name", "n", "--", "true"]
     done = subprocess.run(argv, capture_output=True, text=True, env=clean_env(DATABASE_URL="postgresql://h/d"))
-    assert (
-        done.returncode == 78 and "pip install 'botlease[postgres]'" in done.stderr and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 78 and "pip install 'asyncpg>=0.30'" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_reaper_is_forked_before_what_it_has_no_use_for_is_loaded() -> None:

@@ -79,7 +79,12 @@ def main() -> None:
 
 
 @main.command(context_settings={"allow_interspersed_args": False, **CONTEXT})
-@click.option("--name", metavar="N", help="The bot. Default: $BOTLEASE_NAME, else the digits of its Telegram token.")
+@click.option(
+    "--name",
+    metavar="N",
+    help="The bot. Default: $BOTLEASE_NAME, else the digits of its Telegram token, in $TELEGRAM_BOT_TOKEN, $BOT_TOKEN, "
+    "$TELEGRAM_TOKEN or $TG_BOT_TOKEN, else 'bot'. Name it where several bots share a database.",
+)
 @database_option
 @click.option("--ttl", type=float, metavar="S", help="Seconds a lease lasts without a renewal. Default 10.")
 @click.option("--profile", metavar="P", help="default (ttl 10 s) or fast (ttl 3 s).")
@@ -114,7 +119,12 @@ def main() -> None:
 @click.option("--take-over", is_flag=True, help="By hand: take over from the one that runs.")
 @click.option("--standby", is_flag=True, help="Wait until the one that runs ends.")
 @click.option("--pass-database", is_flag=True, help="Give the lease's database URL to the bot, too.")
-@click.option("--wait-database", type=float, metavar="S", help="Keep trying to connect at the start for so long.")
+@click.option(
+    "--wait-database",
+    type=float,
+    metavar="S",
+    help="Keep trying to connect at the start for so long. Default 60; by hand 0.",
+)
 @click.option("--health-port", type=click.IntRange(0, 65535), metavar="N", help="Serve /health /livez /readyz /leader.")
 @click.option("--health-host", default="127.0.0.1", metavar="H", help="Where to listen; 0.0.0.0: everywhere.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)

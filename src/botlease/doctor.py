@@ -179,8 +179,9 @@ async def store_lines(s: Settings) -> list[Line]:
         later = "" if found["schema"] == SCHEMA_VERSION else ", the next start upgrades them"
         out.append(ok(f"tables: version {found['schema']}{later}"))
     if found["pooled"]:
-        cure = "connect directly (on Railway: DATABASE_UNPOOLED_URL); safe as it is, only slower"
-        out.append(Line("warning", "a transaction pooler is in between: no LISTEN, waking takes up to 0.2 s", cure))
+        cure = "set BOTLEASE_DATABASE_URL to ${{Postgres.DATABASE_UNPOOLED_URL}} (Railway: the direct one), or leave it"
+        slow = f"the holder hears of a change with its next renewal, up to {s.timing.renew_every:g} s later"
+        out.append(Line("warning", f"a transaction pooler is in between, so there is no LISTEN: {slow}", cure))
     if abs(found["clock"]) > CLOCK_OFF:
         cure = "no lease depends on it; ages in status and history do: use NTP on both"
         out.append(Line("warning", f"clock: the database's is {found['clock']:+.1f} s from ours", cure))
@@ -204,7 +205,7 @@ async def telegram_lines(env: Mapping[str, str]) -> list[Line]:
             what = "the Telegram token has a blank or a line end before or behind it"
             return [Line("problem", what, "copy it again without")]
         return [Line("problem", "the Telegram token is not one: digits, a colon, letters", "copy it from @BotFather")]
-    base = (env.get("TELEGRAM_API_URL") or "https://api.telegram.org").rstrip("/")
+    base = (env.get("BOTLEASE_BOT_API") or env.get("TELEGRAM_API_URL") or settings.BOT_API).rstrip("/")
     try:
         me = await asyncio.to_thread(_call, base, token, "getMe")
         hook = await asyncio.to_thread(_call, base, token, "getWebhookInfo")
@@ -212,7 +213,7 @@ async def telegram_lines(env: Mapping[str, str]) -> list[Line]:
         return [Line("warning", f"Telegram: {_without(token, e)}", "check the network; --no-telegram skips this")]
     except Exception as e:  # what else a library raises may quote the address, and the token in it
         what = f"Telegram: {type(e).__name__} while asking the Bot API"
-        return [Line("warning", what, "check TELEGRAM_API_URL; --no-telegram skips this")]
+        return [Line("warning", what, "check BOTLEASE_BOT_API, TELEGRAM_API_URL; --no-telegram skips this")]
     if not me.get("ok"):
         cure = "get the current token from @BotFather"
         return [
@@ -250,7 +251,7 @@ def _call(base: str, token: str, method: str) -> dict[str, Any]:
     from urllib.request import urlopen
 
     if not base.startswith(("http://", "https://")):
-        raise ValueError("TELEGRAM_API_URL must begin with http:// or https://")
+        raise ValueError("BOTLEASE_BOT_API, or TELEGRAM_API_URL, must begin with http:// or https://")
     try:
         with urlopen(f"{base}/bot{token}/{method}", timeout=5) as answer:  # noqa: S310 - checked just above
             body = answer.read(1 << 20)

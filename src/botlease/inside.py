@@ -170,7 +170,8 @@ class active:
     deployment, the operator, no database) the body is cancelled, and :class:`LeaseLost` is raised at its end.
 
     Args:
-        name: the bot; by default the digits of its Telegram token.
+        name: the bot; by default ``$BOTLEASE_NAME``, else the digits of its Telegram token, else ``bot``: name it
+            where several bots share a database.
         database: a URL; by default ``BOTLEASE_DATABASE_URL``, ``DATABASE_URL``, or SQLite in the user's state folder.
         ttl, stop_grace, lock_delay, probation: seconds. deployment: the key of the release. take_over, standby: as the
             flags.

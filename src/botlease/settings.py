@@ -24,7 +24,7 @@ from botlease.platforms import (
 from botlease.text import TOKEN
 
 TOKEN_VARIABLES: Final = ("TELEGRAM_BOT_TOKEN", "BOT_TOKEN", "TELEGRAM_TOKEN", "TG_BOT_TOKEN")
-OWN_VARIABLES: Final = (
+SETTINGS: Final = (
     "BOTLEASE_DATABASE_URL",
     "BOTLEASE_NAME",
     "BOTLEASE_DEPLOYMENT",
@@ -47,7 +47,8 @@ OWN_VARIABLES: Final = (
     "BOTLEASE_NO_AHEAD",
     "BOTLEASE_GATEWAY",
     "BOTLEASE_BOT_API",
-    # set for the bot by a supervisor, so that one may stand in the environment of another
+)
+FOR_THE_BOT: Final = (  # set by a supervisor, so that one may stand in the environment of another
     "BOTLEASE_TERM",
     "BOTLEASE_INSTANCE_ID",
     "BOTLEASE_BOT",
@@ -83,7 +84,7 @@ class Settings:
 
 
 def bot_name(option: str | None, env: Mapping[str, str]) -> str:
-    """The key of the bot: the name given, else the digits of its Telegram token (never the token)."""
+    """The key of the bot: the name given, else the digits of its Telegram token (never the token), else ``bot``."""
     name = option if option is not None else env.get("BOTLEASE_NAME")
     if name is not None:
         _no_token("the bot's name", name)
@@ -167,10 +168,8 @@ def timing(
 def check_environment(env: Mapping[str, str]) -> None:
     """A misspelt variable would be ignored in silence, and the bot run with settings nobody meant."""
     for name in env:
-        if name.startswith("BOTLEASE_") and name not in OWN_VARIABLES:
-            raise ConfigurationError(
-                f"the environment variable {name} is not known; known are {', '.join(OWN_VARIABLES[:-5])}"
-            )
+        if name.startswith("BOTLEASE_") and name not in SETTINGS + FOR_THE_BOT:
+            raise ConfigurationError(f"the environment variable {name} is not known; known are {', '.join(SETTINGS)}")
 
 
 def make(

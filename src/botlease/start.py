@@ -192,7 +192,7 @@ def _check_database(url: str) -> None:
         from importlib.util import find_spec
 
         if find_spec("asyncpg") is None:
-            fail("PostgreSQL needs the driver asyncpg: pip install 'botlease[postgres]'", CONFIG)
+            fail("PostgreSQL needs the driver asyncpg: pip install 'asyncpg>=0.30'", CONFIG)
     elif scheme != "sqlite" or "://" not in url:
         from botlease.stores import UNKNOWN_URL
 

@@ -55,8 +55,8 @@ def promote(database: str | None, instance_id: str) -> None:
 def deactivate(database: str | None, instance_id: str | None, name: str | None, everybody: bool) -> None:
     """Take the assignment away, from INSTANCE_ID or from whoever has it: the bot drains and stops.
 
-    Nobody promotes himself after that: until you promote one, or a new deployment comes. In SQL:
-    UPDATE bot_instances SET is_active = FALSE;
+    Nobody promotes himself after that: until you promote one, or a new deployment comes; a restart of the same one is
+    none. In SQL: UPDATE bot_instances SET is_active = FALSE WHERE bot = '...'; (without WHERE: every bot, as --all)
     """
     if everybody and (instance_id or name):
         raise click.UsageError("--all means every bot: leave the instance and --name away")

@@ -24,7 +24,7 @@ from botlease.exits import CONFIG, fail
 )
 @json_option("One JSON array.")
 def check(name: str | None, force_kill: bool, grace: float | None, as_json: bool) -> None:
-    """Look for instances on this machine. Exit code 0: none (left), 1: some are running.
+    """Look for instances on this machine. Exit code 0: none (left); 1: some are running; 78: it cannot be told here.
 
     \b
     What counts, of your own processes only:
@@ -45,7 +45,10 @@ def local_check(name: str | None, force_kill: bool, grace: float | None, as_json
 
     if name is None:
         name = os.environ.get("BOTLEASE_NAME") or settings.token_id(os.environ)
-    found = local.find(name)
+    try:
+        found = local.find(name)
+    except settings.ConfigurationError as e:  # its code must not be 1: that would say that one runs
+        fail(str(e), CONFIG)
     if as_json:
         click.echo(json.dumps([asdict(f) for f in found]))
     elif not found:

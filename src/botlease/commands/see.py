@@ -180,7 +180,8 @@ def wait(
 ) -> None:
     """Wait for an instance that works (--active) or one that could take over (--standby). For scripts.
 
-    Exit code 0 when there is one, and its id on standard output; 75 when the time is up.
+    Exit code 0 when there is one, and its id on standard output; 75 when the time is up; 78 when nothing has ever run
+    in this database, or at once when it does not know the bot that the environment names: name it by --name to wait.
     """
     from botlease import status as show
 

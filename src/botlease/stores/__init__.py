@@ -287,7 +287,7 @@ def open_store(url: str) -> Store:
         except ImportError as e:
             if (e.name or "").split(".")[0] != "asyncpg":
                 raise
-            raise StoreRefused("PostgreSQL needs the driver asyncpg: pip install 'botlease[postgres]'") from None
+            raise StoreRefused("PostgreSQL needs the driver asyncpg: pip install 'asyncpg>=0.30'") from None
         return PostgresStore(url)
     if scheme == "sqlite":
         from botlease.stores.sqlite import SqliteStore

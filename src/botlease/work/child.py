@@ -51,8 +51,10 @@ class Command:
     bot: str
     instance_id: str
     max_crashes: int = 5
-    """How many crashes in a row end the term; the first restart comes after ``back_off``, then doubled."""
+    """So many restarts in a row; the crash after them ends the term."""
     back_off: float = 1.0
+    """Seconds, doubled with each crash. The first restart waits for nothing: most bots that crashed live when they are
+    started anew, and until then nobody works. One that cannot live spins only once."""
     warm: bool = False
     """While it stands by it is started up to its gate."""
     ahead: bool = True
@@ -255,7 +257,7 @@ class ChildWork:
     def restart(self) -> None:
         if self._running and self._retry is None:
             self._restarting = True
-            self._send(do="kill")  # it counts as a crash, and is started again after the back-off
+            self._send(do="kill")  # it counts as a crash, and is started again as after one
 
     def danger(self, on: bool) -> None:
         signals = self.command.danger[:1] if on else self.command.danger[1:]
@@ -377,8 +379,9 @@ class ChildWork:
         if final or self._crashes > self.command.max_crashes:
             self.say(f"the bot {what}, {self._crashes} times in a row: giving up")
             return None
-        wait: float = min(self.command.back_off * 2 ** (self._crashes - 1), LONGEST_BACK_OFF)
-        self.say(f"the bot {what}: restart {self._crashes} of {self.command.max_crashes} in {wait:g} s")
+        wait = min(self.command.back_off * 2.0 ** (self._crashes - 1), LONGEST_BACK_OFF) if self._crashes > 1 else 0.0
+        when = f"in {wait:g} s" if wait else "at once"
+        self.say(f"the bot {what}: restart {self._crashes} of {self.command.max_crashes} {when}")
         return wait
 
     def _work_gone(self, status: int) -> None:
