@@ -8,6 +8,7 @@ import re
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from servers import Postgres, postgres_bindir
 from botlease.model import Held
 from botlease.stores import Registration
 from botlease.stores.postgres import PostgresStore
-from botlease.stores.postgressql import RENEW
+from botlease.stores.postgressql import RENEW, RENEW_AND_TOUCH
 from botlease.work.tree import descendants
 
 FILL = """
@@ -77,31 +78,45 @@ def used(postgres: Postgres) -> float:
 
 
 MOST, FLOOR = "as many as it can", "floor: a bare UPDATE of one number"
+POOLED = "as many as it can, planned each time, as behind a pooler"
 BARE = "UPDATE floor SET n = n + 1 WHERE id = :n"
 """What a renewal cannot be cheaper than: a row of one number, found by its key."""
 
 
-def renewal() -> str:
-    script = re.sub(r"\s+", " ", RENEW)
-    script = script.replace("{timeline}", "left(pg_walfile_name(pg_current_wal_lsn()), 8)")
-    for parameter, value in (("$1", "'b' || :n"), ("$2", "'i' || :n"), ("$3", "1"), ("$4", "'x'"), ("$6", "beat + 1")):
-        script = script.replace(parameter, value)
-    return script.replace("ANY($5::bigint[])", "ANY(ARRAY[beat])")
+VALUES = {"$1": "'b' || :n", "$2": "'i' || :n", "$3": "1", "$4": "'x'", "$6": "beat + 1", "$7": "'active'"}
+
+
+def renewals() -> tuple[str, ...]:
+    """Five, as the store sends them in a ttl: the fifth is the heartbeat of the instance as well."""
+
+    def script(sql: str) -> str:
+        sql = re.sub(r"\s+", " ", re.sub(r"--.*", "", sql))
+        sql = sql.replace("{timeline}", "left(pg_walfile_name(pg_current_wal_lsn()), 8)")
+        for parameter, value in VALUES.items():
+            sql = sql.replace(parameter, value)
+        return sql.replace("ANY($5::bigint[])", "ANY(ARRAY[bot_leases.beat])").replace(
+            "beat + 1", "bot_leases.beat + 1", 1
+        )
+
+    return (script(RENEW),) * 4 + (script(RENEW_AND_TOUCH),)
 
 
 def holders(
-    postgres: Postgres, url: str, rate: int, seconds: int, script: str, how: str = "prepared"
+    postgres: Postgres, url: str, rate: int, seconds: int, scripts: Sequence[str], how: str = "prepared"
 ) -> dict[str, float]:
-    """``rate`` statements a second from 64 connections (pgbench), or as many as it can (0): what the server took for
-    them, and by how much it fell behind."""
-    with tempfile.NamedTemporaryFile("w", suffix=".sql") as file:
-        file.write(f"\\set n random(1, 5000)\n{script};\n")
-        file.flush()
-        Path(file.name).chmod(0o644)
+    """``rate`` statements a second from 64 connections (pgbench), each of ``scripts`` equally often, or as many as it
+    can (0): what the server took for them, and by how much it fell behind."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        files = []
+        for script in sorted({*scripts}):
+            path = Path(folder) / f"{len(files)}.sql"
+            path.write_text(f"\\set n random(1, 5000)\n{script};\n")
+            files += ["-f", f"{path}@{scripts.count(script)}"]
         before, began = used(postgres), time.monotonic()
         done = subprocess.run(
             [
-                *(str(postgres_bindir() / "pgbench"), "-n", "-M", how, "-f", file.name, "-c", "64", "-j", "2"),
+                *(str(postgres_bindir() / "pgbench"), "-n", "-M", how, *files, "-c", "64", "-j", "2"),
                 *(("-R", str(rate)) if rate else ()),
                 *("-T", str(seconds), url),
             ],
@@ -128,17 +143,32 @@ def measure(postgres: Postgres, say: Any, *, quick: bool) -> dict[str, Any]:
     asyncio.run(_prepare(postgres.url(), url))
     out["growth"] = asyncio.run(growth(url, (1, 100, 1000, 10_000), 100 if quick else 400))
     say(f"a bot more: {out['growth']}")
-    seconds = 5 if quick else 20
-    for what, rate, script, how in (
-        ("5,000 holders, ttl 10 s", 2500, renewal(), "prepared"),
-        ("5,000 holders, ttl 3 s", 8333, renewal(), "prepared"),
-        (MOST, 0, renewal(), "prepared"),
-        ("as many as it can, planned each time, as behind a pooler", 0, renewal(), "extended"),
-        (FLOOR, 0, BARE, "prepared"),
-    ):
-        out[what] = found = holders(postgres, url, rate, seconds, script, how)
-        say(f"{what}: {found}")
+    seconds = 5 if quick else 60  # a vacuum comes each 10 s where so much is written
+    asyncio.run(_by_itself(url, on=True))
+    try:
+        for what, rate, scripts, how in (
+            ("5,000 holders, ttl 10 s", 2500, renewals(), "prepared"),
+            ("5,000 holders, ttl 3 s", 8333, renewals(), "prepared"),
+            (MOST, 0, renewals(), "prepared"),
+            (POOLED, 0, renewals(), "extended"),
+            (FLOOR, 0, (BARE,), "prepared"),
+        ):
+            out[what] = found = holders(postgres, url, rate, seconds, scripts, how)
+            say(f"{what}: {found}")
+    finally:
+        asyncio.run(_by_itself(url, on=False))
     return out
+
+
+async def _by_itself(url: str, *, on: bool) -> None:
+    """Vacuum and checkpoints as a server has them that nobody measures, but for the vacuum's naptime of a minute: of
+    hours of such a load it would come as often as of one."""
+    connection = await asyncpg.connect(url)
+    for name, value in {"autovacuum": "on", "checkpoint_timeout": "'5min'", "autovacuum_naptime": "'10s'"}.items():
+        off = {"autovacuum": "off", "checkpoint_timeout": "'1h'", "autovacuum_naptime": "'1min'"}[name]
+        await connection.execute(f"ALTER SYSTEM SET {name} = {value if on else off}")
+    await connection.execute("SELECT pg_reload_conf()")
+    await connection.close()
 
 
 async def _prepare(admin: str, url: str) -> None:

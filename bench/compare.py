@@ -352,6 +352,12 @@ def start_up(lab: Lab, system: System, n: int) -> list[float]:
 Job = tuple[str, Callable[[], Any]]
 
 
+def jobs(system: System) -> list[str]:
+    """What is measured of it."""
+    lab: Any = None  # nothing is begun
+    return [name for name, _ in _jobs(lab, system, quick=False) if not system.only or name in system.only]
+
+
 def _jobs(lab: Lab, system: System, *, quick: bool) -> Iterator[Job]:
     n = 6 if quick else 30
     if system.exclusive:  # where two at once is how it works, nobody waits for the holder's end

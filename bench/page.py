@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -95,8 +95,82 @@ def _overlap(row: dict[str, Any], fault: str) -> str:
     some = "" if value["took over"] == value["runs"] else f" (taken over in {value['took over']} of {value['runs']})"
     if max(value["overlap"]) < 0.00005:
         return "0" + some
-    still = f" ({value['still']} of {value['runs']} still open)" if value["still"] else ""
+    if value["still"] == value["took over"]:  # how long it was is how long we looked
+        return f"**never ended** ({min(v for v in value['overlap'] if v):,.1f} s and more were watched)" + some
+    still = f" ({value['still']} of {value['runs']} never ended)" if value["still"] else ""
     return f"**{_ms(value['overlap'], digits=0)}**" + some + still
+
+
+def _blind(measured: list[dict[str, Any]]) -> str:
+    """How short an overlap may not have been seen."""
+    worst = [v * 1000 for r in measured for f in FAULTS for v in (r.get(f) or {}).get("blind", [])]
+    if not worst:
+        return ""
+    return f" Two stamps of a child were at most {median(worst):.0f} ms apart in half of the runs, {max(worst):.0f} ms in the worst: an overlap shorter than that may not have been seen."
+
+
+def _short(found: dict[str, Any], measured: list[dict[str, Any]]) -> list[str]:
+    """What somebody wants to know who reads nothing else."""
+    rows = {r["name"]: r for r in measured}
+    peers = [r for r in measured if not r["ours"]]
+
+    def least(server: bool, figure: Callable[[dict[str, Any]], float | None]) -> str:
+        """Of the peers on a server, or on files."""
+        values = [(v, r["name"]) for r in peers if (r["server"] != "file") is server and (v := figure(r)) is not None]
+        if not values:
+            return "–"
+        value, name = min(values)
+        return f"{value:,.1f} ({name})"
+
+    def ours(name: str, figure: Callable[[dict[str, Any]], float | None]) -> str:
+        value = figure(rows[name]) if name in rows else None
+        return "–" if value is None else f"{value:,.1f}"
+
+    def of(part: str, key: str, *, scale: float = 1000) -> Callable[[dict[str, Any]], float | None]:
+        def figure(row: dict[str, Any]) -> float | None:
+            values = _of(row, part, key)
+            return median(values) * scale if isinstance(values, list) and values else None
+
+        return figure
+
+    def used(what: str) -> Callable[[dict[str, Any]], float | None]:
+        return lambda row: (row.get("idle", {}).get("holder") or {}).get(what)
+
+    def open_for(row: dict[str, Any]) -> float | None:
+        """Of who took over each time: who never does has no overlap either."""
+        found = [row[f] for f in FAULTS if f in row]
+        if not found or any("failed" in f or f["took over"] < f["runs"] for f in found):
+            return None
+        return max(max(f["overlap"]) for f in found)
+
+    floor = {k: f"{median(v) * 1000:,.1f}" for k, v in found["floors"].items() if v}
+    start = floor.get("start of the child (python -I -S)", "–")
+    lock = floor.get("PostgreSQL: an advisory lock, let go here and had there", "–")
+    plain, warm, inside = "botlease, {}", "botlease, warm, {}", "botlease.active, {}"
+    table = [
+        (what, *(ours(name.format(where), figure) for where in ("PostgreSQL", "SQLite")), *(least(server, figure) for server in (True, False)), beside)
+        for what, name, figure, beside in (
+            ("planned handover of a program, ms", plain, of("handover", "gap"), start),
+            ("the same, of one that waits at its gate (peers: in a program)", warm, of("handover", "gap"), lock),
+            ("planned handover in a program, ms", inside, of("in-process", "gap"), lock),
+            ("crash of the child, ms", plain, of("child", "took"), start),
+            ("crash of everything, same host, ms", plain, of("crash", "took"), start),
+            ("the host is gone, s", plain, of("elsewhere", "took", scale=1), "–"),
+            ("longest overlap in three faults, s", plain, open_for, "0"),
+            ("processor time of an idle holder, s/h", plain, used("cpu"), "–"),
+            ("memory of a holder (PSS), MB", plain, used("pss"), "–"),
+        )
+    ]  # fmt: skip
+    out = ["## In short", ""]
+    out += _table(
+        ("median", "botlease, PostgreSQL", "SQLite", "least of the peers on a server", "on files", "floor"), table
+    )
+    return [
+        *out,
+        "",
+        "Of the peers it is another one in nearly every row: none has them all. Of the overlap only those count that took over in each fault. Ours are the defaults; a Python bot's interpreter is loaded while its instance stands by, see *any program* below for others.",
+        "",
+    ]
 
 
 def _goals(found: dict[str, Any]) -> list[str]:
@@ -111,7 +185,12 @@ def _goals(found: dict[str, Any]) -> list[str]:
             for g in goals
         ],
     )  # fmt: skip
-    return [*out, ""]
+    return [
+        *out,
+        "",
+        'Why what was missed was missed: [design.md](design.md), "What we set out to reach and did not".',
+        "",
+    ]
 
 
 def _judged(goal: check.Goal) -> tuple[str, str]:
@@ -129,25 +208,21 @@ def write(found: dict[str, Any]) -> Path:
         "",
         "Written by `scripts/bench`; every figure stands beside its floor. Times in ms: median / p99 / max, of thirty runs if nothing else is said (of thirty the p99 is the largest). Nothing here says",
         "what another machine would show; compare within a table. How each peer is set up: `bench/systems.py` and `bench/holder.py`, a mini-supervisor that starts the child when a library has its lock,",
-        "ends it at SIGTERM, waits for it and gives the lock back. The child is the same everywhere: it writes a stamp every 2 ms (`tests/witness.py`, `python -I -S`), so *0* means less than that.",
+        "ends it at SIGTERM, waits for it and gives the lock back. The child is the same everywhere: it writes a stamp every 2 ms (`tests/witness.py`, `python -I -S`).",
         "",
         f"{' and '.join(found.get('days', ['?']))}; {'; '.join(found.get('machines', ['?']))}; "
         + ", ".join(f"{k} {v}" for k, v in found.get("versions", {}).items())
-        + "; one node of each, on loopback, at the settings that it has by itself, but for PostgreSQL's autovacuum and timed checkpoints, which come when they like (redis and files on the same disk as the rest)."
+        + "; one node of each, on loopback, at the settings that it has by itself, but for PostgreSQL's autovacuum and timed checkpoints, which are off where bytes and times are measured, as they come when they like (redis and files on the same disk as the rest)."
         + (
             " It was measured in parts, with the servers started anew for each: the floors are of all of them."
             if len(found.get("days", [])) > 1 or " and " in found.get("versions", {}).get("botlease", "")
             else ""
         ),
         "",
-        "## Floors",
-        "",
-        *_table(("what", "ms"), [(k, _ms(v, digits=2)) for k, v in found["floors"].items()]),
-        "",
     ]
-    lines += _goals(found)
     if rows:
-        lines += _peers(found, rows, measured)
+        lines += _short(found, measured)
+        lines += _peers(found, measured)
     lines += _newer(found.get("own", {}), measured)
     for part, show in (("own", _own), ("gateway", _gateway), ("fleet", _fleet), ("capacity", _capacity)):
         value = found.get(part)
@@ -155,6 +230,10 @@ def write(found: dict[str, Any]) -> Path:
             lines += [f"## {part}", "", f"Not measured: {value['failed']}", ""]
         elif value:
             lines += show(value)
+    lines += _goals(found)
+    if rows:
+        lines += _compared(rows, measured)
+    lines += ["## Floors", "", *_table(("what", "ms"), [(k, _ms(v, digits=2)) for k, v in found["floors"].items()])]
     path = ROOT / "docs" / "benchmarks.md"
     path.write_text("\n".join(lines).rstrip() + "\n")
     return path
@@ -178,18 +257,21 @@ def _in_turn(found: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def _peers(found: dict[str, Any], rows: list[dict[str, Any]], measured: list[dict[str, Any]]) -> list[str]:
+def _compared(rows: list[dict[str, Any]], measured: list[dict[str, Any]]) -> list[str]:
     out = ["## What is compared", ""]
     out += _table(
-        ("system", "version", "server", "settings"),
-        [(_name(r), r["version"] or "–", r["server"], r["settings"]) for r in measured],
-    )
+        ("system", "version", "server", "settings", "measured at"),
+        [(_name(r), r["version"] or "–", r["server"], r["settings"], " ".join(r.get("commits", ["?"]))) for r in measured],
+    )  # fmt: skip
     known = {r["name"] for r in rows}
     out += ["", *(f"- not measured: {r['name']}: {r['missing']}" for r in rows if r.get("missing"))]
-    out += [*(f"- not measured yet: {s.name}" for s in systems() if s.name not in known), ""]
-    out += ["## Planned handover: the holder is told to stop while another one waits", ""]
+    return [*out, *(f"- not measured yet: {s.name}" for s in systems() if s.name not in known), ""]
+
+
+def _peers(found: dict[str, Any], measured: list[dict[str, Any]]) -> list[str]:
+    out = ["## Planned handover: the holder is told to stop while another one waits", ""]
     out += [
-        "Gap: nobody works. The child's own start is in it: with ours that of the program alone, as a standby has loaded its interpreter; all of it with *any program* (`--no-ahead`), as for a bot in another language. In-process, and warm, there is none. The seed's plain design and notifelect have no holder that another one waits for.",
+        "Gap: nobody works. The child's own start is in it: with ours that of the program alone, as a standby has loaded its interpreter; all of it with *any program* (`--no-ahead`), as for a bot in another language. In-process, and warm, there is none. The holder is told at any moment between two looks of those that look. In notifelect's election the newest one has it, and when that is told to stop the first one has it again. In the seed's plain design nobody waits.",
         "",
     ]
     child = _floor(found, "start of the child (python -I -S)")
@@ -214,7 +296,7 @@ def _peers(found: dict[str, Any], rows: list[dict[str, Any]], measured: list[dic
     out += _in_turn(found)
     out += ["", "## Crash: until somebody works again", ""]
     out += [
-        "The child alone is killed with -9 (ours is started again in its place after a second, lest a bot that cannot live spins; who has no such pause is faster, and spins); everything of the holder is;",
+        "The child alone is killed with -9 (ours is started again in its place; with the peers the holder ends, and the one that waits follows); everything of the holder is;",
         "another host: that of the holder, a network namespace, has vanished, so that no connection ends and no kernel can tell. Where a session holds the lock the server must find out by itself: after two",
         "hours as Linux has it, sooner where it is told to look (pg-advisory-fast). Faults come at any moment between two renewals. Where a lease is waited out fifteen run at once. Who never took over is not in the plot.",
         "",
@@ -235,9 +317,10 @@ def _peers(found: dict[str, Any], rows: list[dict[str, Any]], measured: list[dic
     )
     out += ["", "## Overlap: two children at work, ms", ""]
     out += [
-        "Each fault lasts for two ttl (4 s where there is none), then is healed and watched for as long as the ttl, and 3 s; where a second one does not wait (the seed, notifelect) it comes just after the fault. *Still open*: both were at work when watching ended.",
-        "*No takeover*: the lock stays with what is stopped, which is safe and no failover. Where a system waits for 10 s and longer by default its faster settings stand for it. What a library does about a lost lock",
-        "is wired by us for kazoo, redis-py, dislock, mithril and the seed: the child is killed. The others say nothing of it. A program that has its work inside, without a child, leaves no child when it is killed.",
+        "Each fault lasts for two ttl (4 s where there is none), then is healed and watched for as long as the ttl, and 3 s; where a second one does not wait (the seed, notifelect) it comes just after the fault. *Never ended*: both were at work when watching ended.",
+        "*No takeover*: the lock stays with what is stopped, which is safe and no failover. Where a system waits for half a minute and longer by default, and for tooz-zk and python-redis-lock, the faster settings stand for it. What a library does about a lost lock",
+        "is wired by us for kazoo, redis-py, dislock, mithril, pg-advisory-fast and the seed: the child is killed. The others say nothing of it. A program that has its work inside, without a child, leaves no child when it is killed."
+        + _blind(measured),
         "",
     ]
     out += _table(
@@ -249,6 +332,10 @@ def _peers(found: dict[str, Any], rows: list[dict[str, Any]], measured: list[dic
 
 def _idle(found: dict[str, Any], measured: list[dict[str, Any]]) -> list[str]:
     out = ["## Idle", ""]
+    out += [
+        "One window each, of five renewals and of 40 s (where there is no PostgreSQL 20 s) at least, in three parts: of the processor time their least and most stand in brackets.",
+        "",
+    ]
     idle = [r for r in measured if isinstance(r.get("idle"), dict) and "holder" in r["idle"]]
     colour = {True: plot.OURS, False: plot.THEIRS}
     out += _plot(
@@ -263,7 +350,9 @@ def _idle(found: dict[str, Any], measured: list[dict[str, Any]]) -> list[str]:
         for who in ("holder", "standby"):
             its = r["idle"].get(who)
             for key, digits in (("cpu", 2), ("pss", 1), ("rss", 1), ("requests", 2)):
-                yield "–" if its is None or its.get(key) is None else f"{its[key]:.{digits}f}"
+                spread = its.get("cpus") if its and key == "cpu" else None
+                more = f" ({min(spread):.{digits}f} to {max(spread):.{digits}f})" if spread else ""
+                yield "–" if its is None or its.get(key) is None else f"{its[key]:.{digits}f}{more}"
 
     out += _table(
         ("system", "holder: CPU s/h", "PSS MB", "RSS MB", "requests/s", "standby: CPU s/h", "PSS MB", "RSS MB", "requests/s"),
@@ -273,7 +362,8 @@ def _idle(found: dict[str, Any], measured: list[dict[str, Any]]) -> list[str]:
             for name, its in found.get("idle floor", {}).items()
         ],
     )  # fmt: skip
-    out += ["", *(f"- {r['name']}: {r['idle']['failed']}" for r in measured if "failed" in r.get("idle", {})), ""]
+    failed = [f"- {r['name']}: {r['idle']['failed']}" for r in measured if "failed" in r.get("idle", {})]
+    out += ["", *failed, *([""] if failed else [])]
     out += [
         "Requests are what the client sends, counted on the wire; on files there is no wire. The floor is a program that does nothing but write one row each two seconds. The holder's memory is measured alone; a standby's beside it, with which it shares pages. RSS counts what two processes share twice. The bench is a Python beside them, so that PSS is some 1 MB less than alone. mithril's processor time has our look four times a second in it, notifelect's our ten.",
         "",
@@ -375,8 +465,8 @@ def _capacity(capacity: dict[str, Any]) -> list[str]:
     out = [
         "## How many on one PostgreSQL server",
         "",
-        "Renewals from 64 connections, prepared if nothing else is said, as the store does it where there is no pooler; the clients are on the same cores as the server. So many holders need a pooler, or a fleet: each supervisor by itself has a",
-        "connection of its own, and a process of the server. A standby adds a read for each renewal.",
+        "Renewals from 64 connections, each fifth with the instance's heartbeat in it, as the store has it, for a minute, with vacuum and checkpoints; prepared if nothing else is said, as where there is no pooler; the clients are on the same cores as the server. So many holders need a pooler, or a fleet: each supervisor by itself has a",
+        "connection of its own, and a process of the server. What the pooler itself takes is not in it. A standby adds a read for each renewal.",
         "",
     ]
     out += _table(

@@ -253,8 +253,8 @@ class Node:
             case core.Kill():
                 if self.work is not None:
                     self.world.kill(self.work, planned=True)
-            case core.Restart():
-                if self.work is not None:
+            case core.Restart(hung=hung):
+                if hung and self.work is not None:
                     self.world.ail(self.work, crash=True)
             case core.Danger():
                 pass

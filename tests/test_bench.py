@@ -57,7 +57,11 @@ def figures(**ours: Any) -> dict[str, Any]:
 def test_figures_within_their_bounds_break_nothing_and_each_that_is_beyond_is_named() -> None:
     assert check.broken(figures()) == []
     slow = figures(handover={"gap": [0.5], "total": [0.5], "overlap": 0.1})
-    assert [line.split(":")[1] for line in check.broken(slow)] == [" planned gap", " overlap"]
+    assert [line.split(":")[1] for line in check.broken(slow)] == [
+        " planned gap",
+        " overlap",
+        " planned gap, p99",
+    ]
     two = figures(**{"supervisor stopped": {"overlap": [0.001], "took over": 1, "still": 0, "runs": 1}})
     assert "overlap, supervisor stopped" in check.broken(two)[0]
     fat = figures(idle={w: {"cpu": 1.0, "pss": 27.0, "requests": 0.5} for w in ("holder", "standby")})
@@ -87,6 +91,25 @@ def test_what_of_ours_could_not_be_measured_breaks_the_check() -> None:
     late = figures(**{"connection cut": {"overlap": [0.0], "took over": 0, "still": 0, "runs": 1}})
     assert "taken over in 0 of 1 runs" in check.broken(late)[0]
     assert check.broken(figures() | {"fleet": {"failed": "why"}}) == ["fleet: why"]
+    stopped = figures(**{"supervisor stopped": {"overlap": [0.0], "took over": 0, "still": 0, "runs": 1}})
+    assert "supervisor stopped: taken over in 0 of 1 runs" in check.broken(stopped)[0]
+
+
+def test_what_of_ours_is_not_there_at_all_breaks_the_check_as_well() -> None:
+    ours = [s for s in systems() if s.name in ("botlease, PostgreSQL", "botlease, warm, SQLite")]
+    assert check.broken(figures(), ("peers", "fleet"), ours) == [
+        "botlease, PostgreSQL: child: was not measured",
+        "botlease, PostgreSQL: kill -9 of the supervisor: was not measured",
+        "botlease, PostgreSQL: connection cut: was not measured",
+        "botlease, warm, SQLite: handover: was not measured",
+        "fleet: was not measured",
+    ]
+
+
+def test_what_takes_a_second_now_and_then_breaks_the_check_though_its_median_is_good() -> None:
+    gaps = [0.011] * 98 + [1.0, 1.0]
+    (line,) = check.broken(figures(handover={"gap": gaps, "total": gaps, "overlap": 0.0}))
+    assert "planned gap, p99" in line
 
 
 @pytest.mark.parametrize(("user", "breaks"), [(0, 1), (1000, 0)])
@@ -163,7 +186,8 @@ def test_the_page_names_what_was_not_measured_and_what_overlapped(
     text = page.write(figures()).read_text()
 
     assert "not measured: consul lock: consul is not installed" in text
-    assert "| pg <advisory> | – | **3,000 / 3,000 / 3,000 (of 1)** (1 of 1 still open) | – |" in text
+    assert "| pg <advisory> | – | **never ended** (3.0 s and more were watched) | – |" in text
+    assert "| planned handover of a program, ms | 11.5 | – | 11.5 (pg <advisory>) | – | 10.0 |" in text
     assert "| **botlease, PostgreSQL** | 11.5 / 12.0 / 12.0 (of 2) |" in text
     assert "| floor: a row each 2 s, SQLite | 0.50 | 15.0 |" in text
     assert "| not within 60 s: 1 of 1 |" in text and "Gone: it ended with 1" in text
@@ -194,7 +218,7 @@ def test_a_plot_reaches_from_the_median_to_the_far_end_and_is_drawn_for_any_figu
         drawing = ElementTree.fromstring(plot.bars("t", "ms", rows))
         assert len(drawing.findall("{*}rect")) == len(rows)
         drawing = ElementTree.fromstring(plot.dots("t", "ms", rows))
-        assert len(drawing.findall("{*}circle")) == len(rows)
+        assert len(drawing.findall("{*}circle[@r='5']")) == len(rows)
 
 
 def test_every_peer_of_the_issue_is_compared_or_named() -> None:

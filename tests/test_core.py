@@ -553,6 +553,21 @@ def test_after_the_operator_deactivated_everybody_nobody_promotes_himself() -> N
     assert Driver().joined(View(served, "db", None, 6)).question.verb is Verb.CLAIM
 
 
+def test_who_was_there_when_everybody_was_deactivated_does_not_promote_himself_either() -> None:
+    """A newer one, which had not come to its gate yet. One that was asleep then cannot tell that from an end."""
+    served = replace(HELD, served=4)
+    for asleep in (0, 10):
+        d = Driver(warm=True).joined(View(served, "db", OTHER, 5))
+        d.answer(Done)  # it shows that it warms up
+        d.feed(Tick(), after=2.2 + asleep)
+        d.answer(Seen, View(served, "db", None, 5))
+        assert (d.state.asking is not None and d.question.verb is Verb.CLAIM) is bool(asleep)
+        if not asleep:  # and so it stays
+            d.feed(Tick(), after=2.2)
+            d.answer(Seen, View(replace(FREE, served=4), "db", None, 5))
+            assert d.state.asking is None
+
+
 def test_a_holder_that_somebody_took_out_by_hand_is_waited_out() -> None:
     by_hand = replace(HELD, holder=None)  # a release takes the proof as well
     d = Driver().joined(View(by_hand, "db", ME, 5))
@@ -680,8 +695,8 @@ def test_a_crash_on_probation_gives_the_term_back_if_somebody_can_take_it() -> N
 
 def test_a_crash_on_probation_with_nobody_else_is_restarted_in_its_term() -> None:
     d = Driver().took_over()
-    d.feed(Crashed(4))
-    assert d.answer(Seen, View(d.mine, "db", ME, 5, others=0)) == []
+    assert Restart(False) not in d.feed(Crashed(4))  # not before it is known that nobody could take it back
+    assert d.answer(Seen, View(d.mine, "db", ME, 5, others=0)) == [Restart(False)]
     assert d.state.phase is Phase.WORKING and d.state.probation is Probation.ON
 
 
@@ -698,7 +713,7 @@ def test_a_crash_begins_the_probation_anew() -> None:
 
 def test_a_crash_after_the_probation_asks_nobody() -> None:
     d = Driver().working()
-    d.feed(Crashed(4))
+    assert d.feed(Crashed(4)) == [Restart(False)]
     assert d.state.asking is None and d.state.phase is Phase.WORKING
 
 
@@ -714,7 +729,7 @@ def test_hung_work_gives_the_term_up_to_somebody_else_or_is_restarted() -> None:
     assert d.answer(Seen, View(d.mine, "db", ME, 5, others=1)) == [Drain(d.now + 10, Reason.UNHEALTHY)]
     d = Driver().working()
     d.feed(Unhealthy(4))
-    assert d.answer(Seen, View(d.mine, "db", ME, 5, others=0)) == [Restart()]
+    assert d.answer(Seen, View(d.mine, "db", ME, 5, others=0)) == [Restart(True)]
     assert d.state.phase is Phase.WORKING
 
 

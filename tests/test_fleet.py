@@ -219,6 +219,33 @@ def test_a_new_deployment_takes_over_slot_by_slot_and_each_bot_changes_hands_onc
     verify(members.url)
 
 
+def test_processes_without_a_deployment_key_share_the_bots_as_well(members: Members) -> None:
+    """Each is a deployment of its own then, and none of them newer than another."""
+    asyncio.run(add(members.url, *names(100)))
+    for _ in range(4):
+        members.start("")
+    members.settled(100, {0, 1, 2, 3})
+    members.assert_at_most_one()
+
+
+def test_a_slot_in_which_an_older_deployment_came_first_keeps_no_newer_one_waiting(members: Members) -> None:
+    """The order of deployments is that of the slot's own lease; there the older one is the newest."""
+    asyncio.run(add(members.url, *names(60)))
+    members.start("v1")
+    members.settled(60, {0})
+    members.start("v2")
+    members.settled(60, {1})
+    second = members.start("v2")  # a slot of its own, where v1 has never been
+    members.settled(60, {1, 2})
+    members.kill(second)
+    members.settled(60, {1})
+    members.start("v1")
+    members.settled(60, {1, 3})
+    members.start("v2")
+    members.settled(60, {1, 3, 4})
+    members.assert_at_most_one()
+
+
 def test_a_bot_is_stopped_by_pause_and_removal_and_a_supervisor_of_its_own_waits_for_that(
     members: Members, tmp_path: Path
 ) -> None:
@@ -413,14 +440,17 @@ async def started(
 
 
 async def test_a_bot_that_fails_is_started_again_whatever_it_raised_and_one_that_fails_in_its_stop_is_not(
-    postgres_url: str,
+    postgres_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     begun: list[str] = []
+    token = "123456789:AAabcdefghijklmnopqrstuvwxyz012345678"
 
     async def run(term: botlease.Term) -> None:
         begun.append(term.bot)
         if term.bot == "raises" and begun.count("raises") == 1:
-            raise ValueError("once")
+            raise ValueError(f"https://api.telegram.org/bot{token}/getMe: 401")
+        if term.bot == "exits" and begun.count("exits") == 1:
+            sys.exit("no token: this program ends")
         if term.bot == "inner" and begun.count("inner") == 1:
             inner = asyncio.create_task(asyncio.sleep(60))
             asyncio.get_running_loop().call_soon(inner.cancel)
@@ -430,15 +460,16 @@ async def test_a_bot_that_fails_is_started_again_whatever_it_raised_and_one_that
         finally:
             raise OSError("in its last words")
 
-    await add(postgres_url, "raises", "inner", "quiet")
+    await add(postgres_url, "raises", "inner", "exits", "quiet")
     fleet, task = await started(postgres_url, run)
     async with asyncio.timeout(15):
-        while begun.count("raises") < 2 or begun.count("inner") < 2:
+        while min(begun.count(bot) for bot in ("raises", "inner", "exits")) < 2:
             await asyncio.sleep(0.02)
     fleet.stop()
     async with asyncio.timeout(5):
         await task
-    assert begun.count("quiet") == 1 and len(begun) == 5
+    assert begun.count("quiet") == 1 and len(begun) == 7
+    assert "getMe: 401" in caplog.text and "in its last words" in caplog.text and token not in caplog.text
 
 
 async def test_a_stop_that_comes_before_there_is_a_slot_is_heard(postgres_url: str) -> None:
@@ -520,9 +551,9 @@ async def test_a_member_whose_run_is_cancelled_hands_its_bots_on_at_once(postgre
     await tasks[1]
 
 
-@pytest.mark.parametrize("stopping", [False, True])
+@pytest.mark.parametrize("stopping", ["", "paused", "told to stop"])
 async def test_a_bot_that_does_not_end_though_another_may_have_it_takes_its_process_with_it(
-    postgres_url: str, tmp_path: Path, stopping: bool
+    postgres_url: str, tmp_path: Path, stopping: str
 ) -> None:
     program = tmp_path / "deaf.py"
     program.write_text(
@@ -545,10 +576,14 @@ async def test_a_bot_that_does_not_end_though_another_may_have_it_takes_its_proc
     await process.stdout.readline()
     connection = await asyncpg.connect(postgres_url)
     if stopping:  # which it does not heed
-        await connection.execute("UPDATE bot_leases SET paused = TRUE WHERE bot = 'b'")
+        if stopping == "paused":
+            await connection.execute("UPDATE bot_leases SET paused = TRUE WHERE bot = 'b'")
+        else:
+            process.terminate()  # its slot goes on being renewed until the bot has ended, or the grace is over
         await process.stdout.readline()
     await connection.execute("DELETE FROM bot_leases WHERE bot = 'b'")
     await connection.close()
+    await add(postgres_url, "b")
     async with asyncio.timeout(5):
         assert await process.wait() == -signal.SIGKILL
 

@@ -174,7 +174,7 @@ class World:
 
     async def bury(self, m: Member) -> None:
         """Some slot: the evidence is old, or the holder is trusted no more."""
-        slots, origin = await m.fleet.look(self.name, LIMIT)
+        slots, origin = await m.fleet.look(self.name, "d", LIMIT)
         if slots and (slot := self.rng.choice(slots)).held:
             await self._bury(m, slot, origin)
 

@@ -40,6 +40,7 @@ def test_a_broken_newcomer_is_rolled_back_by_itself_and_quarantined_after_two_tr
     for attempt in (1, 2):
         broken = world.run("--deployment", "v2", bot=world.bot(exit=3, **{"for": 0.1}))
         assert broken.wait() == 3
+        assert broken.text().count("active: ") == 1  # a term that is given up starts nothing again
         until(lambda n=attempt: world.terms()[-1] == 1 + 2 * n)
     port = free_port()
     broken = world.run("--deployment", "v2", "--health-port", str(port), bot=world.bot(exit=3, **{"for": 0.1}))
@@ -93,7 +94,7 @@ def test_a_crash_on_probation_with_nobody_to_take_back_is_restarted(sqlite_world
     world.works(2)
     old.signal(signal.SIGTERM)
     old.wait()
-    new.says("restart 1 of 5 at once")
+    new.says("restart 1 of 5")
     world.works(3)
 
     assert world.terms() == [1, 2] and new.process.poll() is None
@@ -190,7 +191,7 @@ def test_a_warm_bot_that_dies_while_its_instance_is_passive_is_warmed_up_again(s
     old.says("ready: ")
     (waiting,) = [p for p in old.children() if b"--gate" in Path(f"/proc/{p}/cmdline").read_bytes()]
     os.kill(waiting, signal.SIGKILL)
-    old.says("restart 1 of 5 at once")
+    old.says("restart 1 of 5")
     until(lambda: old.text().count("ready: ") == 2)
     assert old.process.poll() is None
 
@@ -296,6 +297,16 @@ while True:
     os.write(stamps, b"%f\\n" % time.clock_gettime(time.CLOCK_BOOTTIME))
     time.sleep(0.001)
 """
+
+
+def test_a_disk_that_is_full_takes_no_bot_whose_output_is_read(sqlite_world: World) -> None:
+    rule = ("--healthy-if", "stdout:polling ok", "--healthy-within", "0.6", "--probation", "0.2")
+    sqlite_world.run("--deployment", "v1")
+    sqlite_world.works(1)
+    full = ("sh", "-c", 'exec "$@" >/dev/full', "sh")  # each write of our standard output fails
+    new = sqlite_world.run("--deployment", "v2", *rule, bot=sqlite_world.bot(say="polling ok"), wrap=full)
+    new.says("has passed its probation")
+    assert "crashed" not in new.text()
 
 
 def test_a_bot_that_says_megabytes_while_the_database_is_away_ends_in_time_and_begins_again(

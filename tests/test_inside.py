@@ -19,6 +19,7 @@ import pytest
 from harness import clean_env, until
 
 import botlease
+from botlease.stores import StoreError
 from botlease.telegram.simulator import Simulator
 
 
@@ -284,6 +285,33 @@ def test_fences_give_their_kernel_timers_back() -> None:
         Fence().close()
     limit = resource.getrlimit(resource.RLIMIT_SIGPENDING)
     assert Fence().kernel or limit[0] == 0
+
+
+@pytest.mark.parametrize("way", ["active", "exclusive"])
+async def test_whoever_tries_until_the_database_is_there_leaves_nothing_of_each_try(tmp_path: Path, way: str) -> None:
+    (tmp_path / "lease.db").write_bytes(b"this is no database" * 100)
+    url = f"sqlite:///{tmp_path}/lease.db"
+
+    async def once() -> None:
+        with pytest.raises(StoreError):
+            if way == "active":
+                async with botlease.active("b", database=url):
+                    pass
+            else:
+
+                async def never(term: botlease.Term) -> None:
+                    raise AssertionError
+
+                await botlease.exclusive("b", database=url)(never)()
+
+    def left() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/task")), Path("/proc/self/timers").read_text().count("ID:")
+
+    await once()
+    before = left()
+    for _ in range(5):
+        await once()
+    until(lambda: left() == before)
 
 
 def test_the_check_is_cheap_enough_for_every_order() -> None:

@@ -68,6 +68,12 @@ def test_a_term_that_a_fleet_has_buried_is_followed_by_one_that_found_it_release
     assert "took over 5.5 s after the last beat of term 1" in found(early, lease(2, "i2"))[0]
 
 
+def test_terms_between_two_others_that_were_pruned_are_not_missed() -> None:
+    """What a quarantine rests on is kept for longer than what came after it."""
+    pruned = [term(3, 0, 10, reason="died", probation="on"), term(5, 600, None, how="expired")]
+    assert found(pruned, lease(5, "i5")) == []
+
+
 def test_no_journal_is_no_finding() -> None:
     assert journal.verify([], []) == []
     assert found([], lease(0, None)) == [] and found([], lease(3, "unknown")) == []

@@ -175,6 +175,23 @@ def test_watching_shows_changes_until_it_is_interrupted(sqlite_world: World) -> 
 # Changing ----------------------------------------------------------------------------------------------------------
 
 
+def test_whoever_was_killed_with_everything_is_not_waited_for_for_days(world: World) -> None:
+    one = world.run("--name", "b", "--deployment", "v1", ttl="1")
+    world.works(1)
+    two = world.run("--name", "b", "--deployment", "v1", ttl="1")
+    two.says("standby: ")
+    assert botlease(world, "wait", "--active", "--timeout", "5").returncode == 0
+    assert botlease(world, "wait", "--standby", "--timeout", "5").returncode == 0
+    for run in (one, two):
+        run.signal(signal.SIGSTOP)
+    for run in (two, one):
+        for pid in [run.pid, *run.children()]:
+            os.kill(pid, signal.SIGKILL)
+    until(lambda: rows(world, "status")[0]["instances"][0]["silent"])
+    for which in ("--active", "--standby"):
+        assert botlease(world, "wait", which, "--timeout", "0.3").returncode == 75
+
+
 def test_deactivate_stops_the_bot_until_one_is_promoted(world: World) -> None:
     world.run("--name", "b", "--deployment", "v1", "--when-superseded", "stay")
     world.works(1)
@@ -191,6 +208,54 @@ def test_deactivate_stops_the_bot_until_one_is_promoted(world: World) -> None:
     assert [r["ended"] for r in rows(world, "history")] == ["deactivated", "deactivated"]
     assert botlease(world, "deactivate", "no-such-one").returncode == 78
     assert botlease(world, "deactivate", "x", "--all").returncode == 2
+
+
+def test_a_damaged_file_of_what_waits_keeps_no_operator_from_a_pause(tmp_path: Path) -> None:
+    world = World(tmp_path, f"sqlite:///{tmp_path}/lease.db")
+    try:
+        world.run("--name", "b")
+        world.works(1)
+        (tmp_path / "lease.db-updates").write_bytes(b"")
+        done = botlease(world, "status")
+        assert done.returncode == 0 and "b: term 1" in done.stdout and "cannot be read" in done.stderr
+        assert "paused" in says(world, "pause")
+    finally:
+        world.close()
+
+
+def test_the_doctor_refuses_a_file_that_a_start_would_refuse(tmp_path: Path) -> None:
+    (tmp_path / "real.db").touch()
+    (tmp_path / "link.db").symlink_to(tmp_path / "real.db")
+    done = botlease(None, "doctor", "--no-telegram", BOTLEASE_DATABASE_URL=f"sqlite:///{tmp_path}/link.db")
+    assert done.returncode == 1 and "symbolic link" in done.stdout
+    missing = botlease(None, "doctor", "--no-telegram", BOTLEASE_DATABASE_URL=f"sqlite:///{tmp_path}/none/x.db")
+    assert "the first start makes them" in missing.stdout and not (tmp_path / "none").exists()
+
+
+def test_who_has_followed_a_dead_one_can_be_chosen_by_hand_as_well(world: World) -> None:
+    """It has the assignment already. Until now a restart of the newer deployment took it away again."""
+    world.run("--name", "b", "--deployment", "v1", "--when-superseded", "stay")
+    world.works(1)
+    new = world.run("--name", "b", "--deployment", "v2", "--probation", "0")
+    world.works(2)
+    for pid in [new.pid, *new.children()]:
+        os.kill(pid, signal.SIGKILL)
+    world.works(3)
+    says(world, "promote", instance(world, "v1"))
+    again = world.run("--name", "b", "--deployment", "v2", "--probation", "0")
+    again.says("standby: ")
+    until(lambda: [i["state"] for i in rows(world, "status")[0]["instances"]].count("standby") == 1)
+    assert world.terms() == [1, 2, 3] and rows(world, "status")[0]["lease"]["term"] == 3
+
+
+def test_a_file_with_a_parameter_or_a_blank_in_its_url_is_found(tmp_path: Path) -> None:
+    for url in (f"sqlite:///{tmp_path}/a.db?timeout=30", f"sqlite:///{tmp_path}/my%20bot.db"):
+        world = World(tmp_path, url)
+        try:
+            world.run("--name", "b")
+            until(lambda w=world: botlease(w, "status").returncode == 0)
+        finally:
+            world.close()
 
 
 def test_a_pause_holds_for_new_deployments_too_and_a_resume_lets_the_assigned_one_go_on(world: World) -> None:

@@ -80,7 +80,7 @@ def test_a_plan_starts_what_belongs_here_and_keeps_nothing_that_does_not(
     assert len(done) == len(set(done))
     # what we cannot see as ours any more is stopped, whatever the plan
     for bot, term in run.items():
-        if bot not in by_bot or by_bot[bot].term != term:
+        if bot not in by_bot or by_bot[bot].term != term or not by_bot[bot].ours:
             assert bot in p.lost
         elif by_bot[bot].paused or by_bot[bot].slot != 1:
             assert bot in p.stop
@@ -107,6 +107,7 @@ class Seen:
     number: int
     held: bool = True
     generation: int = 1
+    yields: bool = True
     assigned: str | None = "i"
     ended: bool = False
     is_open: bool = True
@@ -120,6 +121,9 @@ def test_a_process_applies_for_the_slot_of_an_older_deployment_then_for_one_that
     assert (choose([same], 2, "me") or 0) > 3
     assert choose([same], 1, "me") is None  # a newer deployment may not want more
     assert choose([], 1, "me") in (1, 2, 3, 4)
+    chosen = Seen(1, yields=False)  # in this slot somebody has promoted the older one, or it came first there
+    assert (choose([chosen, same], 2, "me") or 0) > 3
+    assert (choose([same], 1, "me", newer=False) or 0) > 3  # each process is a deployment of its own
 
 
 def test_where_all_were_deactivated_by_hand_a_process_applies_for_one_of_them_and_waits() -> None:

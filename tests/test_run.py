@@ -247,7 +247,7 @@ def test_a_bot_that_crashes_is_restarted_within_the_term(sqlite_world: World) ->
 
 def test_the_first_crash_is_restarted_at_once_and_the_next_one_only_after_a_while(world: World) -> None:
     run = world.run(bot=world.bot(exit=3, **{"for": 0.3}), ttl="10")
-    run.says("restart 1 of 5 at once")
+    run.says("restart 1 of 5")
     run.says("restart 2 of 5 in 2 s")
     first, second = sorted(world.stamps().values())[:2]
     assert 0 < second[0] - first[1] < 1.0  # 1 s was the shortest pause that there was

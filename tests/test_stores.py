@@ -405,6 +405,20 @@ async def test_a_url_that_cannot_be_parsed_is_refused_without_being_quoted(url: 
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("postgresql://bot:pw@127.0.0.1:1,127.0.0.1:2/bots?target_session_attrs=any", "127.0.0.1:1,127.0.0.1:2/bots"),
+        ("postgresql://user:2024#rest@127.0.0.1:1/db", "is not valid"),
+    ],
+    ids=["several hosts", "a hash in the password"],
+)
+async def test_an_error_names_the_server_as_the_url_has_it_and_no_piece_of_a_password(url: str, says: str) -> None:
+    with pytest.raises(StoreError, match=says) as caught:
+        await open_store(url).open(1)
+    assert isinstance(caught.value, StoreRefused) is ("#" in url) and "2024" not in str(caught.value)
+
+
 # PostgreSQL --------------------------------------------------------------------------------------------------------
 
 
@@ -790,6 +804,20 @@ async def test_the_journal_of_a_commit_is_kept_and_void(tmp_path: Path) -> None:
     await store.aclose()
 
 
+async def test_a_file_that_the_bot_has_open_in_another_mode_is_used_as_it_is(tmp_path: Path) -> None:
+    first = await opened(tmp_path)
+    await first.register(registration("a"), DEADLINE)
+    with contextlib.closing(sqlite3.connect(tmp_path / "lease.db")) as bots:
+        bots.execute("PRAGMA journal_mode = WAL")
+        bots.execute("CREATE TABLE orders (id)")
+        await first.read("bot", "a", DEADLINE)
+        second = await opened(tmp_path)  # the next deployment, or an operator's command
+        view = await second.register(registration("b"), DEADLINE)
+        assert view.others == 1
+        await second.aclose()
+    await first.aclose()
+
+
 async def test_network_file_systems_links_and_folders_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -952,7 +980,7 @@ async def a_life_in_a_fleet(store: PostgresStore, name: str) -> None:
     assert await fleet.move(name, [(bots[0], 1, 2)], DEADLINE) == 1
     assert await fleet.remove(name, bots[:1], DEADLINE) == bots[:1]
     assert await fleet.clear(name, bots[1:], DEADLINE) == 0
-    slots, origin = await fleet.look(name, DEADLINE)
+    slots, origin = await fleet.look(name, "d1", DEADLINE)
     assert await fleet.bury(name, slot, slots[0].lease, origin, How.EXPIRED, DEADLINE)
 
 

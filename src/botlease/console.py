@@ -57,11 +57,12 @@ def ask(database: str | None, question: Callable[[Any], Any], *, patience: float
 
     async def asked() -> Any:
         url = settings.database_url(database, os.environ)
-        if url.startswith("sqlite:///") and not os.path.exists(url.removeprefix("sqlite:///")):  # noqa: ASYNC240, PTH110
-            # Opening it would make it, and a mistyped path would look like an empty database.
-            raise StoreEmpty(f"there is no database at {url}: nothing has run there yet, or the URL is wrong")
         store = open_store(url)
         try:
+            path = getattr(store, "path", "")
+            if path and not os.path.exists(path):  # noqa: ASYNC240, PTH110
+                # Opening it would make it, and a mistyped path would look like an empty database.
+                raise StoreEmpty(f"there is no database at {url}: nothing has run there yet, or the URL is wrong")
             await store.open(5.0, upgrade=False)
             return await question(store)
         finally:

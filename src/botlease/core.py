@@ -154,6 +154,10 @@ class State:
     evidence: Evidence = Evidence()
     peer: tuple[str, int] | None = None
     peer_since: float = 0.0
+    peer_seen: float = 0.0
+    """When somebody was last seen to have the assignment."""
+    dismissed: bool = False
+    """Who had it was seen to lose it, and nobody got it: the operator's will, which was not meant for others alone."""
     claimed: bool = False
     # The database has been emptied since: no operator's will stands in it, and if all who live have had their turn in
     # the one before, nobody would begin.
@@ -271,7 +275,7 @@ def _absorb(s: State, event: Event, now: float, out: list[Action]) -> State:
         case Ready(ready):
             return replace(s, ready=ready)
         case Healthy() | Crashed() | Unhealthy():
-            return _felt(s, event, now)
+            return _felt(s, event, now, out)
     q = s.asking
     if q is None or q.serial != event.serial:
         return s  # the answer to a question we gave up on: late, repeated or reordered
@@ -319,7 +323,7 @@ def _stop(s: State, reason: Reason, now: float, out: list[Action]) -> State:
     return replace(s, reason=reason) if s.phase in (Phase.JOINING, Phase.STANDBY) else s
 
 
-def _felt(s: State, event: Healthy | Crashed | Unhealthy, now: float) -> State:
+def _felt(s: State, event: Healthy | Crashed | Unhealthy, now: float, out: list[Action]) -> State:
     """How the work is. If it ails, the database is asked whether anybody could do better."""
     if s.phase is not Phase.WORKING or s.term is None or s.term.number != event.term:
         return s
@@ -329,7 +333,8 @@ def _felt(s: State, event: Healthy | Crashed | Unhealthy, now: float) -> State:
     if not hung:
         s = replace(s, work_since=now, healthy=False)  # a probation begins anew with a new process
         if s.probation is not Probation.ON:
-            return s  # it has proved itself: it is started again within the term
+            out.append(Restart(hung=False))  # it has proved itself: it is started again within the term
+            return s
     return replace(s, ailing=True, hung=s.hung or hung, look_at=now)
 
 
@@ -340,8 +345,7 @@ def _ails(s: State, others: int, now: float, out: list[Action]) -> State:
         return _drain(
             s, now + s.timing.stop_grace, Reason.FAILED if s.probation is Probation.ON else Reason.UNHEALTHY, out
         )
-    if s.hung:
-        out.append(Restart())
+    out.append(Restart(s.hung))
     return replace(s, ailing=False, hung=False)
 
 
@@ -419,6 +423,11 @@ def _saw(s: State, view: View, now: float, out: list[Action]) -> State:
     if lease is None:
         return s
     peer = (view.assigned.instance_id, view.assigned.beat) if view.assigned else None
+    if peer is not None:
+        s = replace(s, peer_seen=now, dismissed=False)
+    elif s.peer is not None and now < s.peer_seen + s.timing.ttl:
+        # Had he ended by himself, it would have been handed on to us, unless we looked dead then: we have not for long.
+        s = replace(s, dismissed=True)
     if peer != s.peer:
         s = replace(s, peer=peer, peer_since=now)
     return s
@@ -732,7 +741,7 @@ def _may_claim(s: State, view: View, lease: Lease, now: float) -> bool:
         # Nobody is assigned: the first start, or the operator's will. Only a deployment that has not
         # had its turn may end that; nobody promotes himself back.
         new = lease.served == 0 if s.me.mode is Mode.WAIT else view.generation > lease.served
-        return new and (not s.claimed or (s.anew and lease.served == 0))
+        return new and (not (s.claimed or s.dismissed) or (s.anew and lease.served == 0))
     newest = s.me.mode is Mode.PREEMPT and not s.claimed and view.generation > peer.generation
     if newest and s.ready and view.failures < TRIES:
         return True

@@ -166,7 +166,7 @@ class Fleet:
 
     async def _choose(self, generation: int) -> int | None:
         try:
-            slots, origin = await self._fleet.look(self.name, self._deadline)
+            slots, origin = await self._fleet.look(self.name, self._session.settings.deployment, self._deadline)
         except StoreError as e:
             log.info("the database does not answer: %s", safe(e))
             return None

@@ -90,8 +90,13 @@ class Session:
 
     async def open(self, work: BodyWork) -> Keeper:
         s = self.settings
-        await self.store.open(max(5.0, s.timing.attempt))
-        return self.keeper(work, s.bot, s.instance_id)
+        try:
+            await self.store.open(max(5.0, s.timing.attempt))
+            return self.keeper(work, s.bot, s.instance_id)
+        except BaseException:  # whoever tries until it is there would leave a kernel timer, and a thread, each time
+            work.close()
+            await self.store.aclose()
+            raise
 
     @property
     def mode(self) -> Mode:

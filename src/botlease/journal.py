@@ -110,8 +110,10 @@ def _check_evidence(row: dict[str, Any], before: dict[str, Any], begun: datetime
     except ValueError:
         return
     taken = before["reason"] in (str(How.EXPIRED), str(How.DIED))
-    buried = ended is not None and ended < begun  # by a fleet: its successor found it released
-    if taken and row["how"] != before["reason"] and not (buried and row["how"] == How.RELEASED):
+    # By whoever took over in the very statement that began the next term. Else that one came later, as where a fleet
+    # buried it and it was found released, or where the terms between were pruned.
+    buried = ended is not None and ended < begun
+    if taken and row["how"] != before["reason"] and not buried:
         say(row["term"], f"began as {row['how']!a}, though term {before['term']} is said to have {before['reason']}")
     elif before["reason"] == How.EXPIRED and beat is not None and before["ttl"]:
         silence = ((ended or begun) - beat).total_seconds()

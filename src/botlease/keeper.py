@@ -153,9 +153,10 @@ class Keeper:
             case Kill(reason=reason):
                 self.say(f"killing the work: term {self._term}: {_because(reason)}")
                 self.work.kill(reason)
-            case Restart():
-                self.say(f"no progress: term {self._term}: nobody else can take over: starting the bot again")
-                self.work.restart()
+            case Restart(hung=hung):
+                if hung:
+                    self.say(f"no progress: term {self._term}: nobody else can take over: starting the bot again")
+                self.work.restart(hung)
             case Danger(on=on):
                 self.say(f"{'no' if on else 'again a'} confirmed renewal: term {self._term}")
                 self.work.danger(on)

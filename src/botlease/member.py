@@ -13,6 +13,7 @@ import contextlib
 import os
 import re
 import signal
+import traceback
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from botlease.inside import Session, Term, outlast
 from botlease.keeper import Keeper, log
 from botlease.model import How, Lease, Mode, Reason
 from botlease.stores import StoreError
-from botlease.text import safe
+from botlease.text import redact, safe
 from botlease.value import replace
 from botlease.work import proof
 from botlease.work.body import LAST_WORDS, BodyWork, Share
@@ -48,6 +49,11 @@ SLOT: Final = re.compile(r"[^ /]+/[0-9]+")
 """What stands for a proof in a row that a member holds: the name of a slot, of whichever fleet."""
 
 Function = Callable[[Term], Awaitable[object]]
+
+
+def _traceback() -> str:
+    """Of what is being handled. A library may quote in it the address that it asked, and the bot's token in that."""
+    return redact(traceback.format_exc().rstrip())
 
 
 def batches(bots: list[Any]) -> Iterable[list[Any]]:
@@ -188,7 +194,7 @@ class Member:
         if self.leaving is not None and self._begun is not None:
             await self._leave()
             return
-        slots, origin = await self.fleet.look(self.name, self.timing.attempt)
+        slots, origin = await self.fleet.look(self.name, self.settings.deployment, self.timing.attempt)
         now = clock.now()
         if self._begun is not None and self.hold is None:
             self.hold = self._held()
@@ -235,7 +241,9 @@ class Member:
             return False
         mine = next((s for s in slots if s.number == self.number), None)
         others = [s for s in slots if s.number != self.number]
-        taken = mine is not None and mine.held and mine.generation >= self.generation
+        taken = (
+            mine is not None and mine.held and not (self.newer and mine.generation < self.generation and mine.yields)
+        )
         off = mine is not None and mine.assigned is None and any(s.assigned is not None and not s.ended for s in others)
         if not taken and not off:
             return False
@@ -272,6 +280,8 @@ class Member:
         for row in rows:
             if self._is_judged(row):
                 await self._judge(row.lease, row.bot, origin, now)
+            else:  # should it be, later, it is waited out from then on: what it says by itself means nothing now
+                self._evidence.pop(row.bot, None)
         stopping = sum(r.to is not None for r in self.running.values())
         settled = [row for row in rows if row.bot in self.running or self._is_settled(row, now)]
         if len(settled) < len(rows):
@@ -347,17 +357,20 @@ class Member:
             try:
                 await self.function(term)
                 return
-            except (Exception, asyncio.CancelledError) as e:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as e:  # also SystemExit: it would end this process for one bot, and then the next one
                 # A cancellation that is not ours (of something that it waited for) is a failure like every other.
                 ours = asyncio.current_task().cancelling()  # type: ignore[union-attr]
                 if isinstance(e, asyncio.CancelledError) and ours:
                     raise
                 r = self.running.get(term.bot)
                 if ours or r is None or r.to is not None:  # it failed while it was stopped: it is not wanted any more
-                    log.exception("%s: term %d: failed while stopping", term.bot, term.number)
+                    log.error("%s: term %d: failed while stopping\n%s", term.bot, term.number, _traceback())
                     return
                 pause = 1.0 if clock.now() - began > 60 else pause
-                log.exception("%s: term %d: failed; started again in %g s", term.bot, term.number, pause)
+                what = "failed; started again in"
+                log.error("%s: term %d: %s %g s\n%s", term.bot, term.number, what, pause, _traceback())
             await asyncio.sleep(pause)
             pause = min(60.0, pause * 2)
 
@@ -381,7 +394,7 @@ class Member:
 
     def _still_there(self, r: _Running) -> None:
         """Another one may run it, and here it does not end: only the kernel can end it, and the process with it."""
-        if not r.task.done() and self.leaving is None:
+        if not r.task.done() and self.leaving not in UNKNOWN:  # the fence of a lost hold is not moved any more
             log.error("%s: term %d is lost and it does not end: ending this process", r.term.bot, r.term.number)
             os.kill(os.getpid(), signal.SIGKILL)  # the fence would be moved by the next renewal of the others
 
@@ -424,7 +437,7 @@ class Member:
         known = hold is not None and reason not in UNKNOWN
         try:
             if hold is not None and known:
-                slots, _ = await self.fleet.look(self.name, self.timing.attempt)
+                slots, _ = await self.fleet.look(self.name, self.settings.deployment, self.timing.attempt)
                 if not any(s.heirs for s in slots if s.number == self.number):
                     now = clock.now()
                     others = sorted(s.number for s in slots if s.number != self.number and self._takes_bots(s, now))
@@ -435,10 +448,14 @@ class Member:
             self._stop(r, self.number, reason)
             if others:
                 r.to = placement.place(bot, others)
+        look_at = clock.now() + self.timing.ttl / 3
         while self.running:
             tasks = {r.task for r in self.running.values() if not r.task.done()}
             if tasks:
                 await asyncio.wait(tasks, timeout=0.05)
+            if hold is not None and known and clock.now() >= look_at:
+                look_at = clock.now() + self.timing.ttl / 3
+                await self._stop_the_lost(hold)
             # The kernel's fence leaves no time for a statement just before the end of trust.
             if hold is not None and known and clock.now() < self.work.until - 2 * self.timing.attempt:
                 try:
@@ -454,6 +471,15 @@ class Member:
         self.hold, self._begun, self._to_give, self._slots = None, None, [], frozenset()
         self._evidence.clear()
         self.work.ended()
+
+    async def _stop_the_lost(self, hold: Hold) -> None:
+        """The slot is renewed until its last bot has ended. Whoever deletes the row of a bot, and adds it again, must
+        not have it waited out elsewhere while it runs here."""
+        with contextlib.suppress(StoreError):
+            for row in await self.fleet.rows(hold, sorted(self._slots), self.timing.attempt):
+                r = self.running.get(row.bot)
+                if r is not None and (not row.ours or row.term != r.term.number):
+                    self._stop(r, self.number, Reason.LOST)
 
     async def _end_all(self) -> None:
         for r in self.running.values():

@@ -424,7 +424,10 @@ class Kill:
 
 @value
 class Restart:
-    """End the work and start it again within the term: nobody else is there to take over."""
+    """Start the work again within the term: nobody else is there to take over, or it has proved itself."""
+
+    hung: bool
+    """It is to be ended first. Else it has crashed: its first restart in a row need not wait."""
 
 
 @value

@@ -69,8 +69,8 @@ def plan(
     left = dict(running)
     for row in rows:
         term = left.pop(row.bot, None)
-        if term is not None and term != row.term:
-            p.lost.append(row.bot)
+        if term is not None and (term != row.term or not row.ours):
+            p.lost.append(row.bot)  # also one that was deleted and added again, under the same number
         elif term is not None:
             if row.paused or row.slot != mine:
                 p.stop[row.bot] = mine  # whoever has changed its slot by hand has the last word
@@ -104,6 +104,8 @@ class SlotSeen(Protocol):
     @property
     def generation(self) -> int: ...
     @property
+    def yields(self) -> bool: ...
+    @property
     def assigned(self) -> str | None: ...
     @property
     def ended(self) -> bool: ...
@@ -114,20 +116,23 @@ def choose(slots: Sequence[SlotSeen], generation: int, who: str, *, newer: bool 
 
     First that of an older deployment (``newer``: if that is allowed), so that its bots change hands once and move
     nowhere else. Then one that was left. Then a new one, unless a newer deployment works here already: it may not want
-    more. Where all were deactivated by hand that is the operator's will: apply for one of them, wait to be promoted.
+    more. (Without ``newer`` each process is a deployment of its own, and their order says nothing.) Where all were
+    deactivated by hand that is the operator's will: apply for one of them, wait to be promoted.
     """
 
     def mine(numbers: list[int]) -> int:
         return max(numbers, key=lambda n: (weight(who, n), n))  # processes that start together choose differently
 
     held = [s for s in slots if s.held]
-    older = [s.number for s in held if s.generation < generation]
+    # By the order of the fleet, and by that of the slot, which is its lease's: there an operator may have chosen
+    # another one, or one may have come first.
+    older = [s.number for s in held if s.generation < generation and s.yields]
     if older and newer:
         return mine(older)
     free = [s.number for s in slots if not s.held and s.assigned is not None and s.ended]
     if free:
         return mine(free)
-    if any(s.generation > generation for s in held):
+    if newer and any(s.generation > generation for s in held):
         return None
     deactivated = [s.number for s in slots if s.assigned is None]
     if deactivated and all(s.assigned is None or s.ended for s in slots):

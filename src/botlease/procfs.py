@@ -55,6 +55,18 @@ def start_time(pid: int) -> str | None:
     return None if fields is None or fields[0] in (b"Z", b"X") else fields[19].decode()
 
 
+def exists(pid: int) -> bool:
+    """Whether there may be such a process, or its zombie: also one that /proc hides from us (``hidepid``, a profile of
+    SELinux, more capabilities than ours), and without a descriptor to look with."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
 def parent(pid: int) -> int:
     """0 if there is none, or it cannot be seen."""
     fields = stat(pid)

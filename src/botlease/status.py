@@ -34,6 +34,7 @@ def _time(value: Any) -> Any:
 def by_bot(overview: dict[str, Any], *, ended: bool = False) -> list[dict[str, Any]]:
     """One dictionary for each bot, in the documented form. Ended instances are history: left out unless asked."""
     bots: dict[str, dict[str, Any]] = {}
+    silent = {row["bot"]: row["silent"] for row in overview["leases"]}
     for row in overview["leases"]:
         lease = {k: _time(row[k]) for k in ("term", "beat", "holder", "ttl", "renewed_at")}
         bots[row["bot"]] = _bot(row["bot"], lease, row["paused"]) | {"fleet": row.get("fleet")}
@@ -46,6 +47,10 @@ def by_bot(overview: dict[str, Any], *, ended: bool = False) -> list[dict[str, A
         if lease is not None and lease["holder"] == row["instance_id"]:
             # The holder's heartbeat is its renewal; its own row is touched once a ttl only.
             instance["last_heartbeat"] = max(str(instance["last_heartbeat"]), str(lease["renewed_at"]))
+        # By the database's clock, as for a fail-over. A time that is none was written by hand: no sign of a death.
+        signs = [row["silent"], *([silent[row["bot"]]] if lease and lease["holder"] == row["instance_id"] else [])]
+        since = min((s for s in signs if s is not None), default=0.0)
+        instance["silent"] = lease is not None and since >= 3 * lease["ttl"]
         entry["instances"].append(instance)
     for row in overview.get("polls", ()):
         if row["bot"] in bots:
@@ -82,13 +87,15 @@ def handover(bot: dict[str, Any]) -> dict[str, Any] | None:
 
 def works(bot: dict[str, Any] | None, instance: dict[str, Any]) -> bool:
     lease = bot["lease"] if bot else None
-    return bool(lease and lease["holder"] == instance["instance_id"] and instance["state"] == "active")
+    its = bool(lease and lease["holder"] == instance["instance_id"])
+    return its and instance["state"] == "active" and not instance["silent"]
 
 
 def stands_by(bot: dict[str, Any] | None, instance: dict[str, Any]) -> bool:
     """It could take over: it lives, and is not the holder nor on its way out."""
     lease = bot["lease"] if bot else None
-    return bool(lease and lease["holder"] != instance["instance_id"]) and instance["state"] in ("standby", "passive")
+    other = bool(lease and lease["holder"] != instance["instance_id"])
+    return other and instance["state"] in ("standby", "passive") and not instance["silent"]
 
 
 def align(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -34,6 +34,8 @@ def status(database: str | None, name: str | None, ended: bool, as_json: bool, w
     from botlease import status as show
 
     def render(overview: dict[str, Any]) -> str:
+        if trouble := overview.get("trouble"):
+            click.echo(f"botlease: what waits for the bots cannot be read: {trouble}", err=True)
         bots = [b for b in show.by_bot(overview, ended=ended) if name is None or b["bot"] == name]
         return "\n".join(json.dumps(b) for b in bots) if as_json else show.table(bots)
 

@@ -18,7 +18,6 @@ import re
 from collections.abc import Awaitable, Callable
 from hashlib import blake2b
 from typing import Any, Final, TypeVar
-from urllib.parse import urlsplit
 
 import asyncpg
 
@@ -61,7 +60,7 @@ from botlease.stores.postgressql import (
     TOUCH,
     WARM,
 )
-from botlease.text import clean, passwords, safe, shown
+from botlease.text import passwords, safe, shown
 
 T = TypeVar("T")
 Key = tuple[int, int, str, str | None]
@@ -508,7 +507,9 @@ class PostgresStore:
                 raise StoreRefused(f"instance {instance_id!r} has stopped: see `botlease status` for those that live")
             for last in (False, False, False, True):
                 try:
-                    await c.execute(PROMOTE, instance_id)
+                    async with c.transaction():
+                        for statement in PROMOTE:
+                            await c.execute(statement, instance_id)
                     return
                 except (asyncpg.UniqueViolationError, asyncpg.DeadlockDetectedError):
                     if last:  # a claim of this very moment was quicker, four times
@@ -528,6 +529,8 @@ class PostgresStore:
     async def prune(self, bot: str | None, days: float, deadline: float) -> tuple[int, int]:
         async def work(c: asyncpg.Connection) -> tuple[int, int]:
             instances, terms = [_count(await c.execute(statement, bot, days * 86_400)) for statement in PRUNE]
+            while more := _count(await c.execute(PRUNE[1], bot, days * 86_400)) if terms else 0:
+                terms += more
             return instances, terms
 
         return await self.call(deadline, work)
@@ -542,7 +545,9 @@ class PostgresStore:
             if known:
                 needed = await c.fetch(
                     "SELECT p.kind || ' ON ' || t.name AS what FROM jsonb_each_text($1::jsonb) t(name, kinds), "
-                    "unnest(string_to_array(t.kinds, ' ')) p(kind) WHERE NOT has_table_privilege(t.name, p.kind)",
+                    "unnest(string_to_array(t.kinds, ' ')) p(kind) "
+                    # of an older version some are not there yet
+                    "WHERE NOT has_table_privilege(to_regclass(t.name), p.kind)",
                     json.dumps(PRIVILEGES),
                 )
                 missing = [r["what"] for r in needed]
@@ -555,10 +560,14 @@ class PostgresStore:
                 may = "has_schema_privilege(current_schema(), 'CREATE')"
                 missing = [] if await c.fetchval(f"SELECT coalesce({may}, FALSE)") else ["CREATE ON the schema"]
             readable = known and not any("botlease_schema" in m for m in missing)
+            schema = await c.fetchval("SELECT version FROM botlease_schema") if readable else None
+            owner = "SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = to_regclass('bot_leases')"
+            if schema is not None and schema < SCHEMA_VERSION and not await c.fetchval(owner):
+                missing.append("ownership of the tables, which an upgrade of them needs")
             return {
                 "server": f"PostgreSQL {await c.fetchval('SHOW server_version')}",
                 "seconds": took,
-                "schema": await c.fetchval("SELECT version FROM botlease_schema") if readable else None,
+                "schema": schema,
                 "pooled": self.pooled,
                 "clock": database - (wall + took / 2),
                 "missing": missing,
@@ -582,12 +591,8 @@ NO_URL: Final = (
 
 
 def _explain(e: Exception, url: str) -> StoreError:
-    try:
-        parts = urlsplit(url)
-        if "@" in parts.path:  # what stands before it was a password with a slash in it
-            raise ValueError
-        where = clean(f"{parts.hostname or 'localhost'}:{parts.port or 5432}{parts.path}")
-    except ValueError:
+    where = shown(url).partition("://")[2].rpartition("@")[2].partition("?")[0]
+    if not where or where == "***":
         return StoreRefused(NO_URL)
     said = _first(e, url)
     match e:

@@ -24,7 +24,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from botlease.model import LEAVING, TERM_GAP, UNPLACED, How, Lease, Reason
+from botlease.model import LEAVING, TERM_GAP, TRIES, UNPLACED, How, Lease, Reason
 from botlease.stores.postgressql import DURABLE
 from botlease.value import value
 
@@ -41,6 +41,9 @@ ON CONFLICT (bot, deployment) DO UPDATE SET first_seen = bot_deployments.first_s
 LOOK: Final = """
 SELECT l.bot, l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, l.slot, {timeline} AS timeline,
   (SELECT d.generation FROM bot_deployments d WHERE d.bot = $1 AND d.deployment = h.deployment) AS generation,
+  coalesce((SELECT d.generation FROM bot_deployments d WHERE d.bot = l.bot AND d.deployment = $2) > h.generation, TRUE)
+    AND coalesce((SELECT f.failures FROM bot_failures f WHERE f.bot = l.bot AND f.deployment = $2), 0) < {tries}
+    AS yields,
   a.instance_id AS assigned,
   a.ended_at IS NOT NULL OR a.last_heartbeat < clock_timestamp() - make_interval(secs => 3 * l.ttl) AS ended,
   EXISTS (SELECT 1 FROM bot_instances o WHERE o.bot = l.bot AND o.ended_at IS NULL
@@ -234,6 +237,8 @@ class Slot:
     lease: Lease
     generation: int
     """Of its holder's deployment in this fleet; 0: there is no holder."""
+    yields: bool
+    """By the order of the slot itself our deployment may take it over: there it is newer, or it will be."""
     assigned: str | None
     ended: bool
     """The instance that should hold it is no more."""
@@ -290,7 +295,7 @@ class PostgresFleet:
         self._store = store
 
     def _sql(self, text: str) -> str:
-        for name, number in (("leaving", LEAVING), ("unplaced", UNPLACED), ("gap", TERM_GAP)):
+        for name, number in (("leaving", LEAVING), ("unplaced", UNPLACED), ("gap", TERM_GAP), ("tries", TRIES)):
             text = text.replace("{" + name + "}", str(number))
         return self._store.filled(text)
 
@@ -306,9 +311,9 @@ class PostgresFleet:
         (row,) = await self._fetch(deadline, ENLIST, fleet, deployment)
         return int(row["generation"])
 
-    async def look(self, fleet: str, deadline: float) -> tuple[list[Slot], str]:
-        """The slots, and which database has answered ("" if there are none)."""
-        rows = await self._fetch(deadline, LOOK, fleet)
+    async def look(self, fleet: str, deployment: str, deadline: float) -> tuple[list[Slot], str]:
+        """The slots, as one of this deployment sees them, and which database has answered ("" if there are none)."""
+        rows = await self._fetch(deadline, LOOK, fleet, deployment)
         origin = self._store.system + rows[0]["timeline"] if rows else ""
         return [
             Slot(
@@ -316,6 +321,7 @@ class PostgresFleet:
                 r["slot"] > 0,
                 _lease(r),
                 r["generation"] or 0 if r["holder"] else 0,
+                r["yields"],
                 r["assigned"],
                 bool(r["ended"]),
                 r["heirs"],

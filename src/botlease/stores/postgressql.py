@@ -55,6 +55,8 @@ FROM (SELECT 1) x LEFT JOIN bot_leases l ON l.bot = $1
 # A lease that is missing although the bot is known here, by a term or a deployment, was lost, and on a database that is
 # not the one the schema was made in anything may have been lost: then it is put back as held by nobody we know, to be
 # waited out in full (R6, R7). Terms go on above the highest that the journal or an instance still knows.
+PRUNED_AT_ONCE: Final = 1000
+"""Terms of the journal that one start deletes: some 10 ms of the server."""
 REGISTER: Final = f"""
 WITH deployed AS (
   INSERT INTO bot_deployments (bot, deployment, first_seen) VALUES ($1, $3, clock_timestamp())
@@ -81,8 +83,10 @@ WITH deployed AS (
   DELETE FROM bot_instances
   WHERE last_heartbeat < clock_timestamp() - make_interval(days => $10) AND NOT is_active AND bot IS NOT NULL
 ), old_terms AS (
-  DELETE FROM bot_terms t WHERE released_at < clock_timestamp() - make_interval(days => $10)
-    AND term < (SELECT l.term FROM bot_leases l WHERE l.bot = t.bot)
+  -- A fleet writes tens of thousands in a roll-out: all of them at once would take longer than a start may.
+  DELETE FROM bot_terms WHERE ctid = ANY(ARRAY(
+    SELECT t.ctid FROM bot_terms t WHERE released_at < clock_timestamp() - make_interval(days => $10)
+      AND term < (SELECT l.term FROM bot_leases l WHERE l.bot = t.bot) LIMIT {PRUNED_AT_ONCE}))
 ) SELECT generation, {DURABLE} FROM deployed
 """
 
@@ -241,7 +245,11 @@ BEGIN
 EXCEPTION WHEN SQLSTATE 'BL001' THEN NULL;
 END $$
 """
-LEASES: Final = "SELECT bot, term, beat, holder, ttl, renewed_at, paused, fleet, slot FROM bot_leases ORDER BY bot"
+LEASES: Final = """
+SELECT bot, term, beat, holder, ttl, renewed_at, paused, fleet, slot,
+       CASE WHEN isfinite(renewed_at) THEN extract(epoch FROM clock_timestamp() - renewed_at)::float8 END AS silent
+FROM bot_leases ORDER BY bot
+"""
 TERMS: Final = """
 SELECT bot, term, instance_id, deployment, host, how, acquired_at, released_at, reason, probation, last_beat, ttl
 FROM bot_terms WHERE ($1::text IS NULL OR bot = $1) ORDER BY bot, term DESC LIMIT $2
@@ -251,22 +259,30 @@ DEACTIVATE: Final = f"""
 UPDATE bot_instances SET is_active = FALSE WHERE is_active AND bot IS NOT NULL
   AND ($1::text IS NULL OR bot = $1) AND ($2::text IS NULL OR instance_id = $2) RETURNING {DURABLE}
 """
-PROMOTE: Final = f"UPDATE bot_instances SET is_active = TRUE WHERE instance_id = $1 RETURNING {DURABLE}"
+# In one transaction, the lease's row first, as everybody locks. Anew, should it have the assignment already, as after a
+# fail-over: else it would be no choice by hand, and the next start of a newer deployment would take it away.
+PROMOTE: Final = (
+    "SELECT 1 FROM bot_leases WHERE bot = (SELECT bot FROM bot_instances WHERE instance_id = $1) FOR UPDATE",
+    "UPDATE bot_instances SET is_active = FALSE WHERE instance_id = $1 AND is_active",
+    f"UPDATE bot_instances SET is_active = TRUE WHERE instance_id = $1 RETURNING {DURABLE}",
+)
 PAUSE: Final = (
     f"UPDATE bot_leases SET paused = $2 WHERE paused <> $2 AND ($1::text IS NULL OR bot = $1) RETURNING {DURABLE}"
 )
 PRUNE: Final = (
     "DELETE FROM bot_instances WHERE last_heartbeat < clock_timestamp() - make_interval(secs => $2) AND NOT is_active "
     "AND bot IS NOT NULL AND ($1::text IS NULL OR bot = $1)",
-    "DELETE FROM bot_terms t WHERE released_at < clock_timestamp() - make_interval(secs => $2) "
-    "AND ($1::text IS NULL OR bot = $1) "
+    "DELETE FROM bot_terms WHERE ctid = ANY(ARRAY(SELECT t.ctid FROM bot_terms t "
+    "WHERE released_at < clock_timestamp() - make_interval(secs => $2) AND ($1::text IS NULL OR bot = $1) "
     # What a quarantine rests on is kept for its time, however young the rest may be that goes.
     "AND (probation <> 'on' OR reason NOT IN ('failed', 'died', 'expired') "
     f"OR released_at < clock_timestamp() - make_interval(days => {KEEP_ENDED_DAYS})) "
-    "AND term < (SELECT l.term FROM bot_leases l WHERE l.bot = t.bot)",
+    f"AND term < (SELECT l.term FROM bot_leases l WHERE l.bot = t.bot) LIMIT {10 * PRUNED_AT_ONCE}))",
 )
 INSTANCES: Final = """
 SELECT bot, instance_id, is_active, state, term, deployment, generation, host, pid, started_at,
-       last_heartbeat, stop_reason, ended_at, version
+       last_heartbeat, stop_reason, ended_at, version,
+       CASE WHEN isfinite(last_heartbeat) THEN extract(epoch FROM clock_timestamp() - last_heartbeat)::float8 END
+         AS silent
 FROM bot_instances ORDER BY bot, started_at
 """

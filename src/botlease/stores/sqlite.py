@@ -25,7 +25,7 @@ from botlease import clock
 from botlease.model import Held, How, Probation, Reason, View
 from botlease.stores import Grant, Registration, Renewal, StoreError, StoreRefused, too_late, within
 from botlease.stores.inotify import JournalWatch
-from botlease.stores.sqlitefile import Key, SqliteFile, explain
+from botlease.stores.sqlitefile import Key, SqliteFile, check_place, explain
 from botlease.value import replace
 
 T = TypeVar("T")
@@ -243,7 +243,11 @@ class SqliteStore:
         from botlease.stores.sqliteinbox import polls
 
         def call(f: SqliteFile) -> dict[str, Any]:
-            return f.overview() | {"polls": polls(self.path)}
+            found = f.overview() | {"polls": []}
+            try:
+                return found | {"polls": polls(self.path)}
+            except StoreError as e:  # a file of its own: what is wrong with it must not keep an operator from a pause
+                return found | {"trouble": str(e)}
 
         return await self._call(deadline, call)
 
@@ -265,6 +269,7 @@ class SqliteStore:
     async def diagnose(self, deadline: float) -> dict[str, Any]:
         def look() -> dict[str, Any]:
             version = None
+            check_place(self.path)
             if Path(self.path).exists():
                 began = clock.now()
                 with contextlib.closing(sqlite3.connect(f"file:{quote(self.path)}?mode=ro", uri=True)) as db:

@@ -118,7 +118,7 @@ class SqliteFile:
         self.db.row_factory = sqlite3.Row
         try:
             self.db.execute("PRAGMA synchronous = FULL")
-            self.db.execute("PRAGMA journal_mode = PERSIST")
+            self._keep_the_journal()
             self._check()
             self._migrate(upgrade)
         except sqlite3.Error as e:
@@ -127,6 +127,17 @@ class SqliteFile:
         except BaseException:
             self.db.close()
             raise
+
+    def _keep_the_journal(self) -> None:
+        """Raises sqlite3.Error. Where the bot, whose file this is as well, has set WAL, nobody can set another mode
+        while it is open, and nobody need: the holder's file is compared before each of its calls."""
+        try:
+            self.db.execute("PRAGMA journal_mode = PERSIST")
+        except sqlite3.OperationalError as e:
+            if e.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                raise
+            if self.db.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+                raise
 
     def close(self) -> None:
         self.db.close()
@@ -384,8 +395,9 @@ class SqliteFile:
 
     def overview(self) -> dict[str, Any]:
         self._same_file()
-        leases = [dict(self._numbers(r, "term", "beat", "ttl")) for r in self.db.execute(LEASES)]
-        instances = [dict(r) for r in self.db.execute(INSTANCES)]
+        now = {"now": clock.iso(self.wall())}
+        leases = [dict(self._numbers(r, "term", "beat", "ttl")) for r in self.db.execute(LEASES, now)]
+        instances = [dict(r) for r in self.db.execute(INSTANCES, now)]
         for row in instances:
             row["is_active"] = bool(row["is_active"])
         for row in leases:
@@ -422,11 +434,18 @@ class SqliteFile:
                 raise StoreRefused(f"no instance {instance_id!r}: see `botlease status`")
             if row["ended_at"] is not None:
                 raise StoreRefused(f"instance {instance_id!r} has stopped: see `botlease status` for those that live")
-            db.execute("UPDATE bot_instances SET is_active = TRUE WHERE instance_id = ?", (instance_id,))
+            # Anew, should it have the assignment already, as after a fail-over: else it would be no choice by hand.
+            for active in (False, True):
+                db.execute("UPDATE bot_instances SET is_active = ? WHERE instance_id = ?", (active, instance_id))
 
 
 def prepare(path: str) -> None:
-    """Make the folder, refuse what must not hold a lease: links, foreign owners, network file systems."""
+    """Make folder and file, and refuse what must not hold a lease."""
+    check_place(path, make=True)
+
+
+def check_place(path: str, *, make: bool = False) -> None:
+    """Refuse what must not hold a lease: links, foreign owners, network file systems. ``make`` what is not there."""
     file = Path(path)
     try:
         magic = _file_system(str(next(p for p in file.absolute().parents if p.exists())))
@@ -435,8 +454,11 @@ def prepare(path: str) -> None:
                 f"{path} is on a network file system ({NETWORK_FILE_SYSTEMS[magic]}), where locks cannot be trusted: "
                 "use a local disk, or PostgreSQL for several hosts"
             )
-        private_folder(file.parent)
+        if make:
+            private_folder(file.parent)
         if not os.path.lexists(path):
+            if not make:
+                return
             with contextlib.suppress(FileExistsError):
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
                 os.fchmod(fd, 0o600)  # a umask of 0777 would leave a file that nobody can open

@@ -169,7 +169,11 @@ TOUCH: Final = (
     "UPDATE bot_instances SET last_heartbeat = :now, beat = beat + 1, state = :state "
     "WHERE instance_id = :me AND ended_at IS NULL"
 )
-LEASES: Final = "SELECT bot, term, beat, holder, ttl, renewed_at, paused FROM bot_leases ORDER BY bot"
+LEASES: Final = """
+SELECT bot, term, beat, holder, ttl, renewed_at, paused,
+       (julianday(:now) - julianday(renewed_at)) * 86400.0 AS silent
+FROM bot_leases ORDER BY bot
+"""
 TERMS: Final = """
 SELECT bot, term, instance_id, deployment, host, how, acquired_at, released_at, reason, probation, last_beat, ttl
 FROM bot_terms WHERE (:bot IS NULL OR bot = :bot) ORDER BY bot, term DESC LIMIT :limit
@@ -177,6 +181,7 @@ FROM bot_terms WHERE (:bot IS NULL OR bot = :bot) ORDER BY bot, term DESC LIMIT 
 FAILURES: Final = "SELECT bot, deployment, failures FROM bot_failures"
 INSTANCES: Final = """
 SELECT bot, instance_id, is_active, state, term, deployment, generation, host, pid, started_at,
-       last_heartbeat, stop_reason, ended_at, version
+       last_heartbeat, stop_reason, ended_at, version,
+       (julianday(:now) - julianday(last_heartbeat)) * 86400.0 AS silent
 FROM bot_instances ORDER BY bot, started_at
 """

@@ -31,8 +31,8 @@ class Work(Protocol):
 
     def kill(self, reason: Reason) -> None: ...
 
-    def restart(self) -> None:
-        """End it and begin again within the term: it makes no progress, and nobody else is there."""
+    def restart(self, hung: bool) -> None:
+        """Begin again within the term. ``hung``: it makes no progress, and is ended first."""
 
     def danger(self, on: bool) -> None:
         """The end of trust comes nearer, or not any more."""

@@ -103,7 +103,7 @@ class BodyWork:
             self.arm(min(self.until, clock.now() + LAST_WORDS))
             self.cancel(reason)
 
-    def restart(self) -> None:
+    def restart(self, hung: bool) -> None:
         """Never asked for: a coroutine reports no health."""
 
     def danger(self, on: bool) -> None:

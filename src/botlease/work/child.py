@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 QUICK_DEATH = 60.0
 """A child that ran for so long has recovered: its earlier crashes are forgotten."""
 LONGEST_BACK_OFF = 30.0
+FORK_AGAIN = 1.0
+"""Seconds until another reaper is tried, where one could not be forked or has ended as it began."""
 AFTER_A_TERM = 0.2
 """Seconds until what can wait is done."""
 BAD_CONFIGURATION = 78
@@ -53,8 +55,7 @@ class Command:
     max_crashes: int = 5
     """So many restarts in a row; the crash after them ends the term."""
     back_off: float = 1.0
-    """Seconds, doubled with each crash. The first restart waits for nothing: most bots that crashed live when they are
-    started anew, and until then nobody works. One that cannot live spins only once."""
+    """Seconds, doubled with each crash in a row."""
     warm: bool = False
     """While it stands by it is started up to its gate."""
     ahead: bool = True
@@ -95,7 +96,14 @@ class ChildWork:
         self.stop_signal: signal.Signals = signal.SIGTERM
         self._reaper = pid
         self._sock = sock
+        self._forked_at = clock.now()
+        # Whoever started us by exec may have had children of his own, and they are ours now: none of them is the bot's.
+        those = tree.Children(os.getpid())
+        self._strangers = {child: tree.started(child) for child in those() if child != pid}
+        those.close()
+        self._unheard: asyncio.TimerHandle | None = None  # until the reaper has said that the work has begun
         self._burying: asyncio.TimerHandle | None = None
+        self._fork_later: asyncio.TimerHandle | None = None
         self._inbox = reaper.Inbox(sock)
         self._loop = asyncio.get_running_loop()
         self._until = 0.0
@@ -163,6 +171,7 @@ class ChildWork:
         if self._retry is not None:  # it was to be warmed up again
             self._retry.cancel()
             self._retry = None
+        self._unheard = self._loop.call_later(max(0.0, until - clock.now()), self._no_word)
         if self._warm:
             self._warm, self._began = False, clock.now()
             self._send(fds, do="open", term=term, until=until)
@@ -171,25 +180,55 @@ class ChildWork:
         if guard_fd is not None:
             os.close(guard_fd)  # the reaper has it now
 
+    def _no_word(self) -> None:
+        """It was stopped before it had a fence of its own. Whoever has the lease and no bot must not keep it."""
+        self._unheard = None
+        if self._reaper and self._sock.fileno() >= 0:
+            self.say("the reaper does not answer: ending it")
+            try:
+                os.kill(self._reaper, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+    def _word(self) -> None:
+        if self._unheard is not None:
+            self._unheard.cancel()
+            self._unheard = None
+
     def _spawn(self, fds: dict[str, int] | None = None) -> None:
         self._retry = None
         self._ready, self._gated = False, self._warm
+        self._began = clock.now()
+        if self._burying is not None:
+            return  # the reaper has just been killed, and something of its work may live: that will be a crash
+        try:
+            if self._sock.fileno() < 0:
+                self._fork_anew()
+            self._order(fds)
+        except (OSError, RuntimeError) as e:  # out of descriptors, processes or threads
+            self.say(f"cannot start {self.command.argv[0]}: {getattr(e, 'strerror', None) or e}")
+            self._loop.call_soon(self._gone, reaper.EX_OSERR)
+
+    def _order(self, fds: dict[str, int] | None) -> None:
+        """Raises OSError or RuntimeError if there is nothing left to make it of."""
         env = {}  # what is known only now
         if not self._warm:
             env["BOTLEASE_TERM"] = str(self.term)
         elif self.gate is not None:
             env["BOTLEASE_GATE_URL"] = self.gate.shut()
-        self._began = clock.now()
         fds = dict(fds or {})
+        theirs: socket.socket | None = None
         output = self.pulse.output() if self.pulse is not None else -1
-        if output >= 0:
-            fds["stdout"] = output
-        theirs = self._put_in_front(fds)
-        self._send(fds, do="start", env=env, until=None if self._warm else self._until, gate=self._warm)
-        if output >= 0:
-            os.close(output)
-        if theirs is not None:
-            theirs.close()
+        try:
+            if output >= 0:
+                fds["stdout"] = output
+            theirs = self._put_in_front(fds)
+            self._send(fds, do="start", env=env, until=None if self._warm else self._until, gate=self._warm)
+        finally:
+            if output >= 0:
+                os.close(output)
+            if theirs is not None:
+                theirs.close()
 
     def _put_in_front(self, fds: dict[str, int]) -> socket.socket | None:
         """A new line to the process in front of the bot. Returns its end."""
@@ -254,8 +293,14 @@ class ChildWork:
         if not self._waiting():
             self._send(do="kill")
 
-    def restart(self) -> None:
-        if self._running and self._retry is None:
+    def restart(self, hung: bool) -> None:
+        if not hung:
+            # Most bots that crashed live when they are started anew, and until then nobody works. One that cannot
+            # live spins only once.
+            if self._running and self._retry is not None and self._crashes == 1:
+                self._retry.cancel()
+                self._spawn()
+        elif self._running and self._retry is None:
             self._restarting = True
             self._send(do="kill")  # it counts as a crash, and is started again as after one
 
@@ -279,15 +324,17 @@ class ChildWork:
 
     def close(self) -> None:
         """Nothing of the work outlives this."""
-        for timer in (self._retry, self._sparing):
+        for timer in (self._retry, self._sparing, self._fork_later):
             if timer is not None:
                 timer.cancel()
         if self.pulse is not None:
             self.pulse.end()
         if self._burying is not None:
             self._burying.cancel()
-        else:
+        elif self._sock.fileno() >= 0:
             self._loop.remove_reader(self._sock)
+        self._word()
+        self._wake_reaper()
         self._sock.close()  # the reaper ends when it reads the end of file
         self._drop_front()
         if self._reaper:
@@ -298,8 +345,18 @@ class ChildWork:
 
     # What the reaper says ----------------------------------------------------------------------------------------
 
+    def _wake_reaper(self) -> None:
+        """Somebody may have stopped it while no fence was armed that would end it. (Where one is, it dies of that.)"""
+        if self._sock.fileno() >= 0:
+            try:
+                os.kill(self._reaper, signal.SIGCONT)
+            except ProcessLookupError:
+                pass
+
     def _send(self, fds: dict[str, int] | None = None, **message: object) -> None:
         fds = fds or {}
+        if message["do"] in ("start", "open", "drop"):
+            self._wake_reaper()
         try:
             self._sock.setblocking(True)
             reaper.send(self._sock, {**message, "fds": list(fds)}, tuple(fds.values()))
@@ -313,6 +370,8 @@ class ChildWork:
             self._reaper_died(self._sock)
             return
         for message in messages:
+            if message["say"] != "ready":
+                self._word()
             match message["say"]:
                 case "started":
                     self.pid = message["pid"]
@@ -331,7 +390,7 @@ class ChildWork:
                     self._at_work(f"opened the gate to {self.command.argv[0]} (pid {self.pid})")
                 case "failed":
                     self.say(f"cannot start {self.command.argv[0]}: {message['error']}")
-                    self._stopping = True
+                    self._stopping = self._stopping or not message["again"]
                 case "gone":
                     self._guarded = self._guarded and message["guarded"]
                     self._gone(message["status"])
@@ -379,9 +438,9 @@ class ChildWork:
         if final or self._crashes > self.command.max_crashes:
             self.say(f"the bot {what}, {self._crashes} times in a row: giving up")
             return None
-        wait = min(self.command.back_off * 2.0 ** (self._crashes - 1), LONGEST_BACK_OFF) if self._crashes > 1 else 0.0
-        when = f"in {wait:g} s" if wait else "at once"
-        self.say(f"the bot {what}: restart {self._crashes} of {self.command.max_crashes} {when}")
+        wait: float = min(self.command.back_off * 2 ** (self._crashes - 1), LONGEST_BACK_OFF)
+        when = "" if self._crashes == 1 else f" in {wait:g} s"  # the first one mostly at once, see :meth:`restart`
+        self.say(f"the bot {what}: restart {self._crashes} of {self.command.max_crashes}{when}")
         return wait
 
     def _work_gone(self, status: int) -> None:
@@ -400,7 +459,8 @@ class ChildWork:
     def _ended(self) -> None:
         """Nothing runs any more. The side-car lock must be free before anybody reads "released"."""
         self._stopping = True  # should the reaper be killed just now, that is no reason to start the bot again
-        if self._guarded:
+        self._word()
+        if self._guarded and self._sock.fileno() >= 0:
             self._send(do="drop")
         else:
             self._finished()
@@ -423,22 +483,39 @@ class ChildWork:
 
     def _bury(self, pause: float) -> None:
         """Until nothing of the work is left; what is frozen dies when it is thawed, and no sooner."""
-        tree.kill_below(os.getpid())
+        found = tree.kill_below(os.getpid(), spared=self._strangers)
         _, left = tree.reap()
-        if left:
+        if left and found:
             self._burying = self._loop.call_later(pause, self._bury, min(2 * pause, 0.1))
             return
         self._burying = None
         self.say("the reaper was killed; the bot died with it")
         self._guarded = False  # the kernel dropped it
-        self._fork_anew()
+        if clock.now() < self._forked_at + FORK_AGAIN:  # it cannot live: lest we do nothing else
+            self._fork_later = self._loop.call_later(FORK_AGAIN, self._try_again)
+        else:
+            self._try_again()
         if self._warm or (
             self._running and self._retry is None
         ):  # else nothing ran, and the restart is on its way already
             self._gone(-signal.SIGKILL)
 
+    def _try_again(self) -> None:
+        self._fork_later = None
+        if self._sock.fileno() < 0:
+            try:
+                self._fork_anew()
+            except OSError as e:
+                self.say(f"the reaper cannot be forked: {e.strerror}; trying again")
+                self._fork_later = self._loop.call_later(FORK_AGAIN, self._try_again)
+
     def _fork_anew(self) -> None:
+        """Raises OSError if no process is to be had."""
+        if self._fork_later is not None:
+            self._fork_later.cancel()
+            self._fork_later = None
         self._reaper, self._sock = reaper.fork()
+        self._forked_at = clock.now()
         self._inbox = reaper.Inbox(self._sock)
         self._sock.setblocking(False)
         self._loop.add_reader(self._sock, self._heard)

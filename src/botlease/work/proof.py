@@ -56,7 +56,11 @@ def owners(proof: str) -> list[Owner]:
 
 
 def alive(owner: Owner) -> bool:
-    return procfs.start_time(owner.pid) == owner.start
+    """Whether it may be: dead is who is gone, a zombie, or somebody else by now, and not who cannot be looked at."""
+    fields = procfs.stat(owner.pid)
+    if fields is None:
+        return procfs.exists(owner.pid)
+    return fields[0] not in (b"Z", b"X") and fields[19].decode() == owner.start
 
 
 def _marks(bot: str, instance_id: str) -> frozenset[bytes]:
@@ -73,16 +77,23 @@ def gone(proof: str, bot: str, instance_id: str, wait: float = 0.5) -> bool:
     give_up = clock.now() + wait
     since = min(int(o.start) for o in those)
     marks = _marks(bot, instance_id)
+    others: set[int] = set()
+    clean = 0
     while True:
-        left, unreadable = _marked(marks, since)
+        left, unreadable = _marked(marks, since, others)
         for pid in left:
             _kill(pid, marks)
-        if not left:
-            return not unreadable
+        if unreadable and not left:
+            return False
+        # Twice: one may have forked, and ended, while the first was looking.
+        clean = 0 if left else clean + 1
+        if clean == 2:
+            return True
         if clock.now() > give_up:
             return False
-        with contextlib.suppress(OSError):
-            select.select([], [], [], 0.002)
+        if left:
+            with contextlib.suppress(OSError):
+                select.select([], [], [], 0.002)
 
 
 def sweep(proof: str, bot: str, instance_id: str, wait: float = 0.2) -> None:
@@ -98,10 +109,10 @@ def sweep(proof: str, bot: str, instance_id: str, wait: float = 0.2) -> None:
     spared = {o.pid for o in those if alive(o)}  # a standby now, which may have been started from inside a bot
     killed: set[int] = set()
     give_up = clock.now() + wait
+    others: set[int] = set()
     clean = 0
-    # Twice: one may have forked, and ended, while the first was looking.
-    while those and clean < 2 and clock.now() < give_up:
-        new = {*_marked(marks, 0)[0]} - spared - killed
+    while those and clean < 2 and clock.now() < give_up:  # twice, as above
+        new = {*_marked(marks, 0, others)[0]} - spared - killed
         clean = 0 if new else clean + 1
         for pid in new:
             _kill(pid, marks)
@@ -111,9 +122,10 @@ def sweep(proof: str, bot: str, instance_id: str, wait: float = 0.2) -> None:
             select.select([], [], [], 0.002)
 
 
-def _marked(marks: frozenset[bytes], since: int) -> tuple[list[int], bool]:
+def _marked(marks: frozenset[bytes], since: int, others: set[int]) -> tuple[list[int], bool]:
     """Who carries the marks, and whether a process of our user from after ``since`` would not let us look; not we
-    ourselves, should we have been started from inside that bot."""
+    ourselves, should we have been started from inside that bot. ``others``: who does not carry them, so that a second
+    look reads only what is new. It grows."""
     try:
         ours = {os.getpid(), *tree.descendants(os.getpid())}
         names = os.listdir("/proc")  # noqa: PTH208
@@ -121,19 +133,22 @@ def _marked(marks: frozenset[bytes], since: int) -> tuple[list[int], bool]:
         return [], True
     found, unreadable = [], False
     for pid in (int(n) for n in names if n.isdigit()):
-        if pid in ours:
+        if pid in ours or pid in others:
             continue
         has = _has(pid, marks)
         if has is None:
             start = procfs.start_time(pid)
-            unreadable = unreadable or (start is not None and int(start) >= since)
+            unreadable = unreadable or (procfs.exists(pid) if start is None else int(start) >= since)
         elif has:
             found.append(pid)
+        else:
+            others.add(pid)
     return found, unreadable
 
 
 def _has(pid: int, marks: frozenset[bytes]) -> bool | None:
-    """None: a process of our user that we may not look into (it made itself undumpable)."""
+    """None: a process of our user that we may not look into (it made itself undumpable), or one that cannot be looked
+    at just now."""
     try:
         with open(f"/proc/{pid}/environ", "rb") as f:  # noqa: PTH123
             return marks.issubset(f.read().split(b"\0"))
@@ -141,11 +156,15 @@ def _has(pid: int, marks: frozenset[bytes]) -> bool | None:
         try:
             # bytes: a name may be cut in the middle of a character
             uids = Path(f"/proc/{pid}/status").read_bytes().split(b"Uid:")[1].split()[:2]
-        except (OSError, IndexError):
+        except (FileNotFoundError, ProcessLookupError):
             return False
+        except (OSError, IndexError):
+            return None
         return None if str(os.geteuid()).encode() in uids else False
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
+    except OSError:  # out of descriptors
+        return None
 
 
 def _kill(pid: int, marks: frozenset[bytes]) -> None:

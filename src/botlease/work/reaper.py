@@ -49,6 +49,8 @@ HEAD = struct.Struct("!I")
 FD = struct.Struct("i")
 ROOM = socket.CMSG_SPACE(4 * FD.size)
 """For the descriptors that come along with a message: four at the most."""
+EX_OSERR = 71
+"""Of sysexits.h: the system has no process, descriptor or memory for it just now."""
 EARLY = 0.25
 """Seconds before the end of trust at which the reaper begins to kill by itself; bounded by a tenth of what is
 left when the fence is armed. The kernel's timer stands at the end of trust."""
@@ -125,6 +127,8 @@ def fork() -> tuple[int, socket.socket]:
             # Nothing of the supervisor's may live on in here: not its database socket, not its side-car lock.
             tree.keep_only(its.fileno())
             _Reaper(its).run()
+        except Exception as e:  # no kernel timer is to be had, no descriptor: else nobody would know why
+            os.write(2, f"botlease: the reaper cannot go on: {e or type(e).__name__}\n".encode())
         finally:
             os._exit(70)
     its.close()
@@ -310,16 +314,23 @@ class _Reaper:
                 self._dismiss()
                 return
         theirs: socket.socket | None = None
-        if message["gate"]:
-            self.gate, theirs = socket.socketpair()
-            self.poll.register(self.gate, select.POLLIN)
-            came["gate"] = theirs.fileno()
-        pid, problem = self._spawn(message, {name: fd for name, fd in came.items() if name != "guard"})
-        if theirs is not None:
-            theirs.close()
+        try:
+            if message["gate"]:
+                self.gate, theirs = socket.socketpair()
+                self.poll.register(self.gate, select.POLLIN)
+                came["gate"] = theirs.fileno()
+            pid, problem = self._spawn(message, {name: fd for name, fd in came.items() if name != "guard"})
+        except OSError as e:  # out of processes, descriptors or memory: it may go better in a moment
+            self.status = EX_OSERR
+            self._kill()
+            self._tell(say="failed", error=e.strerror or "the system is out of something", again=True)
+            return
+        finally:
+            if theirs is not None:
+                theirs.close()
         if problem:
             self.status = 127 if problem == "No such file or directory" else 126
-            self._tell(say="failed", error=problem)
+            self._tell(say="failed", error=problem, again=False)
         else:
             self.child = pid
             self._tell(say="started", pid=pid)
@@ -374,7 +385,11 @@ class _Reaper:
             spare.close()
             self.leash.close()
             spare = self._fork()
-            spare.become(order, fds)
+            try:
+                spare.become(order, fds)
+            except OSError:
+                spare.close()
+                raise
         return spare.pid, spare.problem()
 
     def _fork(self, ahead: tuple[list[str], list[str]] | None = None) -> _Spare:

@@ -14,6 +14,7 @@ import resource
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal
+    from collections.abc import Mapping
 else:  # without its enumerations, as in the reaper
     import _signal as signal
 
@@ -92,8 +93,9 @@ def look() -> dict[int, tuple[int, bytes]]:
     return found
 
 
-def _below(root: int) -> dict[int, bytes]:
-    """Everything below ``root``, nearest first, with its start time."""
+def _below(root: int, spared: Mapping[int, bytes] = {}) -> dict[int, bytes]:
+    """Everything below ``root``, nearest first, with its start time. Without the children that are ``spared`` (pid and
+    start time), and what is below those."""
     seen = look()
     children: dict[int, list[int]] = {}
     for pid, (parent, _) in seen.items():
@@ -101,7 +103,12 @@ def _below(root: int) -> dict[int, bytes]:
     out: dict[int, bytes] = {}
     level = [root]
     while level:
-        level = [child for pid in level for child in children.get(pid, []) if child not in out]
+        level = [
+            child
+            for pid in level
+            for child in children.get(pid, [])
+            if child not in out and spared.get(child) != seen[child][1]
+        ]
         out |= {pid: seen[pid][1] for pid in level}
     return out
 
@@ -139,27 +146,28 @@ def descendants(root: int) -> list[int]:
     return list(_below(root))
 
 
-def kill_below(root: int, group: int = 0) -> int:
-    """SIGKILL everything below ``root`` once; returns how many there were. Without /proc (macOS) the process ``group``
+def kill_below(root: int, group: int = 0, spared: Mapping[int, bytes] = {}) -> bool:
+    """SIGKILL everything below ``root`` once, but for the children that are ``spared`` and what is below them. Returns
+    whether there may be something left: it was there, and could be killed. Without /proc (macOS) the process ``group``
     has to do."""
     try:
-        below = _below(root)
+        below = _below(root, spared)
     except OSError:
-        below = {}
         if group:
             try:
                 os.killpg(group, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
                 pass
-    for pid, start in below.items():
-        _kill(pid, start)
-    return len(below)
+        return True
+    killed = [_kill(pid, start) for pid, start in below.items()]
+    return any(killed)
 
 
-def _kill(pid: int, start: bytes) -> None:
+def _kill(pid: int, start: bytes) -> bool:
     """Through a pidfd, if it is still the one that was seen: a process below us may have died since, and been buried by
     its own parent, and a stranger may have its number. In doubt it is killed: what is spared here works on beside the
-    next one. (Who its parent is by now says nothing: that one may have been killed a moment ago.)"""
+    next one. (Who its parent is by now says nothing: that one may have been killed a moment ago.) False: we may not,
+    so that it is none of the bot's, which cannot have become another user where we cannot kill those."""
     fd = -1
     try:
         fd = os.pidfd_open(pid)
@@ -171,11 +179,14 @@ def _kill(pid: int, start: bytes) -> None:
     except (OSError, AttributeError):  # Linux before 5.3, a filter of system calls, out of descriptors
         try:
             os.kill(pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
+        except ProcessLookupError:
             pass
+        except PermissionError:
+            return False
     finally:
         if fd >= 0:
             os.close(fd)
+    return True
 
 
 def reap() -> tuple[list[tuple[int, int]], bool]:
