@@ -28,7 +28,8 @@ class Work:
     first: float
     last: float
     margin: float | None = None
-    """Seconds in which nobody worked before it began, stamps at a thaw apart; None for the first one."""
+    """Seconds in which nobody worked before its term began, stamps at a thaw apart; None for the first one, and for one
+    that was started again within its term, which waits for nobody."""
     before_thaws: float = 0.0
 
 
@@ -94,7 +95,7 @@ class Oracle:
                 self.findings.append(f"term {term} was used twice: by {other.who} and by {key}")
             if other.term > term:
                 self.findings.append(f"term {term} of {key} began after term {other.term} of {other.who}")
-        if self._latest is not None:
+        if self._latest is not None and self._latest.term != term:
             new.margin = at - max(w.before_thaws for w in self.works.values())
         self.works[key] = self._latest = new
 

@@ -79,6 +79,11 @@ def test_the_judge_sees_two_at_work_in_whichever_order_they_wrote() -> None:
     assert judged(("a/1", 1, 1.0), ("b/2", 2, 1.1), ("b/2", 2, 1.2)).findings == []
 
 
+def test_only_the_first_work_of_a_term_had_somebody_to_wait_for() -> None:
+    works = judged(("a/1", 1, 1.0), ("b/1", 2, 3.0), ("b/2", 2, 3.01)).works
+    assert [w.margin for w in works.values()] == [None, 2.0, None]
+
+
 def test_the_judge_sees_a_term_that_is_used_twice_or_falls() -> None:
     assert "used twice" in judged(("a/1", 1, 1.0), ("b/2", 1, 1.1)).findings[0]
     assert "after term 2" in judged(("a/1", 2, 1.0), ("b/2", 1, 1.1)).findings[0]
