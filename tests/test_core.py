@@ -566,6 +566,10 @@ def test_who_was_there_when_everybody_was_deactivated_does_not_promote_himself_e
             d.feed(Tick(), after=2.2)
             d.answer(Seen, View(replace(FREE, served=4), "db", None, 5))
             assert d.state.asking is None
+    d = Driver().joined(View(served, "db", replace(OTHER, generation=5), 5))
+    d.feed(Tick(), after=2.2)
+    d.answer(Seen, View(served, "a replica that lagged", None, 5))
+    assert not d.state.dismissed  # it may never have known who had it
 
 
 def test_a_holder_that_somebody_took_out_by_hand_is_waited_out() -> None:
@@ -772,6 +776,18 @@ def test_without_a_probation_a_takeover_has_passed_at_once() -> None:
     d.answer(Claimed, True)
     d.answer(Seen, View(replace(FREE, term=4), "db", ME, 5))
     assert d.question.verb is Verb.ACQUIRE and d.question.probation is Probation.PASSED
+
+
+def test_a_crash_takes_what_was_said_of_the_hung_one_with_it() -> None:
+    """Else the new process would be ended for it when the database answers."""
+    d = Driver().working()
+    d.feed(Unhealthy(4))
+    assert d.feed(Crashed(4)) == [Restart(False)]
+    assert d.answer(Seen, View(d.mine, "db", ME, 5, others=0)) == []
+    d = Driver().took_over()  # on probation it is asked, but of a crash
+    d.feed(Unhealthy(4))
+    d.feed(Crashed(4))
+    assert d.answer(Seen, View(d.mine, "db", ME, 5, others=0)) == [Restart(False)]
 
 
 def test_hung_work_that_comes_round_before_the_database_answers_goes_on() -> None:

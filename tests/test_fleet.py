@@ -246,6 +246,28 @@ def test_a_slot_in_which_an_older_deployment_came_first_keeps_no_newer_one_waiti
     members.assert_at_most_one()
 
 
+def test_a_deployment_in_quarantine_stands_by_and_gets_no_slot_of_its_own(members: Members) -> None:
+    asyncio.run(add(members.url, *names(20)))
+    members.start("v1")
+    members.settled(20, {0})
+    for n in (1, 2):
+        broken = members.start("v2")
+        members.settled(20, {n})
+        members.kill(broken)
+        members.settled(20, {0})
+    members.start("v2")
+
+    async def states() -> list[str]:
+        connection = await asyncpg.connect(members.url)
+        rows = await connection.fetch("SELECT state FROM bot_instances WHERE deployment = 'v2' AND ended_at IS NULL")
+        await connection.close()
+        return [r["state"] for r in rows]
+
+    until(lambda: "quarantined" in asyncio.run(states()))
+    assert {*members.running().values()} == {0}
+    members.assert_at_most_one()
+
+
 def test_a_bot_is_stopped_by_pause_and_removal_and_a_supervisor_of_its_own_waits_for_that(
     members: Members, tmp_path: Path
 ) -> None:

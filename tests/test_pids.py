@@ -76,7 +76,7 @@ def below_us(monkeypatch: pytest.MonkeyPatch) -> int:
         take(last)
 
     between(monkeypatch, tree, "look", reused)
-    assert tree.kill_below(os.getpid())
+    assert tree.kill_below(os.getpid()) == 2
     middle.wait(5)
     return last
 

@@ -85,3 +85,31 @@ def _carries(pid: int, marks: frozenset[bytes]) -> bool:
         return marks.issubset(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
     except OSError:
         return False
+
+
+DIES = """
+import os, subprocess, sys
+from botlease.work import proof
+dead = subprocess.Popen(["sleep", "600"])
+holder = proof.make([dead.pid])
+dead.kill()
+dead.wait()
+print(proof.gone(holder, "nobody", "at all"))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="needs root, who mounts")
+@pytest.mark.parametrize("hidden", ["1", "2"])
+def test_processes_of_others_that_may_not_be_looked_at_keep_no_death_from_being_proved(hidden: str) -> None:
+    shell = (
+        f'mount -t proc -o hidepid={hidden} proc /proc && exec setpriv --reuid=65534 --regid=65534 --clear-groups "$@"'
+    )
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", shell, "sh", sys.executable, "-c", DIES],
+        env=clean_env(),
+        capture_output=True,
+        text=True,
+    )
+    if "unshare" in done.stderr or "mount:" in done.stderr or "Permission denied" in done.stderr:
+        pytest.skip(f"nothing can be mounted here, or not be run as another user: {done.stderr}")
+    assert done.stdout == "True\n", done.stderr

@@ -331,7 +331,8 @@ def _felt(s: State, event: Healthy | Crashed | Unhealthy, now: float, out: list[
         return replace(s, healthy=True, ailing=s.ailing and not s.hung, hung=False)  # it has come round by itself
     hung = isinstance(event, Unhealthy)
     if not hung:
-        s = replace(s, work_since=now, healthy=False)  # a probation begins anew with a new process
+        # A probation begins anew with a new process, and what was said of the one before is over.
+        s = replace(s, work_since=now, healthy=False, ailing=False, hung=False)
         if s.probation is not Probation.ON:
             out.append(Restart(hung=False))  # it has proved itself: it is started again within the term
             return s
@@ -412,6 +413,7 @@ def _saw(s: State, view: View, now: float, out: list[Action]) -> State:
         if not assigned or view.paused:
             return _unassigned(s, _why_not(view.paused, view.assigned is None), now, out)
         return _ails(s, view.others, now, out) if s.ailing and s.phase is Phase.WORKING else s
+    origin = s.evidence.origin  # of the look before
     # Our row is gone; or it has another generation: a registration of ours was on its way when all was emptied.
     if view.generation != s.generation and (lease is None or lease.served == 0):
         s = replace(s, anew=s.anew or s.generation > 0)
@@ -425,8 +427,9 @@ def _saw(s: State, view: View, now: float, out: list[Action]) -> State:
     peer = (view.assigned.instance_id, view.assigned.beat) if view.assigned else None
     if peer is not None:
         s = replace(s, peer_seen=now, dismissed=False)
-    elif s.peer is not None and now < s.peer_seen + s.timing.ttl:
+    elif s.peer is not None and origin == view.origin and now < s.peer_seen + s.timing.ttl:
         # Had he ended by himself, it would have been handed on to us, unless we looked dead then: we have not for long.
+        # (Another database, or one that went back, may never have known of him.)
         s = replace(s, dismissed=True)
     if peer != s.peer:
         s = replace(s, peer=peer, peer_since=now)

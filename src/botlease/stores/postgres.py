@@ -509,7 +509,7 @@ class PostgresStore:
                 try:
                     async with c.transaction():
                         for statement in PROMOTE:
-                            await c.execute(statement, instance_id)
+                            await c.execute(statement, *([instance_id] if "$1" in statement else []))
                     return
                 except (asyncpg.UniqueViolationError, asyncpg.DeadlockDetectedError):
                     if last:  # a claim of this very moment was quicker, four times

@@ -24,7 +24,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from botlease.model import LEAVING, TERM_GAP, TRIES, UNPLACED, How, Lease, Reason
+from botlease.model import LEAVING, TERM_GAP, UNPLACED, How, Lease, Reason
 from botlease.stores.postgressql import DURABLE
 from botlease.value import value
 
@@ -42,7 +42,6 @@ LOOK: Final = """
 SELECT l.bot, l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, l.slot, {timeline} AS timeline,
   (SELECT d.generation FROM bot_deployments d WHERE d.bot = $1 AND d.deployment = h.deployment) AS generation,
   coalesce((SELECT d.generation FROM bot_deployments d WHERE d.bot = l.bot AND d.deployment = $2) > h.generation, TRUE)
-    AND coalesce((SELECT f.failures FROM bot_failures f WHERE f.bot = l.bot AND f.deployment = $2), 0) < {tries}
     AS yields,
   a.instance_id AS assigned,
   a.ended_at IS NOT NULL OR a.last_heartbeat < clock_timestamp() - make_interval(secs => 3 * l.ttl) AS ended,
@@ -238,7 +237,8 @@ class Slot:
     generation: int
     """Of its holder's deployment in this fleet; 0: there is no holder."""
     yields: bool
-    """By the order of the slot itself our deployment may take it over: there it is newer, or it will be."""
+    """By the order of the slot itself our deployment is newer there, or will be. (One in quarantine is, too: it is to
+    stand by there, and not to open a slot of its own.)"""
     assigned: str | None
     ended: bool
     """The instance that should hold it is no more."""
@@ -295,7 +295,7 @@ class PostgresFleet:
         self._store = store
 
     def _sql(self, text: str) -> str:
-        for name, number in (("leaving", LEAVING), ("unplaced", UNPLACED), ("gap", TERM_GAP), ("tries", TRIES)):
+        for name, number in (("leaving", LEAVING), ("unplaced", UNPLACED), ("gap", TERM_GAP)):
             text = text.replace("{" + name + "}", str(number))
         return self._store.filled(text)
 

@@ -262,6 +262,8 @@ UPDATE bot_instances SET is_active = FALSE WHERE is_active AND bot IS NOT NULL
 # In one transaction, the lease's row first, as everybody locks. Anew, should it have the assignment already, as after a
 # fail-over: else it would be no choice by hand, and the next start of a newer deployment would take it away.
 PROMOTE: Final = (
+    # Whoever is stopped in the middle of it must not keep the lease from its holder for hours.
+    "SET LOCAL idle_in_transaction_session_timeout = '1s'",
     "SELECT 1 FROM bot_leases WHERE bot = (SELECT bot FROM bot_instances WHERE instance_id = $1) FOR UPDATE",
     "UPDATE bot_instances SET is_active = FALSE WHERE instance_id = $1 AND is_active",
     f"UPDATE bot_instances SET is_active = TRUE WHERE instance_id = $1 RETURNING {DURABLE}",

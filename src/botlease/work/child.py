@@ -198,7 +198,7 @@ class ChildWork:
     def _spawn(self, fds: dict[str, int] | None = None) -> None:
         self._retry = None
         self._ready, self._gated = False, self._warm
-        self._began = clock.now()
+        began = self._began = clock.now()
         if self._burying is not None:
             return  # the reaper has just been killed, and something of its work may live: that will be a crash
         try:
@@ -207,7 +207,11 @@ class ChildWork:
             self._order(fds)
         except (OSError, RuntimeError) as e:  # out of descriptors, processes or threads
             self.say(f"cannot start {self.command.argv[0]}: {getattr(e, 'strerror', None) or e}")
-            self._loop.call_soon(self._gone, reaper.EX_OSERR)
+            self._loop.call_soon(self._not_started, began)
+
+    def _not_started(self, began: float) -> None:
+        if self._began == began and self._retry is None:  # else another one has begun, or is about to
+            self._gone(reaper.EX_OSERR)
 
     def _order(self, fds: dict[str, int] | None) -> None:
         """Raises OSError or RuntimeError if there is nothing left to make it of."""
@@ -444,6 +448,7 @@ class ChildWork:
         return wait
 
     def _work_gone(self, status: int) -> None:
+        self._word()
         self.exit_code = 0 if self._asked and status == -self._asked else (status if status >= 0 else 128 - status)
         if status in (0, BAD_CONFIGURATION) or self._stopping:
             self._ended()
@@ -483,9 +488,9 @@ class ChildWork:
 
     def _bury(self, pause: float) -> None:
         """Until nothing of the work is left; what is frozen dies when it is thawed, and no sooner."""
-        found = tree.kill_below(os.getpid(), spared=self._strangers)
+        tree.kill_below(os.getpid(), spared=self._strangers)
         _, left = tree.reap()
-        if left and found:
+        if left and self._may_be_the_bots():
             self._burying = self._loop.call_later(pause, self._bury, min(2 * pause, 0.1))
             return
         self._burying = None
@@ -499,6 +504,13 @@ class ChildWork:
             self._running and self._retry is None
         ):  # else nothing ran, and the restart is on its way already
             self._gone(-signal.SIGKILL)
+
+    def _may_be_the_bots(self) -> bool:
+        """Whether a child of ours is none of those that we had before, as the kernel has them, whatever /proc hides."""
+        those = tree.Children(os.getpid())
+        found = those()  # none, though there are some: it does not tell
+        those.close()
+        return not found or any(self._strangers.get(child) != tree.started(child) for child in found)
 
     def _try_again(self) -> None:
         self._fork_later = None

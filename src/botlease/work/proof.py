@@ -135,34 +135,50 @@ def _marked(marks: frozenset[bytes], since: int, others: set[int]) -> tuple[list
     for pid in (int(n) for n in names if n.isdigit()):
         if pid in ours or pid in others:
             continue
-        has = _has(pid, marks)
-        if has is None:
+        environment = _environment(pid)
+        if environment is None:
             start = procfs.start_time(pid)
-            unreadable = unreadable or (procfs.exists(pid) if start is None else int(start) >= since)
-        elif has:
+            unreadable = unreadable or (_ours(pid) if start is None else int(start) >= since)
+        elif marks.issubset(environment.split(b"\0")):
             found.append(pid)
-        else:
+        elif environment:  # else it may be in the middle of an exec
             others.add(pid)
     return found, unreadable
 
 
+def _ours(pid: int) -> bool:
+    """Whether it may be of our user: a signal would reach it. (Of others nothing at all is to be read with hidepid.)"""
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
+
+
 def _has(pid: int, marks: frozenset[bytes]) -> bool | None:
-    """None: a process of our user that we may not look into (it made itself undumpable), or one that cannot be looked
-    at just now."""
+    """None: it cannot be told."""
+    environment = _environment(pid)
+    return None if environment is None else marks.issubset(environment.split(b"\0"))
+
+
+def _environment(pid: int) -> bytes | None:
+    """As it was at the last exec; empty in the middle of one, of a zombie, of who is gone, and of another user's. None:
+    a process of our user that we may not look into (it made itself undumpable), or one that cannot be looked at just
+    now."""
     try:
         with open(f"/proc/{pid}/environ", "rb") as f:  # noqa: PTH123
-            return marks.issubset(f.read().split(b"\0"))
+            return f.read()
     except PermissionError:
         try:
             # bytes: a name may be cut in the middle of a character
             uids = Path(f"/proc/{pid}/status").read_bytes().split(b"Uid:")[1].split()[:2]
         except (FileNotFoundError, ProcessLookupError):
-            return False
+            return b""
         except (OSError, IndexError):
             return None
-        return None if str(os.geteuid()).encode() in uids else False
+        return None if str(os.geteuid()).encode() in uids else b""
     except (FileNotFoundError, ProcessLookupError):
-        return False
+        return b""
     except OSError:  # out of descriptors
         return None
 

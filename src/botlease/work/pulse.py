@@ -67,12 +67,19 @@ class Pulse:
         self._listener: threading.Thread | None = None
 
     def output(self) -> int:
-        """Where the bot's standard output should go: a descriptor for the caller to close, or -1: as it is."""
+        """Where the bot's standard output should go: a descriptor for the caller to close, or -1: as it is. Raises
+        OSError or RuntimeError if there is none, or no thread, to be had."""
         if self.rule.kind != "stdout":
             return -1
         read, write = os.pipe()
-        self._listener = threading.Thread(target=self._listen, args=(read,), name="botlease-stdout", daemon=True)
-        self._listener.start()
+        listener = threading.Thread(target=self._listen, args=(read,), name="botlease-stdout", daemon=True)
+        try:
+            listener.start()
+        except RuntimeError:  # out of threads
+            os.close(read)
+            os.close(write)
+            raise
+        self._listener = listener
         return write
 
     def rest(self) -> None:

@@ -394,7 +394,12 @@ class _Reaper:
 
     def _fork(self, ahead: tuple[list[str], list[str]] | None = None) -> _Spare:
         read, write = _pipe()
-        ours, its = socket.socketpair()
+        try:
+            ours, its = socket.socketpair()
+        except OSError:
+            os.close(read)
+            os.close(write)
+            raise
         me = os.getpid()
         try:
             pid = os.fork()

@@ -146,28 +146,27 @@ def descendants(root: int) -> list[int]:
     return list(_below(root))
 
 
-def kill_below(root: int, group: int = 0, spared: Mapping[int, bytes] = {}) -> bool:
-    """SIGKILL everything below ``root`` once, but for the children that are ``spared`` and what is below them. Returns
-    whether there may be something left: it was there, and could be killed. Without /proc (macOS) the process ``group``
-    has to do."""
+def kill_below(root: int, group: int = 0, spared: Mapping[int, bytes] = {}) -> int:
+    """SIGKILL everything below ``root`` once, but for the children that are ``spared`` and what is below them; returns
+    how many there were. Without /proc (macOS) the process ``group`` has to do."""
     try:
         below = _below(root, spared)
     except OSError:
+        below = {}
         if group:
             try:
                 os.killpg(group, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
                 pass
-        return True
-    killed = [_kill(pid, start) for pid, start in below.items()]
-    return any(killed)
+    for pid, start in below.items():
+        _kill(pid, start)
+    return len(below)
 
 
-def _kill(pid: int, start: bytes) -> bool:
+def _kill(pid: int, start: bytes) -> None:
     """Through a pidfd, if it is still the one that was seen: a process below us may have died since, and been buried by
     its own parent, and a stranger may have its number. In doubt it is killed: what is spared here works on beside the
-    next one. (Who its parent is by now says nothing: that one may have been killed a moment ago.) False: we may not,
-    so that it is none of the bot's, which cannot have become another user where we cannot kill those."""
+    next one. (Who its parent is by now says nothing: that one may have been killed a moment ago.)"""
     fd = -1
     try:
         fd = os.pidfd_open(pid)
@@ -179,14 +178,11 @@ def _kill(pid: int, start: bytes) -> bool:
     except (OSError, AttributeError):  # Linux before 5.3, a filter of system calls, out of descriptors
         try:
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
+        except (ProcessLookupError, PermissionError):
             pass
-        except PermissionError:
-            return False
     finally:
         if fd >= 0:
             os.close(fd)
-    return True
 
 
 def reap() -> tuple[list[tuple[int, int]], bool]:
