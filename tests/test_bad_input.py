@@ -111,6 +111,15 @@ def test_a_wrong_password_and_a_missing_database_are_named(postgres_url: str, tm
     assert result.returncode == 78 and "has no such database" in result.stderr
 
 
+def test_several_hosts_in_a_url_are_no_bad_input(tmp_path: Path) -> None:
+    """That none of them is there now may be over soon, and is not for a platform to give up for."""
+    for hosts in ("127.0.0.1:1,127.0.0.1:2", "[::1]:1,127.0.0.1:2"):
+        result = run(["run", "--", "true"], tmp_path, BOTLEASE_DATABASE_URL=f"postgresql://bot@{hosts}/bots")
+        assert result.returncode == 69 and f"cannot reach PostgreSQL at {hosts}/bots" in result.stderr
+    result = run(["run", "--", "true"], tmp_path, BOTLEASE_DATABASE_URL="postgresql://bot@h1:1,h2:x/bots")
+    assert result.returncode == 78 and "is not valid" in result.stderr
+
+
 def test_a_missing_driver_is_named_with_the_command_that_installs_it(tmp_path: Path) -> None:
     block = "import sys; sys.modules['asyncpg'] = None; import importlib.util as u; f = u.find_spec\n"
     block += "u.find_spec = lambda n, *a: None if n == 'asyncpg' else f(n, *a)\n"

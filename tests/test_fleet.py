@@ -264,8 +264,31 @@ def test_a_deployment_in_quarantine_stands_by_and_gets_no_slot_of_its_own(member
         return [r["state"] for r in rows]
 
     until(lambda: "quarantined" in asyncio.run(states()))
-    assert {*members.running().values()} == {0}
+    asyncio.run(promote(members.url, "v1"))  # which makes the older one the newest there
+    until(lambda: asyncio.run(generations(members.url))[-1] == "v1")
+    again = members.start("v2")
+    until(lambda: asyncio.run(states()).count("quarantined") + asyncio.run(states()).count("standby") == 2)
+    assert {*members.running().values()} == {0} and again.process.poll() is None
     members.assert_at_most_one()
+
+
+async def promote(url: str, deployment: str) -> None:
+    """As `botlease promote` does for the one that has the assignment."""
+    connection = await asyncpg.connect(url)
+    async with connection.transaction():
+        for active in (False, True):
+            await connection.execute(
+                "UPDATE bot_instances SET is_active = $1 WHERE deployment = $2 AND ended_at IS NULL", active, deployment
+            )
+    await connection.close()
+
+
+async def generations(url: str) -> list[str]:
+    """The deployments of slot 1, the newest last."""
+    connection = await asyncpg.connect(url)
+    rows = await connection.fetch("SELECT deployment FROM bot_deployments WHERE bot LIKE 'fleet/%' ORDER BY generation")
+    await connection.close()
+    return [r["deployment"] for r in rows]
 
 
 def test_a_bot_is_stopped_by_pause_and_removal_and_a_supervisor_of_its_own_waits_for_that(

@@ -121,7 +121,7 @@ def test_a_process_applies_for_the_slot_of_an_older_deployment_then_for_one_that
     assert (choose([same], 2, "me") or 0) > 3
     assert choose([same], 1, "me") is None  # a newer deployment may not want more
     assert choose([], 1, "me") in (1, 2, 3, 4)
-    chosen = Seen(1, yields=False)  # in this slot somebody has promoted the older one, or it came first there
+    chosen = Seen(1, yields=False)  # to this slot the older one came after us
     assert (choose([chosen, same], 2, "me") or 0) > 3
     assert (choose([same], 1, "me", newer=False) or 0) > 3  # each process is a deployment of its own
 

@@ -259,10 +259,11 @@ def test_status_as_json_has_the_documented_form(world: World) -> None:
     (instance,) = shown["instances"]
     assert list(instance) == [
         *("instance_id", "is_active", "state", "term", "deployment", "generation"),
-        *("host", "pid", "started_at", "last_heartbeat"),
+        *("host", "pid", "started_at", "last_heartbeat", "silent"),
     ]
     assert shown["lease"]["holder"] == instance["instance_id"]
     assert (instance["is_active"], instance["state"], instance["term"]) == (True, "active", 1)
+    assert instance["silent"] is False
 
 
 def test_promote_moves_the_bot(world: World) -> None:

@@ -410,8 +410,9 @@ async def test_a_url_that_cannot_be_parsed_is_refused_without_being_quoted(url: 
     [
         ("postgresql://bot:pw@127.0.0.1:1,127.0.0.1:2/bots?target_session_attrs=any", "127.0.0.1:1,127.0.0.1:2/bots"),
         ("postgresql://user:2024#rest@127.0.0.1:1/db", "is not valid"),
+        ("postgresql://bot@127.0.0.1:1/bots$", "the address in the database URL"),
     ],
-    ids=["several hosts", "a hash in the password"],
+    ids=["several hosts", "a hash in the password", "a name that is not shown"],
 )
 async def test_an_error_names_the_server_as_the_url_has_it_and_no_piece_of_a_password(url: str, says: str) -> None:
     with pytest.raises(StoreError, match=says) as caught:

@@ -308,7 +308,7 @@ def _absorb(s: State, event: Event, now: float, out: list[Action]) -> State:
         case Renewed():
             return _renewed(s, q, event, now, out)
         case Done():
-            return _done(s, q, now)
+            return _done(s, q, now, out)
     return s
 
 
@@ -501,7 +501,7 @@ def _denied(s: State, q: Question, now: float, out: list[Action]) -> State:
     if q.verb is Verb.RENEW:
         return _term_over(s, Reason.LOST, now, out)
     if q.verb is Verb.RELEASE:
-        return _done(s, q, now)  # the term is not ours any more: just as good
+        return _done(s, q, now, out)  # the term is not ours any more: just as good
     if q.verb is Verb.PASS:
         # The row itself decides whether the term is ours. Asked again and again it would be asked for ever.
         return replace(s, probation=Probation.NONE, look_at=now)
@@ -528,11 +528,12 @@ def _renewed(s: State, q: Question, event: Renewed, now: float, out: list[Action
     return _unassigned(s, _why_not(event.paused, event.vacant), now, out)
 
 
-def _done(s: State, q: Question, now: float) -> State:
+def _done(s: State, q: Question, now: float, out: list[Action]) -> State:
     if q.verb is Verb.TOUCH:
         return replace(s, touch_at=now + s.timing.ttl, shown=q.label)
     if q.verb is Verb.PASS:
-        # A crash that crossed it is restarted as any other.
+        if s.ailing and not s.hung:
+            out.append(Restart(hung=False))  # a crash that crossed it, as any other
         return replace(s, probation=Probation.PASSED, ailing=s.hung)
     if q.verb is Verb.LEAVE or q.leave:
         return replace(s, phase=Phase.ENDED, term=None)

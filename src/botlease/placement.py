@@ -124,8 +124,7 @@ def choose(slots: Sequence[SlotSeen], generation: int, who: str, *, newer: bool 
         return max(numbers, key=lambda n: (weight(who, n), n))  # processes that start together choose differently
 
     held = [s for s in slots if s.held]
-    # By the order of the fleet, and by that of the slot, which is its lease's: there an operator may have chosen
-    # another one, or one may have come first.
+    # By the order of the fleet, and by that of the slot, which is its lease's: there an older one may have come last.
     older = [s.number for s in held if s.generation < generation and s.yields]
     if older and newer:
         return mine(older)

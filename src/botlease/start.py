@@ -184,7 +184,8 @@ def _check_database(url: str) -> None:
     from urllib.parse import urlsplit
 
     try:
-        _ = urlsplit(url).port
+        for host in urlsplit(url).netloc.rpartition("@")[2].split(","):
+            _ = urlsplit(f"//{host}").port
     except ValueError:  # its text would quote the password
         fail("the database URL is not valid: it should read postgresql://user@host:5432/name", CONFIG)
     scheme = url.split(":", 1)[0]

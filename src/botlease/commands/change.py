@@ -41,7 +41,8 @@ def promote(database: str | None, instance_id: str) -> None:
     """Make INSTANCE_ID the one that runs. The one that runs now drains first.
 
     Its deployment becomes the newest, so that it stays until a new deployment comes or you choose again. In SQL:
-    UPDATE bot_instances SET is_active = TRUE WHERE instance_id = '...';
+    UPDATE bot_instances SET is_active = TRUE WHERE instance_id = '...'; (if it has the assignment already, as after a
+    fail-over: FALSE first, and both in one transaction)
     """
     ask(database, lambda store: store.promote(instance_id, DEADLINE))
     click.echo(f"{clean(instance_id)} has the assignment; it starts when the lease is free (see `botlease status`)")

@@ -592,8 +592,11 @@ NO_URL: Final = (
 
 def _explain(e: Exception, url: str) -> StoreError:
     where = shown(url).partition("://")[2].rpartition("@")[2].partition("?")[0]
-    if not where or where == "***":
-        return StoreRefused(NO_URL)
+    if not where or where == "***":  # an odd name, which may be a piece of a password
+        where = "the address in the database URL"
+        rest = url.partition("://")[2]
+        if isinstance(e, OSError) and "@" in rest and "@" not in re.split("[/?#]", rest, maxsplit=1)[0]:
+            return StoreRefused(NO_URL)  # it is one: what stands before the @ was a password with one of these in it
     said = _first(e, url)
     match e:
         case asyncpg.InvalidPasswordError() | asyncpg.InvalidAuthorizationSpecificationError():

@@ -41,8 +41,9 @@ ON CONFLICT (bot, deployment) DO UPDATE SET first_seen = bot_deployments.first_s
 LOOK: Final = """
 SELECT l.bot, l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served, l.slot, {timeline} AS timeline,
   (SELECT d.generation FROM bot_deployments d WHERE d.bot = $1 AND d.deployment = h.deployment) AS generation,
-  coalesce((SELECT d.generation FROM bot_deployments d WHERE d.bot = l.bot AND d.deployment = $2) > h.generation, TRUE)
-    AS yields,
+  coalesce((SELECT m.generation > h.generation OR m.first_seen > t.first_seen FROM bot_deployments m
+              LEFT JOIN bot_deployments t ON t.bot = m.bot AND t.deployment = h.deployment
+            WHERE m.bot = l.bot AND m.deployment = $2), TRUE) AS yields,
   a.instance_id AS assigned,
   a.ended_at IS NOT NULL OR a.last_heartbeat < clock_timestamp() - make_interval(secs => 3 * l.ttl) AS ended,
   EXISTS (SELECT 1 FROM bot_instances o WHERE o.bot = l.bot AND o.ended_at IS NULL
@@ -237,8 +238,9 @@ class Slot:
     generation: int
     """Of its holder's deployment in this fleet; 0: there is no holder."""
     yields: bool
-    """By the order of the slot itself our deployment is newer there, or will be. (One in quarantine is, too: it is to
-    stand by there, and not to open a slot of its own.)"""
+    """In the slot itself our deployment is newer than its holder's, or will be, or came after it: then it is to stand
+    by there. (Also one in quarantine, and where an operator has made an older one the newest: neither is to open a
+    slot of its own instead. But not where an older one came first after us: there we would wait for ever.)"""
     assigned: str | None
     ended: bool
     """The instance that should hold it is no more."""
