@@ -14,7 +14,7 @@ from harness import clean_env, until
 from botlease import procfs
 from botlease.work import proof, tree
 
-MARKS = {"BOTLEASE_BOT": "hopper", "BOTLEASE_INSTANCE_ID": "one"}
+MARKS = {"BOTLEASE_BOT": "hopper", "BOTLEASE_INSTANCE_ID": f"of-{os.getpid()}"}
 ASKS = """
 import sys
 from botlease.work import proof

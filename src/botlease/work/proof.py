@@ -80,13 +80,14 @@ def gone(proof: str, bot: str, instance_id: str, wait: float = 0.5) -> bool:
     others: set[int] = set()
     clean = 0
     while True:
-        left, unreadable = _marked(marks, since, others)
+        left, moving, unreadable = _marked(marks, since, others)
         for pid in left:
             _kill(pid, marks)
         if unreadable and not left:
             return False
-        # Twice: one may have forked, and ended, while the first was looking.
-        clean = 0 if left else clean + 1
+        # Twice, as one may have been in the middle of an exec, and none that ended while it was looked at: it may have
+        # forked before.
+        clean = 0 if left or moving else clean + 1
         if clean == 2:
             return True
         if clock.now() > give_up:
@@ -111,9 +112,10 @@ def sweep(proof: str, bot: str, instance_id: str, wait: float = 0.2) -> None:
     give_up = clock.now() + wait
     others: set[int] = set()
     clean = 0
-    while those and clean < 2 and clock.now() < give_up:  # twice, as above
-        new = {*_marked(marks, 0, others)[0]} - spared - killed
-        clean = 0 if new else clean + 1
+    while those and clean < 2 and clock.now() < give_up:  # as above
+        left, moving, _ = _marked(marks, 0, others)
+        new = {*left} - spared - killed
+        clean = 0 if new or moving else clean + 1
         for pid in new:
             _kill(pid, marks)
         killed |= new
@@ -122,28 +124,36 @@ def sweep(proof: str, bot: str, instance_id: str, wait: float = 0.2) -> None:
             select.select([], [], [], 0.002)
 
 
-def _marked(marks: frozenset[bytes], since: int, others: set[int]) -> tuple[list[int], bool]:
-    """Who carries the marks, and whether a process of our user from after ``since`` would not let us look; not we
-    ourselves, should we have been started from inside that bot. ``others``: who does not carry them, so that a second
-    look reads only what is new. It grows."""
+def _marked(marks: frozenset[bytes], since: int, others: set[int]) -> tuple[list[int], bool, bool]:
+    """Who carries the marks, whether somebody ended while we looked, and whether a process of our user from after
+    ``since`` would not let us look; not we ourselves, should we have been started from inside that bot. ``others``: who
+    does not carry them, so that a second look reads only what is new. It grows."""
     try:
         ours = {os.getpid(), *tree.descendants(os.getpid())}
         names = os.listdir("/proc")  # noqa: PTH208
     except OSError:  # out of descriptors
-        return [], True
-    found, unreadable = [], False
+        return [], False, True
+    found, moving, unreadable = [], False, False
     for pid in (int(n) for n in names if n.isdigit()):
         if pid in ours or pid in others:
             continue
-        environment = _environment(pid)
+        try:
+            environment = _environment(pid)
+        except ProcessLookupError:
+            if procfs.start_time(pid) is None:  # it has just ended, or is a zombie since who knows when
+                moving = True
+            others.add(pid)  # else a thread of the kernel
+            continue
         if environment is None:
             start = procfs.start_time(pid)
             unreadable = unreadable or (_ours(pid) if start is None else int(start) >= since)
         elif marks.issubset(environment.split(b"\0")):
             found.append(pid)
-        elif environment:  # else it may be in the middle of an exec
+        elif environment:
             others.add(pid)
-    return found, unreadable
+        else:  # it has none, is in the middle of an exec, or has just ended
+            moving = moving or procfs.start_time(pid) is None
+    return found, moving, unreadable
 
 
 def _ours(pid: int) -> bool:
@@ -157,14 +167,17 @@ def _ours(pid: int) -> bool:
 
 def _has(pid: int, marks: frozenset[bytes]) -> bool | None:
     """None: it cannot be told."""
-    environment = _environment(pid)
+    try:
+        environment = _environment(pid)
+    except ProcessLookupError:
+        return False
     return None if environment is None else marks.issubset(environment.split(b"\0"))
 
 
 def _environment(pid: int) -> bytes | None:
-    """As it was at the last exec; empty in the middle of one, of a zombie, of who is gone, and of another user's. None:
-    a process of our user that we may not look into (it made itself undumpable), or one that cannot be looked at just
-    now."""
+    """As it was at the last exec; empty in the middle of one; of another user's some words of ours. None: a process of
+    our user that we may not look into (it made itself undumpable), or one that cannot be looked at just now. Raises
+    ProcessLookupError if it has none any more (it is gone, or a zombie), or is a thread of the kernel."""
     try:
         with open(f"/proc/{pid}/environ", "rb") as f:  # noqa: PTH123
             return f.read()
@@ -173,12 +186,12 @@ def _environment(pid: int) -> bytes | None:
             # bytes: a name may be cut in the middle of a character
             uids = Path(f"/proc/{pid}/status").read_bytes().split(b"Uid:")[1].split()[:2]
         except (FileNotFoundError, ProcessLookupError):
-            return b""
+            raise ProcessLookupError from None
         except (OSError, IndexError):
             return None
-        return None if str(os.geteuid()).encode() in uids else b""
+        return None if str(os.geteuid()).encode() in uids else b"another user's"
     except (FileNotFoundError, ProcessLookupError):
-        return b""
+        raise ProcessLookupError from None
     except OSError:  # out of descriptors
         return None
 
