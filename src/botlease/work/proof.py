@@ -129,13 +129,12 @@ def _marked(marks: frozenset[bytes], since: int, others: set[int]) -> tuple[list
     ``since`` would not let us look; not we ourselves, should we have been started from inside that bot. ``others``: who
     does not carry them, so that a second look reads only what is new. It grows."""
     try:
-        ours = {os.getpid(), *tree.descendants(os.getpid())}
         names = os.listdir("/proc")  # noqa: PTH208
     except OSError:  # out of descriptors
         return [], False, True
-    found, moving, unreadable = [], False, False
+    found, doubtful, moving = [], [], False
     for pid in (int(n) for n in names if n.isdigit()):
-        if pid in ours or pid in others:
+        if pid in others:
             continue
         try:
             environment = _environment(pid)
@@ -146,14 +145,21 @@ def _marked(marks: frozenset[bytes], since: int, others: set[int]) -> tuple[list
             continue
         if environment is None:
             start = procfs.start_time(pid)
-            unreadable = unreadable or (_ours(pid) if start is None else int(start) >= since)
+            if _ours(pid) if start is None else int(start) >= since:
+                doubtful.append(pid)
         elif marks.issubset(environment.split(b"\0")):
             found.append(pid)
         elif environment:
             others.add(pid)
         else:  # it has none, is in the middle of an exec, or has just ended
             moving = moving or procfs.start_time(pid) is None
-    return found, moving, unreadable
+    if found or doubtful:  # else it is of no interest who is below us, and takes another look at all processes
+        try:
+            below = {os.getpid(), *tree.descendants(os.getpid())}
+        except OSError:
+            return [], moving, True
+        found, doubtful = ([pid for pid in pids if pid not in below] for pids in (found, doubtful))
+    return found, moving, bool(doubtful)
 
 
 def _ours(pid: int) -> bool:
