@@ -8,6 +8,11 @@ without a command it runs the trading bot of this repository.
 from __future__ import annotations
 
 import os
+import signal
+
+if __name__ == "__main__":  # first of all: as PID 1 Python would ignore SIGTERM until it has a handler
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,8 +44,10 @@ if __name__ == "__main__":
     fork_early()
     from botlease.cli import run
     from botlease.console import invoke
+    from botlease.exits import leave
 
-    parameters = {p.name: p for p in run.params}
-    parameters["command"].default = BOT  # where none is given
-    parameters["pass_database"].default = True
+    def begin(command: tuple[str, ...], pass_database: bool, **options: Any) -> None:
+        leave(run_bot(command or BOT, **options))
+
+    run.callback = begin
     invoke(run, "instance_manager.py")

@@ -13,11 +13,12 @@ venv() {
     echo "botlease needs Python 3.11 or newer; set PYTHON=/path/to/python3.11 ('$python' is not)" >&2
     return 1
   fi
-  [ -x .venv/bin/python ] || "$python" -m venv .venv || {
+  uv=$(command -v uv || true)
+  # One that was begun and not finished, for want of python3-venv say, has a python and nothing to install with.
+  [ -x .venv/bin/python ] && { [ -n "$uv" ] || [ -x .venv/bin/uv ] || [ -x .venv/bin/pip ]; } || "$python" -m venv .venv || {
     echo "cannot make .venv: on Debian and Ubuntu, apt-get install python3-venv" >&2
     return 1
   }
-  uv=$(command -v uv || true)
   if [ -z "$uv" ]; then
     [ -x .venv/bin/uv ] || .venv/bin/python -m pip install --quiet --require-hashes -r requirements/uv.txt || return 1
     uv=.venv/bin/uv

@@ -79,6 +79,7 @@ class Run:
                 self.say({"faults": await self.one()})
             if not self.broken() and not self.damaged:
                 await self.works(now(), "the end")
+                await self.stays()
             if not self.damaged:
                 await self.verify()
         except Exception as e:
@@ -127,6 +128,7 @@ class Run:
             if harm.last < 0:
                 harm.last = self.oracle.highest
         if sum(self.faults.values()) // VERIFIED_EVERY > self.verified:
+            await self.stays()
             await self.verify()
         await self.keep_enough()
         return len(names)
@@ -157,6 +159,22 @@ class Run:
                 return
             await asyncio.sleep(0.05)
         self.slowest = max(self.slowest, (now() - since) / limit)
+
+    async def stays(self) -> None:
+        """The same one works for two ttl, within the bound. Whoever drains, and leaves the lease to nobody, works as
+        well; and what the next fault does to everybody would mend it, and hide it."""
+        began = since = now()
+        which, limit = None, bound(self.world.ttl) + 2 * self.world.ttl
+        while now() - since < 2 * self.world.ttl and not self.broken():
+            await asyncio.sleep(0.05)
+            self.oracle.read()
+            if self.oracle.latest is not which or now() - self.oracle.last > 0.5:
+                which, since = self.oracle.latest, now()
+            if now() - began > limit:
+                self.damaged = self.is_damaged()
+                if not self.damaged:
+                    self.findings.append(f"nobody stayed at work, {limit:.1f} s after the last fault")
+                return
 
     def is_damaged(self) -> bool:
         """Faults that move the file of SQLite under a journal can roll it into another one: its own documentation."""

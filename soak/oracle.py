@@ -43,7 +43,7 @@ class Oracle:
         self.stamps = 0
         self.last = 0.0
         self._offset = 0
-        self._latest: Work | None = None
+        self.latest: Work | None = None
 
     @property
     def highest(self) -> int:
@@ -71,11 +71,11 @@ class Oracle:
         work = self.works.get(key)
         if work is None:
             self._begin(key, term, at)
-        elif self._latest is not work and self._latest is not None and at > self._latest.first:
+        elif self.latest is not work and self.latest is not None and at > self.latest.first:
             if self._thawed(at):
                 self.residue.append(min(at - thaw for thaw in self.thaws if at >= thaw))
             else:
-                self._overlap(work, self._latest, at - self._latest.first)
+                self._overlap(work, self.latest, at - self.latest.first)
         else:
             work.last = max(work.last, at)
             if not self._thawed(at):
@@ -95,9 +95,9 @@ class Oracle:
                 self.findings.append(f"term {term} was used twice: by {other.who} and by {key}")
             if other.term > term:
                 self.findings.append(f"term {term} of {key} began after term {other.term} of {other.who}")
-        if self._latest is not None and self._latest.term != term:
+        if self.latest is not None and self.latest.term != term:
             new.margin = at - max(w.before_thaws for w in self.works.values())
-        self.works[key] = self._latest = new
+        self.works[key] = self.latest = new
 
     def _overlap(self, old: Work, new: Work, by: float) -> None:
         text = f"OVERLAP of {old.who} (term {old.term}) with {new.who} (term {new.term}) at {new.first:.6f}"

@@ -148,6 +148,11 @@ class World:
     def terms(self) -> list[int]:
         return sorted({term for _, term in self.stamps()})
 
+    def terms_rise(self) -> bool:
+        """No work began under a term below that of one before it."""
+        in_order = [term for (_, term), _ in sorted(self.stamps().items(), key=lambda item: item[1])]
+        return in_order == sorted(in_order)
+
     def gap(self, term: int) -> float:
         """Seconds between the last moment at work before this term and its first one."""
         spans = self.stamps()

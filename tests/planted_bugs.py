@@ -387,3 +387,15 @@ def in_an_emptied_database_nobody_begins() -> Iterator[None]:
 def a_grant_waits_for_no_disk() -> Iterator[None]:
     with patch.object(World, "lazy", {core.Verb.ACQUIRE}):
         yield
+
+
+@bug
+def whoever_lost_its_claim_in_a_fail_over_waits_for_ever() -> Iterator[None]:
+    real = core._saw
+
+    def wrong(s: Any, view: Any, now: float, out: Any) -> Any:
+        after = real(s, view, now, out)
+        return replace(after, claimed=True) if s.claimed else after
+
+    with patch.object(core, "_saw", wrong):
+        yield

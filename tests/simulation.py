@@ -348,6 +348,7 @@ class World:
         self.last_term = 0
         self.granted = 0  # the highest term
         self.only_instances_know = False  # it, as the journal was deleted
+        self.by_hand = False  # the operator has taken the assignment away from everybody, once
         self.anew = False  # the database was emptied, and nobody has said since that nobody shall work
         self.side_car = 0  # the same, where it is kept beside a database that was emptied
         self.in_flight_until: dict[int, float] = {}
@@ -397,7 +398,11 @@ class World:
         self.handovers += 1
         self.running.add(work)
         if self.rng.random() < 0.05 and not self.calm:
-            self.at(self.time + self.rng.uniform(0.1, 20), lambda: None if self.calm else self.gone(work))
+            # Every other one with its reaper, as if that had been killed.
+            unowned = work.term % 2 == 0
+            self.at(
+                self.time + self.rng.uniform(0.1, 20), lambda: None if self.calm else self.gone(work, unowned=unowned)
+            )
         if work.node.deployment in self.broken:
             self.at(self.time + 0.05, lambda: self.crash_loop(work, 1.0))
             return
@@ -449,7 +454,7 @@ class World:
         wait = budget if self.plan.sharp else self.rng.choice([0.001, 0.05, budget])
         self.at(self.time + wait, lambda: self.gone(work, killed=True))
 
-    def gone(self, work: Work, killed: bool = False) -> None:
+    def gone(self, work: Work, killed: bool = False, unowned: bool = False) -> None:
         if not work.alive:
             return
         work.alive = False
@@ -461,7 +466,7 @@ class World:
         node.fence = 0.0
         node.work = None
         if node.alive:
-            node.feed(core.WorkEnded(work.term))
+            node.feed(core.WorkEnded(work.term, unowned=unowned))
         else:
             self.prove_dead(node)
 
@@ -879,17 +884,20 @@ class World:
                 db.execute("UPDATE bot_leases SET holder = NULL")
                 self.trace("operator: takes the holder out of the lease")
             elif choice < 0.3:
+                self.by_hand = True
                 db.execute("UPDATE bot_instances SET is_active = FALSE")
                 self.trace("operator: all FALSE")
             elif choice < 0.9 and ids:
                 who = rng.choice(live if live and rng.random() < 0.7 else ids)
                 if rng.random() < 0.5:
                     db.execute("UPDATE bot_instances SET is_active = FALSE")
-                db.execute("UPDATE bot_instances SET is_active = TRUE WHERE instance_id = ?", (who,))
+                done = db.execute("UPDATE bot_instances SET is_active = TRUE WHERE instance_id = ?", (who,))
+                self.by_hand = self.by_hand or not done.rowcount  # it has not registered yet
                 self.trace(f"operator: TRUE for {who}")
             elif ids:
                 who = rng.choice(ids)
                 if not self.only_instances_know:
+                    self.by_hand = True  # as good as that, if it was the one that has it
                     db.execute("DELETE FROM bot_instances WHERE instance_id = ?", (who,))
                     self.trace("operator: deletes a row")
         except sqlite3.Error:
@@ -1027,8 +1035,9 @@ class World:
             self.run_until(self.time + 1)
         self.db.db.execute("UPDATE bot_leases SET paused = FALSE")
         rows = self.db.db.execute("SELECT count(*) FROM bot_instances WHERE is_active").fetchone()
-        if rows[0] == 0 and not self.anew:
-            # The operator wanted nobody to run. Now he wants somebody.
+        if rows[0] == 0 and self.by_hand and not self.anew:
+            # The operator wanted nobody to run. Now he wants somebody. (Where he has never said so, an assignment that
+            # is lost is a fault, and nobody mends it.)
             who = next(n for n in self.nodes if n.alive and not n.state.stopping)
             done = self.db.db.execute("UPDATE bot_instances SET is_active = TRUE WHERE instance_id = ?", (who.name,))
             if done.rowcount == 0:

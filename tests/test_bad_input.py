@@ -29,6 +29,8 @@ CASES: dict[str, tuple[list[str], dict[str, str], int, str]] = {
     "a misspelt variable": (["--", "true"], {"BOTLEASE_TLL": "5"}, 78, "BOTLEASE_TLL is not known"),
     "a variable that is no number": (["--", "true"], {"BOTLEASE_TTL": "5s"}, 78, "'5s', which is not a number"),
     "half a crash": (["--", "true"], {"BOTLEASE_MAX_CRASHES": "1.5"}, 78, "whole number"),
+    "a grace that is no number": (["--", "true"], {"BOTLEASE_PLATFORM_GRACE": "60s"}, 78, "which is not a number"),
+    "a rule that no bot can keep": (["--healthy-if", "127.0.0.1:80/", "--", "true"], {}, 78, "begins with http://"),
     "a port that cannot be": (["--", "true"], {"BOTLEASE_HEALTH_PORT": "70000"}, 78, "between 0 and 65535"),
     "a wrong URL": (["--", "true"], {"BOTLEASE_DATABASE_URL": "mysql://u:secret@h/d"}, 78, "use postgresql://"),
     "no URL at all": (["--", "true"], {"BOTLEASE_DATABASE_URL": "nonsense"}, 78, "use postgresql://"),
@@ -201,3 +203,13 @@ def test_a_damaged_database_is_named_and_left_alone(sqlite_world: World, tmp_pat
         done = run(verb, tmp_path, **world)
         assert done.returncode == 78 and "is damaged" in done.stderr and "Traceback" not in done.stderr, done
     assert file.read_bytes() == before
+
+
+def test_what_kubernetes_says_of_a_service_with_our_name_is_no_setting_of_ours(tmp_path: Path) -> None:
+    """It tells each pod of a namespace: all of them ended with 78."""
+    service = {"SERVICE_HOST": "10.0.0.1", "SERVICE_PORT": "80", "SERVICE_PORT_HTTP": "80", "PORT": "tcp://10.0.0.1:80"}
+    service |= {"PORT_80_TCP": "tcp://10.0.0.1:80", "PORT_80_TCP_ADDR": "10.0.0.1", "API_SERVICE_HOST": "10.0.0.2"}
+    env = {f"BOTLEASE_{name}": value for name, value in service.items()}
+    assert run(["run", "--", "true"], tmp_path, **env).returncode == 0
+    for wrong in ("BOTLEASE_PORTS", "BOTLEASE_TTL_"):
+        assert run(["run", "--", "true"], tmp_path, **{wrong: "1"}).returncode == 78

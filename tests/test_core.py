@@ -966,3 +966,41 @@ def test_after_meeting_another_database_a_row_seen_before_is_in_doubt() -> None:
     d.answer(Seen, View(FREE, "db2", ME, 5))
     assert Verb.ACQUIRE not in verbs(d.actions[-1:])
     assert d.state.evidence.doubted
+
+
+def test_a_term_whose_owner_was_killed_is_over_and_the_instance_begins_another_one() -> None:
+    """The lease names the reaper that is dead: to whoever asks on this host its term looks like that of nobody."""
+    d = Driver().took_over()
+    d.feed(WorkEnded(4, unowned=True))
+    q = d.question
+    assert (q.verb, q.reason, q.leave, q.pass_on) == (Verb.RELEASE, Reason.WORK_ENDED, False, False)
+    d.answer(Done)
+    d.answer(Seen, View(replace(FREE, term=4), "db", ME, 5))
+    assert d.question.verb is Verb.ACQUIRE and d.question.probation is Probation.ON
+    d.answer(Granted, 5, "m", "db")
+    assert d.state.phase is Phase.WORKING and not d.state.stopping
+
+
+def test_who_lost_its_claim_in_a_fail_over_claims_again() -> None:
+    """The first start of a bot: nobody else would, and it waited for ever."""
+    d = Driver().joined(View(FREE, "db", None, 5))
+    d.answer(Claimed, True)
+    d.answer(Seen, View(replace(FREE, origin="other"), "other", None, 5))
+    d.feed(Tick(), after=30)
+    assert d.question.verb is Verb.CLAIM and d.question.source is None
+
+
+def test_a_ttl_of_nothing_by_hand_makes_nobody_ask_without_end() -> None:
+    d = Driver().joined(View(replace(HELD, ttl=0.0), "db", replace(OTHER, generation=9), 5))
+    looks, until = 0, d.now + 10
+    while d.now < until:
+        if d.state.asking is None:
+            at = core.next_wakeup(d.state)
+            assert at is not None
+            d.feed(Tick(), after=max(0.0, at - d.now))
+        elif d.question.verb is Verb.READ:
+            looks += 1
+            assert looks < 1000
+            d.answer(Seen, View(replace(HELD, ttl=0.0), "db", replace(OTHER, generation=9), 5), after=0.001)
+        else:
+            d.answer(Done, after=0.001)

@@ -136,3 +136,51 @@ def test_what_comes_while_the_open_poll_is_being_answered_is_not_wanted_yet() ->
     assert got(d, poll) == [5] and d.wanted == 0
     d.leave(poll, arrived=True)
     assert d.wanted == 0
+
+
+def test_what_two_processes_had_in_hand_when_they_ended_goes_out_alone_and_takes_nothing_with_it() -> None:
+    """Five crashes, of whatever cause, threw two hundred innocent updates away."""
+    d = Desk()
+    d.receive([Update(5, "{}", tries=2), Update(6, "{}", tries=2), Update(7, "{}", tries=1), Update(8, "{}")])
+    first = asked(d, acknowledges=True)
+    assert answered(d, first) == [5] and d.full
+    assert answered(d, asked(d, offset=6, acknowledges=True)) == []
+    d.acknowledge([5])
+    assert answered(d, asked(d, offset=6, acknowledges=True)) == [6]
+    d.acknowledge([6])
+    assert answered(d, asked(d, offset=7, acknowledges=True)) == [7, 8] and not d.full
+
+
+def test_one_that_may_end_the_bot_waits_until_nothing_else_is_in_hand() -> None:
+    d = Desk()
+    d.receive([Update(5, "{}"), Update(6, "{}", tries=2), Update(7, "{}")])
+    assert answered(d, asked(d, acknowledges=True)) == [5]
+    assert answered(d, asked(d, offset=6, acknowledges=True)) == []
+    d.acknowledge([5])
+    assert answered(d, asked(d, offset=6, acknowledges=True)) == [6]
+
+
+def test_what_another_poller_has_in_hand_stays_with_it_although_its_connection_is_closed() -> None:
+    """Many clients close theirs after each answer: two in one program had the same update, without any crash."""
+    d, once = desk(10, 11), Connection()
+    assert answered(d, asked(d, limit=1)) == [10]
+    assert answered(d, asked(d, limit=1, connection=once)) == [11]
+    once.is_closed = True
+    assert answered(d, asked(d, offset=11, connection=ONE)) == []  # it is done with 10, and 11 is none of its
+    retry = asked(d, connection=TWO)  # whoever asked from 0 asks from there again: its answer did not arrive
+    assert answered(d, retry) == [11]
+
+
+def test_what_was_put_back_and_is_acknowledged_all_the_same_is_done() -> None:
+    d = desk(5)
+    poll = asked(d, acknowledges=True)
+    got(d, poll)
+    d.leave(poll, arrived=False)
+    assert d.acknowledge([5]) == [5] and not d.waiting
+
+
+def test_a_batch_is_in_the_order_of_its_ids_as_offsets_are_read() -> None:
+    """A wall clock that was set back between two receipts turns the order of the rows round."""
+    d = desk(11, 10)
+    assert answered(d, asked(d)) == [10, 11]
+    assert asked(d, offset=12).finished == [10, 11]  # type: ignore[attr-defined]

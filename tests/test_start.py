@@ -127,3 +127,11 @@ def test_the_reaper_is_forked_before_what_it_has_no_use_for_is_loaded() -> None:
     env = clean_env(PYTHONPATH=os.pathsep.join(sys.path))
     done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, env=env, check=True)
     assert done.stdout == "\n"
+
+
+def test_a_sigterm_while_it_starts_ends_it_as_a_stop_does() -> None:
+    """As PID 1 the kernel drops a signal that has no handler: it went on, took over, and was killed with the lease."""
+    code = "import signal\ndef load_early(*_):\n    os.kill(os.getpid(), signal.SIGTERM)\n    signal.pause()\n"
+    code += "botlease.start.load_early = load_early\n"
+    done = run(code, "--name", "n", "--", "bot")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -9,6 +9,7 @@ import fcntl
 import gc
 import os
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -1212,3 +1213,40 @@ def test_a_program_that_opens_and_closes_the_file_beside_us_may_damage_it_and_st
             p.kill()
             p.wait()
     assert world.stamps() and world.overlap() == 0
+
+
+async def test_words_and_times_that_somebody_has_put_into_a_row_blind_nobody(any_url: str) -> None:
+    """Each read of each instance failed, and when the holder died nobody followed."""
+    async for one, other in two(any_url):
+        view = await one.register(registration("a"), DEADLINE)
+        await claim(one, "a")
+        grant = await acquire(one, "a", lease_of(view))
+        assert grant is not None
+        await other.register(registration("b"), DEADLINE)
+        await run_sql(any_url, "UPDATE bot_terms SET probation = 'x', how = 'y'")
+        far = "'infinity'" if any_url.startswith("postgres") else "'some day'"
+        await run_sql(any_url, f"UPDATE bot_instances SET last_heartbeat = {far}")
+        await run_sql(any_url, f"UPDATE bot_leases SET renewed_at = {far}")
+        view = await other.read("bot", "b", DEADLINE)
+        assert lease_of(view).holder == "a" and view.probation is Probation.NONE
+        held = Held(grant.term, "nonce-a", (0,))
+        assert await one.release("bot", "a", held, reason=Reason.STOPPED, pass_on=True, leave=True, deadline=DEADLINE)
+
+
+async def test_a_host_that_takes_packets_and_says_nothing_does_not_hide_the_others(postgres_url: str) -> None:
+    """The driver has one limit for all hosts of a URL: the second one was never asked."""
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        who, _, rest = postgres_url.rpartition("@")
+        store = PostgresStore(f"{who}@127.0.0.1:{deaf.getsockname()[1]},{rest}")
+        began = clock.now()
+        try:
+            with contextlib.suppress(StoreError):  # an attempt may be over before the second host has had its turn
+                await store.open(DEADLINE)
+            await store.open(DEADLINE)
+            assert clock.now() - began < 9
+            store._drop()
+            began = clock.now()
+            await store.open(DEADLINE)  # the one that answered is asked first
+            assert clock.now() - began < 2.5
+        finally:
+            await store.aclose()

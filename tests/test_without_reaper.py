@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -137,3 +140,54 @@ def test_why_a_reaper_cannot_live_is_said_and_nothing_spins(sqlite_url: str) -> 
         seen += process.stderr.read()
     assert "ulimit -i" in seen and "Traceback" not in seen
     assert len(seen.splitlines()) < 40 and procfs.start_time(process.pid) is None
+
+
+def test_a_term_whose_reaper_was_killed_ends_and_the_next_one_names_who_owns_it_now(world: World) -> None:
+    """The row named the dead one. Whoever asked on this host took the lease beside a bot that worked; and a lost file
+    was guarded by nobody."""
+    run = world.run("--name", "b", ttl="10")
+    world.works(1)
+    os.kill(reaper_of(run), signal.SIGKILL)
+    run.says("active: term 2, started")
+    world.works(2)
+    said = [*BOTLEASE, "history", "--name", "b", "--json"]
+    done = subprocess.run(said, env=clean_env(BOTLEASE_DATABASE_URL=world.url), capture_output=True, text=True)
+    assert [json.loads(line)["ended"] for line in done.stdout.splitlines()] == [None, "work_ended"]
+    reaper = reaper_of(run)
+    if world.url.startswith("sqlite"):
+        (lock,) = world.folder.glob("*.lock")
+        with lock.open() as f, pytest.raises(BlockingIOError):
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    second = world.run("--name", "b", "--standby", ttl="10")
+    second.says("standby: ")
+    os.kill(reaper, signal.SIGSTOP)
+    try:
+        os.kill(run.pid, signal.SIGKILL)
+        time.sleep(1.0)  # it would have been proved dead within 0.1 s; this one cannot fail by being slow
+        assert world.terms() == [1, 2]
+    finally:
+        os.kill(reaper, signal.SIGCONT)
+    world.works(3)
+    assert world.terms() == [1, 2, 3] and world.overlap() == 0
+
+
+def test_a_reaper_that_is_stopped_between_a_crash_and_the_restart_keeps_no_lock_for_ever(sqlite_world: World) -> None:
+    script = "sleep 0.2; exit 1"
+    run = sqlite_world.run(bot=("sh", "-c", script), ttl="1.5")
+    run.says("restart 2 of 5 in 2 s")
+    reaper = reaper_of(run)
+    sqlite_world.freeze(run.pid, reaper)
+    try:
+        (lock,) = sqlite_world.folder.glob("*.lock")
+        with lock.open() as f:
+
+            def free() -> bool:
+                try:
+                    fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return False
+                return True
+
+            until(free, 10)
+    finally:
+        os.kill(run.pid, signal.SIGCONT)

@@ -211,6 +211,8 @@ class PostgresLedger:
 
 
 def open_ledger(url: str, bot: str, term: int) -> Ledger:
-    if url.startswith("sqlite:///"):
-        return SqliteLedger(url.removeprefix("sqlite:///"), bot, term)
+    if url.startswith("sqlite:"):
+        from botlease.stores import sqlite_path
+
+        return SqliteLedger(sqlite_path(url), bot, term)  # the very file of the lease
     return PostgresLedger(url, bot, term)

@@ -13,6 +13,7 @@ import sys
 import asyncpg
 from servers import set_clock
 
+from botlease import clock
 from soak.faults.scene import NOT_DONE, Scene, fault, postgres, sqlite
 
 
@@ -91,8 +92,12 @@ async def make_the_database_read_only(s: Scene) -> bool:
 async def step_the_databases_clock(s: Scene) -> None:
     sign = s.rng.choice((-1, 1))
     s.harms("clock")
-    s.world.step_clock(sign * s.rng.choice((1, 5, 60, 3600, 86_400)))
+    step = sign * s.rng.choice((1, 5, 60, 3600, 86_400))
+    s.world.step_clock(step)
     await s.wait()
+    rows = await s.sql(f"SELECT extract(epoch FROM clock_timestamp())::float8 - {clock.wall()}")
+    if rows and abs(step) > 30 and abs(float(str(rows[0][0])) - step) > 20:
+        raise AssertionError(f"the database's clock is off by {rows[0][0]} s, and was to be by {step}")
 
 
 @fault(lambda w: postgres(w) and w.library is not None)

@@ -28,6 +28,10 @@ def main(prog_name: str | None = None) -> None:
         gc.disable()
         from botlease.work import reaper
 
+        # As PID 1 the kernel drops a SIGTERM for which there is no handler, and a container that is stopped while it
+        # starts would go on, claim, and be killed with the lease in its hand. Nothing has begun: to end is all there is
+        # to do. The supervisor has handlers of its own from run.py on.
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
         reaper.fork_early()
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, as some start us, we could not see how the fork ended
         reading = _read_apart(program)

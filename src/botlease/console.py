@@ -21,10 +21,10 @@ def invoke(command: click.Command, program: str, obj: object = None) -> NoReturn
     """Run a command as a program: a wrong command line gets one line with the cure, and exit code 2."""
     try:
         command.main(prog_name=program, standalone_mode=False, obj=obj)
-    except click.exceptions.NoArgsIsHelpError as e:
-        click.echo(e.format_message())
-        sys.exit(2)
     except click.UsageError as e:
+        if "NoArgsIsHelpError" in type(e).__name__:  # by its name: click has the class since 8.2 only
+            click.echo(e.format_message())
+            sys.exit(2)
         path = e.ctx.command_path if e.ctx is not None else program
         fail(f"{e.format_message().rstrip('.')}: see `{path} --help`", 2)
     except click.exceptions.Exit as e:
@@ -49,7 +49,7 @@ def ask(database: str | None, question: Callable[[Any], Any], *, patience: float
     import asyncio
 
     from botlease import clock
-    from botlease.stores import StoreEmpty, StoreError, StoreRefused, open_store
+    from botlease.stores import Late, StoreEmpty, StoreError, StoreRefused, open_store, unanswered
 
     end = clock.now() + patience
 
@@ -65,6 +65,8 @@ def ask(database: str | None, question: Callable[[Any], Any], *, patience: float
                 raise StoreEmpty(f"there is no database at {url}: nothing has run there yet, or the URL is wrong")
             await store.open(5.0, upgrade=False)
             return await question(store)
+        except Late as e:
+            raise StoreError(unanswered(e, store.url)) from None
         finally:
             await store.aclose()
 

@@ -268,8 +268,8 @@ def _absorb(s: State, event: Event, now: float, out: list[Action]) -> State:
             return replace(s, look_at=min(s.look_at, now), woken=True)
         case StopAsked(reason):
             return _stop(s, reason, now, out)
-        case WorkEnded(term, done):
-            return _work_ended(s, term, done, now)
+        case WorkEnded():
+            return _work_ended(s, event, now)
         case HolderDied(term, nonce):
             return replace(s, evidence=replace(s.evidence, proved=(term, nonce)))
         case Ready(ready):
@@ -350,16 +350,17 @@ def _ails(s: State, others: int, now: float, out: list[Action]) -> State:
     return replace(s, ailing=False, hung=False)
 
 
-def _work_ended(s: State, term: int, done: bool, now: float) -> State:
-    if s.term is None or s.term.number != term or s.phase not in (Phase.WORKING, Phase.DRAINING):
+def _work_ended(s: State, event: WorkEnded, now: float) -> State:
+    if s.term is None or s.term.number != event.term or s.phase not in (Phase.WORKING, Phase.DRAINING):
         return s
     asking = s.asking
     if asking is not None and asking.verb is not Verb.ACQUIRE:
         asking = None  # its answer can no longer matter, and the release must not wait for it
-    if s.phase is Phase.WORKING:  # it ended by itself: the instance is finished
-        s = replace(
-            s, reason=Reason.FAILED if s.probation is Probation.ON and not done else Reason.WORK_ENDED, stopping=True
-        )
+    if s.phase is Phase.WORKING and event.unowned:
+        s = replace(s, reason=Reason.WORK_ENDED)
+    elif s.phase is Phase.WORKING:  # it ended by itself: the instance is finished
+        failed = s.probation is Probation.ON and not event.done
+        s = replace(s, reason=Reason.FAILED if failed else Reason.WORK_ENDED, stopping=True)
     return replace(
         s, phase=Phase.RELEASING, asking=asking, was_active=True, leave_by=now + 3 * s.timing.attempt, ask_after=now
     )
@@ -418,6 +419,8 @@ def _saw(s: State, view: View, now: float, out: list[Action]) -> State:
     if view.generation != s.generation and (lease is None or lease.served == 0):
         s = replace(s, anew=s.anew or s.generation > 0)
     s = replace(s, generation=view.generation or s.generation)
+    if origin and origin != view.origin and view.assigned is None:
+        s = replace(s, claimed=False)  # the fail-over has lost our own claim, and nobody else would make it
     if lease is not None and lease.holder and lease.proof and s.evidence.is_new(lease):
         out.append(Watch(lease))
     look_at = now if s.woken else now + _interval(s, view, lease)
@@ -453,7 +456,7 @@ def _interval(s: State, view: View, lease: Lease | None) -> float:
         return min(0.2, s.timing.renew_every)
     if lease is None or lease.holder is None or view.ahead:
         return s.timing.renew_every
-    every = lease.ttl * s.timing.renew_every / s.timing.ttl
+    every = max(1.0, lease.ttl) * s.timing.renew_every / s.timing.ttl  # no ttl is shorter, but by hand
     most = min(every, s.timing.renew_every)
     # A beat that is overdue: again soon, then ever later. It may be late by a little.
     return min(abs(view.renewed_ago - every), most) + 0.05 * most

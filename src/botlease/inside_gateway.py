@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
 from botlease import clock, settings
 from botlease.keeper import log
 from botlease.stores.inbox import Holding, open_inbox
+from botlease.telegram.address import served
 from botlease.telegram.gateway import Gateway
 from botlease.text import safe
 
@@ -23,9 +25,10 @@ def _say(text: str) -> None:
 class gateway:
     """Serve the Bot API on loopback for the body of an ``async with``, within a term.
 
-    Gives the address to use as the framework's base URL (it is in ``BOTLEASE_API_URL`` as well, for the hooks of
-    :mod:`botlease.telegram`). The rules are those of ``botlease run --gateway``. When the term ends early nothing is
-    handed out any more, the body may finish what it has in hand, and then it is cancelled.
+    Gives the address to use as the framework's base URL. The hooks of :mod:`botlease.telegram` find it by themselves in
+    this task and those that it starts; elsewhere pass it as ``url``. The rules are those of ``botlease run --gateway``.
+    When the term ends early nothing is handed out any more, the body may finish what it has in hand, and then it is
+    cancelled.
 
     Args:
         term: what ``botlease.active`` or ``botlease.exclusive`` gave.
@@ -45,9 +48,10 @@ class gateway:
 
     async def __aenter__(self) -> str:
         term, work = self._term, self._term.work
+        if work.on_arm is not None:
+            raise RuntimeError("this term has a gateway already: one serves any number of tokens")
         url = await self._gateway.listen()
-        self._before = os.environ.get("BOTLEASE_API_URL")
-        os.environ["BOTLEASE_API_URL"] = url
+        self._before = served.set(url)
         self._gateway.begin(Holding(term.bot, term.number, work.nonce), work.until)
         work.on_arm, work.settle = self._gateway.arm, self._gateway.drain
         return url
@@ -55,10 +59,8 @@ class gateway:
     async def __aexit__(self, *error: object) -> None:
         work = self._term.work
         work.on_arm = work.settle = None
-        if self._before is None:
-            os.environ.pop("BOTLEASE_API_URL", None)
-        else:
-            os.environ["BOTLEASE_API_URL"] = self._before
+        with contextlib.suppress(ValueError):  # left in another task than it was entered in
+            served.reset(self._before)
         try:
             # at the end of trust there is no time left, and the kernel's timer would end the whole program
             async with asyncio.timeout(max(0.0, work.until - clock.now() - 0.1)):

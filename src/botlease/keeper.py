@@ -42,8 +42,10 @@ from botlease.model import (
     Tick,
     Timing,
     Verb,
+    View,
     Watch,
     Woken,
+    WorkEnded,
 )
 from botlease.stores import Registration, Store, StoreRefused
 from botlease.text import safe
@@ -71,7 +73,7 @@ class Keeper:
         self.work = work
         self.say = say
         self.state: State = core.start(candidate, timing, clock.now())
-        self._waits_for: str | None = None
+        self._waits_for: str | None = None  # what was said last of why it does not work
         self._refused: dict[Verb, str] = {}  # what was said of a verb that the database refuses
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -79,6 +81,7 @@ class Keeper:
         self._calls: set[asyncio.Task[Any]] = set()
         self._watched: dict[int, tuple[Lease, proof.Owner]] = {}
         self._alive: tuple[str, str | None] | None = None  # proof and holder of whom the kernel will tell the end
+        self._granted = ""  # the proof that stands in the row of our last grant
         self._owner: tuple[str, str] | None = None  # proof and instance of the last holder on this host that was seen
         self._ran_out: set[tuple[str, str]] = set()  # of these the lease ran out: nothing of theirs may be left
         work.tell = self.feed
@@ -146,7 +149,13 @@ class Keeper:
                 for owner, holder in self._ran_out:
                     proof.sweep(owner, self.registration.bot, holder)
                 self._ran_out.clear()
-                self.work.start(term, nonce, until, self.store.guard_fd(self.registration.bot))
+                guard = self.store.guard_fd(self.registration.bot)
+                if self.work.proof == self._granted:
+                    self.work.start(term, nonce, until, guard)
+                else:  # who was to own it has died, and the row names him
+                    if guard is not None:
+                        os.close(guard)
+                    self._loop.call_soon(self.feed, WorkEnded(term, unowned=True))
             case Drain(until=until, reason=reason):
                 self.say(f"draining: term {self._term}: {_because(reason)}")
                 self.work.drain(until, reason)
@@ -179,38 +188,66 @@ class Keeper:
         elif s.phase is Phase.STANDBY and s.was_active and not s.stopping:
             self.say(f"passive: {_because(s.reason)}; ready to take back")
 
-    def _standby(self, lease: Lease) -> None:
-        """Said once for each holder we wait for; a first start that finds the lease free says nothing."""
-        if lease.holder not in (None, self.registration.instance_id) and lease.holder != self._waits_for:
-            self._waits_for = lease.holder
-            self.say(f"{self.state.label}: {lease.holder} works in term {lease.term}")
+    def _standby(self, view: View, lease: Lease) -> None:
+        """Said once for each reason not to work, or a bot that stands still looks like one that is well; a first start
+        that finds the lease free says nothing."""
+        asked = self.state.asking
+        if lease.holder not in (None, self.registration.instance_id):
+            why = f"{lease.holder} works in term {lease.term}"
+        elif view.paused:
+            why = "nobody may work: the bot is paused (`botlease resume`), or a fleet's (`botlease status`)"
+        elif view.assigned is None and lease.holder is None and (asked is None or asked.verb is Verb.TOUCH):
+            why = "nobody has the assignment (deactivated, or its row was deleted): `botlease promote` one, or deploy"
+        else:
+            return
+        if why != self._waits_for:
+            self._waits_for = why
+            self.say(f"{self.state.label}: {why}")
 
     # Asking the store ------------------------------------------------------------------------------------------
 
     async def _ask(self, q: Question) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            await self._ask_and_take_in(q)
+        except Exception as e:
+            # A bug of ours, or the program's own way of logging. A question whose answer never came would be waited for
+            # for ever, and nobody renew, nor listen.
+            if not self._ended.done():
+                self._ended.set_exception(e)
+        finally:
+            self._calls.discard(task)
+
+    async def _ask_and_take_in(self, q: Question) -> None:
         nonce = os.urandom(8).hex() if q.verb is Verb.ACQUIRE else ""  # a new one each time: no late one is mistaken
         try:
             event = await self._answer(q, nonce)
         except asyncio.CancelledError:
-            raise
+            if self._ended.done():
+                raise
+            event = Failed(q.serial, nonce)  # a driver's own: nobody else cancels us
         except Exception as e:  # whatever a driver raises: the outcome is unknown
-            why = safe(e) or type(e).__name__
-            if isinstance(e, StoreRefused):
-                # One thing is refused while the others go well: said once, and not at every try.
-                if self._refused.get(q.verb) != why:
-                    self.say(why)
-                self._refused[q.verb] = why
-            elif not self.state.failures:
-                self.say(f"the database does not answer: {why}")
-            log.debug("%s failed: %s", q.verb, why)
+            self._complain(q, e)
             event = Failed(q.serial, nonce)
         else:
             self._refused.pop(q.verb, None)
             if self.state.failures and not self._refused:
                 self.say("the database answers again")
-        task = asyncio.current_task()
-        assert task is not None
-        self._calls.discard(task)
+        self._take_in(event)
+
+    def _complain(self, q: Question, e: Exception) -> None:
+        why = safe(e) or type(e).__name__
+        if isinstance(e, StoreRefused):
+            # One thing is refused while the others go well: said once, and not at every try.
+            if self._refused.get(q.verb) != why:
+                self.say(why)
+            self._refused[q.verb] = why
+        elif not self.state.failures:
+            self.say(f"the database does not answer: {why}")
+        log.debug("%s failed: %s", q.verb, why)
+
+    def _take_in(self, event: Event) -> None:
         if isinstance(event, Registered | Seen) and event.view.lease is not None:
             lease = event.view.lease
             other = lease.holder not in (None, self.registration.instance_id)
@@ -221,7 +258,7 @@ class Keeper:
                     self.feed(HolderDied(lease.term, lease.nonce))
         self.feed(event)
         if isinstance(event, Registered | Seen) and event.view.lease is not None and self.state.phase is Phase.STANDBY:
-            self._standby(event.view.lease)
+            self._standby(event.view, event.view.lease)
 
     async def _answer(self, q: Question, nonce: str) -> Event:
         store, me, limit = self.store, self.registration, self.timing.attempt
@@ -254,6 +291,7 @@ class Keeper:
                     self._ran_out.add(grant.unknown)
                 if grant is not None and proved != self.work.proof:
                     return Failed(q.serial, nonce)  # the row names an owner that is gone: it is given back
+                self._granted = proved
                 return Granted(q.serial, grant.term, nonce, grant.origin) if grant else Denied(q.serial)
             case Verb.RENEW:
                 assert q.held is not None

@@ -276,6 +276,9 @@ def force_kill(found: Sequence[Found], grace: float | None = None, say: Callable
     """
     if grace is None:
         grace = RELEASE + max((f.stop_grace for f in found), default=0.0)
+    if found and not hasattr(os, "pidfd_open"):
+        say("this Python was built without pidfd_open, and could hit a stranger: end them with kill")
+        return False
     waiting: dict[int, Found] = {}
     for f in found:
         try:

@@ -396,7 +396,9 @@ class Member:
         """Another one may run it, and here it does not end: only the kernel can end it, and the process with it."""
         if not r.task.done() and self.leaving not in UNKNOWN:  # the fence of a lost hold is not moved any more
             log.error("%s: term %d is lost and it does not end: ending this process", r.term.bot, r.term.number)
-            os.kill(os.getpid(), signal.SIGKILL)  # the fence would be moved by the next renewal of the others
+            # Not by the fence, which the next renewal of the others would move.
+            os.kill(os.getpid(), signal.SIGKILL)
+            os._exit(137)  # as PID 1, which cannot kill itself
 
     def _settled(self, r: _Running, done: asyncio.Future[None]) -> None:
         if not done.cancelled() and done.exception() is not None:

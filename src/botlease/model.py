@@ -333,6 +333,9 @@ class WorkEnded:
 
     term: int
     done: bool = False  # it returned: its job is done, which is no failure even on probation
+    unowned: bool = False
+    """Who owned it was killed, and it ended with him. The lease names him, and so proves nothing any more: the term is
+    over, and the instance goes on with another one."""
 
 
 @value

@@ -8,9 +8,9 @@ import gc
 import os
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from botlease import __version__, clock, status
 from botlease.core import Candidate, Phase
@@ -18,7 +18,7 @@ from botlease.keeper import Keeper
 from botlease.model import TRIES, Probation, Reason
 from botlease.settings import Settings
 from botlease.stderr import Lines
-from botlease.stores import Registration, Store, StoreError, StoreRefused, open_store
+from botlease.stores import Registration, Store, StoreError, StoreRefused, open_store, unanswered
 from botlease.text import safe
 from botlease.value import value
 from botlease.work import tree
@@ -228,23 +228,37 @@ class Supervisor:
         told = False
         while not self.stopping.is_set():
             try:
-                await store.open(max(5.0, self.settings.timing.attempt))
+                await self._unless_stopped(store.open(max(5.0, self.settings.timing.attempt)))
             except StoreRefused as e:
                 say(str(e))
                 return Exit.CONFIG
             except StoreError as e:
+                why = unanswered(e, store.url)
                 if clock.now() + pause > give_up:
-                    say(str(e))
+                    say(why)
                     return Exit.UNAVAILABLE
                 if not told:
-                    say(f"{e}; trying for {self.options.wait_database:g} s")
+                    say(f"{why}; trying for {self.options.wait_database:g} s")
                     told = True
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.stopping.wait(), pause)
                 pause = min(pause * 2, 4.0)
             else:
-                return None
+                if not self.stopping.is_set():
+                    return None
         return Exit.OK
+
+    async def _unless_stopped(self, opening: Coroutine[Any, Any, None]) -> None:
+        """A stop does not wait for a server that does not answer, and what comes of the attempt then is no error."""
+        asked = asyncio.ensure_future(opening)
+        told = asyncio.ensure_future(self.stopping.wait())
+        await asyncio.wait({asked, told}, return_when=asyncio.FIRST_COMPLETED)
+        told.cancel()
+        if self.stopping.is_set():
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+        else:
+            await asked
 
     async def _keep(self, store: Store, work: ChildWork) -> int:
         s = self.settings

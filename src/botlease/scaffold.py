@@ -56,8 +56,9 @@ THEN: Final[dict[str, tuple[str, ...]]] = {
     ),
     "docker": ("docker compose up -d --build",),
     "systemd": (
-        "sudo cp @APP@.service /etc/systemd/system/ && sudo systemctl enable --now @APP@",
+        "sudo useradd --system @APP@    and your program goes to /opt/@APP@",
         "DATABASE_URL=... and BOT_TOKEN=... go to /etc/@APP@.env, mode 0600",
+        "sudo cp @APP@.service /etc/systemd/system/ && sudo systemctl enable --now @APP@",
     ),
     "pm2": ("pm2 start ecosystem.config.js && pm2 save",),
     "northflank": (

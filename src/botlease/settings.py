@@ -56,6 +56,8 @@ FOR_THE_BOT: Final = (  # set by a supervisor, so that one may stand in the envi
     "BOTLEASE_GATE_URL",
     "BOTLEASE_API_URL",
 )
+_OF_A_SERVICE: Final = re.compile(r"_(SERVICE_(HOST|PORT(_.*)?)|PORT(_\d+_(TCP|UDP|SCTP)(_.*)?)?)$")
+"""What Kubernetes tells each pod about a service that is called botlease, or botlease-something."""
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,63}")
 FAST_TTL: Final = 3.0
 
@@ -168,7 +170,7 @@ def timing(
 def check_environment(env: Mapping[str, str]) -> None:
     """A misspelt variable would be ignored in silence, and the bot run with settings nobody meant."""
     for name in env:
-        if name.startswith("BOTLEASE_") and name not in SETTINGS + FOR_THE_BOT:
+        if name.startswith("BOTLEASE_") and name not in SETTINGS + FOR_THE_BOT and not _OF_A_SERVICE.search(name):
             raise ConfigurationError(f"the environment variable {name} is not known; known are {', '.join(SETTINGS)}")
 
 
@@ -200,6 +202,9 @@ def make(
             f"BOTLEASE_PLATFORM is {told!a}, which is not known: use one of {known}, systemd, plain"
         )
     platform = detect(env, pid, terminal=terminal)
+    seconds = number("BOTLEASE_PLATFORM_GRACE", env.get("BOTLEASE_PLATFORM_GRACE"))
+    if seconds is not None and not 0 <= seconds <= 86_400:
+        raise ConfigurationError(f"BOTLEASE_PLATFORM_GRACE is {seconds:g}; it must be between 0 and 86400 seconds")
     key = deployment or env.get("BOTLEASE_DEPLOYMENT") or deployment_key(platform, env)
     _no_token("the deployment key", key or "")
     if key is not None and (len(key) > 200 or not key.isprintable()):

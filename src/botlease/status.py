@@ -78,7 +78,7 @@ def handover(bot: dict[str, Any]) -> dict[str, Any] | None:
             return {"from": holder, "to": i["instance_id"], "step": "in progress"}
     here = by_id.get(holder)
     newer = [i for i in bot["instances"] if here and (i["generation"] or 0) > (here["generation"] or 0)]
-    for i in sorted(newer, key=lambda i: -(i["generation"] or 0)):
+    for i in sorted((i for i in newer if not i["silent"]), key=lambda i: -(i["generation"] or 0)):
         step = {"warming": "requested", "standby": "ready"}.get(i["state"])
         if step is not None and i["deployment"] not in bot["quarantine"] and not bot["paused"]:
             return {"from": holder, "to": i["instance_id"], "step": step}
@@ -146,6 +146,13 @@ def table(bots: list[dict[str, Any]]) -> str:
         )
         if bot["paused"]:
             head += "; PAUSED (botlease resume)"
+        elif (
+            not holder
+            and bot["fleet"] is None
+            and bot["instances"]
+            and not any(i["is_active"] for i in bot["instances"])
+        ):
+            head += ", and nobody has the assignment (botlease promote INSTANCE, or deploy anew)"
         out.append(head)
         step = bot["handover"]
         if step is not None:
@@ -157,7 +164,8 @@ def table(bots: list[dict[str, Any]]) -> str:
             ("", "INSTANCE", "STATE", "TERM", "GENERATION", "DEPLOYMENT", "HOST", "PID", "STARTED", "HEARTBEAT")
         ]
         for i in bot["instances"]:
-            cells = (i["instance_id"], i["state"], i["term"], i["generation"], i["deployment"], i["host"], i["pid"])
+            state = f"silent ({i['state']})" if i["silent"] and i["state"] != "stopped" else i["state"]
+            cells = (i["instance_id"], state, i["term"], i["generation"], i["deployment"], i["host"], i["pid"])
             times = (str(i["started_at"])[:19], str(i["last_heartbeat"])[:19])
             shown = ("-" if c is None else clean(c) for c in cells + times)
             rows.append(("*" if i["is_active"] else " ", *shown))

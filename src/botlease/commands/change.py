@@ -13,6 +13,7 @@ from botlease import settings
 from botlease.commands.shared import DEADLINE, command, name_option, which
 from botlease.console import ask, database_option
 from botlease.settings import ConfigurationError
+from botlease.status import by_bot
 from botlease.text import clean
 
 
@@ -44,7 +45,17 @@ def promote(database: str | None, instance_id: str) -> None:
     UPDATE bot_instances SET is_active = TRUE WHERE instance_id = '...'; (if it has the assignment already, as after a
     fail-over: FALSE first, and both in one transaction)
     """
-    ask(database, lambda store: store.promote(instance_id, DEADLINE))
+
+    async def give(store: Any) -> None:
+        known = {i["instance_id"]: i for bot in by_bot(await store.overview(DEADLINE)) for i in bot["instances"]}
+        if known.get(instance_id, {}).get("silent"):  # the one that works would be stopped for nobody
+            raise ConfigurationError(
+                f"{instance_id} gives no sign of life, last {known[instance_id]['last_heartbeat'][:19]}: choose one "
+                "that does (`botlease status`), or start it; the SQL in --help does it all the same"
+            )
+        await store.promote(instance_id, DEADLINE)
+
+    ask(database, give)
     click.echo(f"{clean(instance_id)} has the assignment; it starts when the lease is free (see `botlease status`)")
 
 
@@ -122,6 +133,8 @@ def _days(ctx: click.Context, param: click.Parameter, value: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([dhm]?)", value.strip())
     if match is None:
         raise click.BadParameter(f"{value!a} is no age: 30d, 12h or 90m")
+    if len(match[1]) > 9:
+        raise click.BadParameter(f"{value!a} is too old for any calendar")
     return float(match[1]) / {"d": 1, "": 1, "h": 24, "m": 1440}[match[2]]
 
 

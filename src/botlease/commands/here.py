@@ -10,7 +10,7 @@ import sys
 import click
 
 from botlease import settings
-from botlease.commands.shared import command, json_option
+from botlease.commands.shared import Seconds, command, json_option
 from botlease.exits import CONFIG, fail
 
 
@@ -19,7 +19,7 @@ from botlease.exits import CONFIG, fail
 @click.option("--force-kill", is_flag=True, help="End what is found: SIGTERM, wait, SIGKILL.")
 @click.option(
     "--grace",
-    type=click.FloatRange(0, 3600),
+    type=Seconds(0, 3600),
     help="Seconds from SIGTERM to SIGKILL. Default: the longest --stop-grace of what is found, and 2.",
 )
 @json_option("One JSON array.")
@@ -134,7 +134,7 @@ def completion(shell: str) -> None:
 )
 @click.option(
     "--every",
-    type=click.FloatRange(0.01, 3600),
+    type=Seconds(0.01, 3600),
     default=1.0,
     show_default=True,
     help="Seconds between two messages of one user.",

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from botlease import clock
-from botlease.commands.shared import DEADLINE, TIMED_OUT, command, json_option, name_option, which
+from botlease.commands.shared import DEADLINE, TIMED_OUT, Seconds, command, json_option, name_option, which
 from botlease.console import ask, database_option
 from botlease.exits import fail
 from botlease.text import clean, safe
@@ -26,9 +26,7 @@ MOST_TERMS = 10_000_000
 @click.option("--all", "ended", is_flag=True, help="Ended instances, too.")
 @json_option("One JSON object for each bot, one a line.")
 @click.option("--watch", is_flag=True, help="Go on, until Ctrl-C.")
-@click.option(
-    "--interval", type=click.FloatRange(0.1, 3600), default=1.0, show_default=True, help="Seconds, of --watch."
-)
+@click.option("--interval", type=Seconds(0.1, 3600), default=1.0, show_default=True, help="Seconds, of --watch.")
 def status(database: str | None, name: str | None, ended: bool, as_json: bool, watch: bool, interval: float) -> None:
     """Show who runs, who stands by, and what is going on between them."""
     from botlease import status as show
@@ -170,7 +168,7 @@ def verify(database: str | None, name: str | None, as_json: bool) -> None:
 @click.option("--standby", is_flag=True, help="Until another one could take over.")
 @click.option("--instance", metavar="ID", help="Until it is this one.")
 @click.option("--deployment", metavar="KEY", help="Until it is one of this deployment (with or without the platform).")
-@click.option("--timeout", type=click.FloatRange(0, 86_400), default=60.0, show_default=True, help="Seconds.")
+@click.option("--timeout", type=Seconds(0, 86_400), default=60.0, show_default=True, help="Seconds.")
 def wait(
     database: str | None,
     name: str | None,
@@ -190,10 +188,11 @@ def wait(
     if active is standby:
         raise click.UsageError("wait for what? --active or --standby, one of them")
 
+    end = clock.now() + timeout
+
     async def until(store: Any) -> str | None:
         changed = asyncio.Event()
         store.on_change = changed.set
-        end = clock.now() + timeout
         while True:
             bots = {b["bot"]: b for b in show.by_bot(await store.overview(DEADLINE))}
             bot = bots.get(name) if name else None

@@ -18,6 +18,16 @@ COMMANDS: Final[dict[str, click.Command]] = {}
 TIMED_OUT = 75
 
 
+class Seconds(click.FloatRange):
+    """Within bounds; "nan" passes any bound, and a time that is none never ends."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        seconds = super().convert(value, param, ctx)
+        if seconds != seconds:
+            self.fail(f"{value!a} is not a number of seconds", param, ctx)
+        return seconds
+
+
 def command(f: Callable[..., Any]) -> click.Command:
     made = click.command(context_settings=CONTEXT)(f)
     assert made.name is not None

@@ -28,6 +28,7 @@ KEEP_ENDED_DAYS: Final = 30
 """Rows of ended instances and terms older than this are pruned when somebody registers."""
 
 T = TypeVar("T")
+E = TypeVar("E", Probation, How)
 
 
 class StoreError(Exception):
@@ -39,6 +40,15 @@ class Late(StoreError):
 
     def __init__(self, deadline: float) -> None:
         super().__init__(f"no answer within {deadline:.2g} s")
+
+
+def unanswered(e: StoreError, url: str) -> str:
+    """What is to be said of an error to whoever has named this database, without a password: no answer is as a rule
+    that of a wrong address."""
+    if not isinstance(e, Late):
+        return str(e)
+    cure = "who has it locked, and is its disk well" if url.startswith("sqlite:") else "check host, port and firewall"
+    return f"the database at {url} does not answer: {e}: {cure}"
 
 
 class StoreRefused(StoreError):
@@ -210,12 +220,20 @@ def make_view(row: Any, origin: str, era: int) -> View:
         renewed_ago=float(row["renewed_ago"] or 0),
         era=era,
         paused=bool(row["paused"]),
-        probation=Probation(row["probation"] or ""),
+        probation=_word(Probation, row["probation"], Probation.NONE),
         failures=row["failures"],
         others=row["others"],
         ended=bool(row["my_ended"]),
-        rooted=How(row["rooted"] or How.EXPIRED),
+        rooted=_word(How, row["rooted"], How.EXPIRED),
     )
+
+
+def _word(words: type[E], said: str | None, safe: E) -> E:
+    """What a row says; where that is none of ours (somebody has edited it) the safe one, lest nobody can read it."""
+    try:
+        return words(said or safe)
+    except ValueError:
+        return safe
 
 
 async def within(deadline: float, work: Awaitable[T], abandon: Callable[[], None]) -> T:
@@ -274,6 +292,11 @@ UNKNOWN_URL: Final = (
 """It is not quoted: what is wrong with it may be that half of it is the password."""
 
 
+def sqlite_path(url: str) -> str:
+    """The file that an sqlite URL names: sqlite:///relative, sqlite:////absolute."""
+    return unquote(url.removeprefix("sqlite://").removeprefix("/").split("?", 1)[0])
+
+
 def open_store(url: str) -> Store:
     """The store for a database URL. Raises :class:`StoreRefused` with the cure for one we do not know."""
     try:
@@ -292,10 +315,7 @@ def open_store(url: str) -> Store:
     if scheme == "sqlite":
         from botlease.stores.sqlite import SqliteStore
 
-        path = url.removeprefix("sqlite://")
-        if path.startswith("/"):
-            path = path[1:]  # sqlite:///relative, sqlite:////absolute
-        path = unquote(path.split("?", 1)[0])
+        path = sqlite_path(url)
         if not path or path == ":memory:":
             raise StoreRefused(
                 "a lease in memory protects nobody; name a file: sqlite:///bot.db or sqlite:////var/lib/bot.db"

@@ -78,6 +78,8 @@ PRIVILEGES: Final = {
 """What a role needs that only runs bots, where another one has made the tables."""
 
 CONNECT_LIMIT: Final = 10.0
+HOST_LIMIT: Final = 3.0
+"""Seconds for one of several hosts: three of them fit into the limit for all."""
 PLAN_AHEAD: Final = 0.2
 """Seconds after a registration or a read: whoever starts has something better to do than to plan."""
 
@@ -87,6 +89,7 @@ class PostgresStore:
 
     def __init__(self, url: str) -> None:
         self._dsn = url
+        self._hosts = one_by_one(url)
         self.url = shown(url)
         self.on_change: Callable[[], None] | None = None
         self.heard: Callable[[str], None] | None = None
@@ -182,12 +185,7 @@ class PostgresStore:
 
     async def _connect(self, over: asyncio.Event) -> asyncpg.Connection:
         """``over``: nobody waits for it any more. The driver may finish all the same."""
-        connection = await asyncpg.connect(
-            self._dsn,
-            timeout=CONNECT_LIMIT,
-            statement_cache_size=0,  # prepared statements break behind a transaction pooler (measured)
-            server_settings={"application_name": "botlease", "timezone": "UTC"},
-        )
+        connection = await self._reach()
         try:
             pid = await self._identify(connection)
             self._server_pid = connection.get_server_pid()
@@ -204,6 +202,26 @@ class PostgresStore:
             raise
         self._connection, self._limited, self._prepared = connection, 0, {}
         return connection
+
+    async def _reach(self) -> asyncpg.Connection:
+        """Host by host, where the URL names several, and the one that answered last first. The driver has one limit for
+        all of them (asyncpg issue 1155): where the first one takes packets and says nothing, as a machine does that
+        has lost its power, it would never come to the second."""
+        for n in range(len(self._hosts)):
+            try:
+                found = await asyncpg.connect(
+                    self._hosts[0],
+                    timeout=CONNECT_LIMIT if len(self._hosts) == 1 else HOST_LIMIT,
+                    statement_cache_size=0,  # prepared statements break behind a transaction pooler (measured)
+                    server_settings={"application_name": "botlease", "timezone": "UTC"},
+                )
+            except (OSError, TimeoutError, asyncpg.CannotConnectNowError, asyncpg.TargetServerAttributeNotMatched):
+                self._hosts.append(self._hosts.pop(0))
+                if n == len(self._hosts) - 1:
+                    raise
+            else:
+                return found
+        raise AssertionError("a URL names a host")
 
     async def _row(self, connection: asyncpg.Connection, sql: str, *args: Any) -> Any:
         """The first row of a statement that is asked often, or whose answer somebody waits for. It is planned once for
@@ -419,11 +437,12 @@ class PostgresStore:
             except (asyncpg.UniqueViolationError, asyncpg.DeadlockDetectedError):
                 return False  # rolled back: an operator's edit of this very moment was quicker
 
+        began = clock.now()
         if self._held and not self._planned():
             # Somebody works, and goes on working while we plan; as soon as we have asked for the handover nobody may. A
             # newcomer's first acquire took 8 ms of 20 in which nobody worked (measured).
             await self._plan_ahead()
-        return await self.call(deadline, work)
+        return await self.call(max(0.0, deadline - (clock.now() - began)), work)
 
     async def acquire(
         self,
@@ -582,6 +601,14 @@ class PostgresStore:
 def _count(tag: str) -> int:
     """How many rows, from the server's "UPDATE 3"."""
     return int(tag.split()[-1])
+
+
+def one_by_one(url: str) -> list[str]:
+    """A URL for each of the hosts that this one names."""
+    scheme, _, rest = url.partition("://")
+    end = min(rest.find(c) % (len(rest) + 1) for c in "/?#")  # -1: none, and so the end
+    who, at, hosts = rest[:end].rpartition("@")
+    return [f"{scheme}://{who}{at}{host}{rest[end:]}" for host in hosts.split(",")]
 
 
 NO_URL: Final = (

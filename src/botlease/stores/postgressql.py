@@ -25,6 +25,8 @@ DURABLE: Final = (
     "CASE WHEN current_setting('synchronous_commit') = 'off' THEN set_config('synchronous_commit', 'on', TRUE) END"
 )
 
+# A time that is none ("infinity", by hand) cannot be subtracted, and one such row would blind everybody: CASE, as the
+# order of what AND connects is the planner's.
 READ: Final = """
 WITH failed AS MATERIALIZED (SELECT deployment, failures FROM bot_failures WHERE bot = $1)
 SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served,
@@ -35,17 +37,21 @@ SELECT l.term, l.beat, l.nonce, l.holder, l.ttl, l.origin, l.proof, l.served,
        (SELECT count(*) FROM bot_instances o
           LEFT JOIN failed f ON f.deployment = o.deployment
         WHERE o.bot = $1 AND o.ended_at IS NULL AND o.instance_id <> $2 AND coalesce(f.failures, 0) < {tries}
-          AND extract(epoch FROM clock_timestamp() - o.last_heartbeat)::float8 < 3 * coalesce(l.ttl, 10)) AS others,
-       extract(epoch FROM clock_timestamp() - l.renewed_at)::float8 AS renewed_ago,
+          AND CASE WHEN isfinite(o.last_heartbeat) THEN
+            extract(epoch FROM clock_timestamp() - o.last_heartbeat)::float8 < 3 * coalesce(l.ttl, 10) END) AS others,
+       CASE WHEN isfinite(l.renewed_at) THEN extract(epoch FROM clock_timestamp() - l.renewed_at)::float8 END
+         AS renewed_ago,
        a.instance_id AS a_id, a.generation AS a_generation, a.ended_at IS NOT NULL AS a_ended, a.beat AS a_beat,
-       extract(epoch FROM clock_timestamp() - a.last_heartbeat)::float8 AS a_age,
+       CASE WHEN isfinite(a.last_heartbeat) THEN extract(epoch FROM clock_timestamp() - a.last_heartbeat)::float8 END
+         AS a_age,
        me.generation AS my_generation, me.ended_at IS NOT NULL AS my_ended, {timeline} AS timeline,
        (SELECT count(*) FROM bot_instances o
           LEFT JOIN failed f ON f.deployment = o.deployment
         WHERE o.bot = $1 AND o.ended_at IS NULL AND NOT o.is_active AND o.instance_id <> $2
           AND (coalesce(f.failures, 0) >= {tries}, -coalesce(o.generation, 0), o.started_at, o.instance_id)
               < (coalesce(mine.failures, 0) >= {tries}, -me.generation, me.started_at, me.instance_id)
-          AND extract(epoch FROM clock_timestamp() - o.last_heartbeat)::float8 < 3 * coalesce(l.ttl, 10)) AS ahead
+          AND CASE WHEN isfinite(o.last_heartbeat) THEN
+            extract(epoch FROM clock_timestamp() - o.last_heartbeat)::float8 < 3 * coalesce(l.ttl, 10) END) AS ahead
 FROM (SELECT 1) x LEFT JOIN bot_leases l ON l.bot = $1
      LEFT JOIN bot_instances a ON a.bot = $1 AND a.is_active
      LEFT JOIN bot_instances me ON me.instance_id = $2
@@ -169,8 +175,8 @@ best AS (
   FROM bot_instances o JOIN bot_instances m ON m.instance_id = $2
     LEFT JOIN (SELECT deployment, failures FROM bot_failures WHERE bot = $1) f ON f.deployment = o.deployment
   WHERE {when} AND (SELECT count(*) FROM {lease}) >= 0 AND o.bot = $1 AND o.ended_at IS NULL AND o.instance_id <> $2
-    AND extract(epoch FROM clock_timestamp() - o.last_heartbeat)::float8
-        < 3 * coalesce((SELECT ttl FROM bot_leases WHERE bot = $1), 10)
+    AND CASE WHEN isfinite(o.last_heartbeat) THEN extract(epoch FROM clock_timestamp() - o.last_heartbeat)::float8
+        < 3 * coalesce((SELECT ttl FROM bot_leases WHERE bot = $1), 10) END
     AND m.is_active
   ORDER BY {reason} = 'failed' AND o.deployment IS NOT DISTINCT FROM m.deployment,
     coalesce(f.failures, 0) >= {tries},
@@ -272,8 +278,11 @@ PAUSE: Final = (
     f"UPDATE bot_leases SET paused = $2 WHERE paused <> $2 AND ($1::text IS NULL OR bot = $1) RETURNING {DURABLE}"
 )
 PRUNE: Final = (
-    "DELETE FROM bot_instances WHERE last_heartbeat < clock_timestamp() - make_interval(secs => $2) AND NOT is_active "
-    "AND bot IS NOT NULL AND ($1::text IS NULL OR bot = $1)",
+    # Never what lives: a standby gives a sign of life once in its ttl only.
+    "DELETE FROM bot_instances i WHERE last_heartbeat < clock_timestamp() - make_interval(secs => $2) "
+    "AND NOT is_active AND bot IS NOT NULL AND ($1::text IS NULL OR bot = $1) "
+    "AND (ended_at IS NOT NULL OR last_heartbeat < clock_timestamp() "
+    "- make_interval(secs => 3 * (SELECT coalesce(max(ttl), 60) FROM bot_leases l WHERE l.bot = i.bot)))",
     "DELETE FROM bot_terms WHERE ctid = ANY(ARRAY(SELECT t.ctid FROM bot_terms t "
     "WHERE released_at < clock_timestamp() - make_interval(secs => $2) AND ($1::text IS NULL OR bot = $1) "
     # What a quarantine rests on is kept for its time, however young the rest may be that goes.

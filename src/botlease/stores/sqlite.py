@@ -25,7 +25,7 @@ from botlease import clock
 from botlease.model import Held, How, Probation, Reason, View
 from botlease.stores import Grant, Registration, Renewal, StoreError, StoreRefused, too_late, within
 from botlease.stores.inotify import JournalWatch
-from botlease.stores.sqlitefile import Key, SqliteFile, check_place, explain
+from botlease.stores.sqlitefile import NOT_OURS, Key, SqliteFile, check_place, explain
 from botlease.value import replace
 
 T = TypeVar("T")
@@ -274,7 +274,10 @@ class SqliteStore:
                 began = clock.now()
                 with contextlib.closing(sqlite3.connect(f"file:{quote(self.path)}?mode=ro", uri=True)) as db:
                     try:
-                        version = db.execute("SELECT version FROM botlease_schema").fetchone()[0]
+                        row = db.execute("SELECT version FROM botlease_schema").fetchone()
+                        if row is None or not isinstance(row[0], int):
+                            raise StoreRefused(NOT_OURS.format(path=self.path))
+                        version = row[0]
                     except sqlite3.OperationalError as e:
                         if "no such table" not in str(e):
                             raise explain(e, self.path) from None

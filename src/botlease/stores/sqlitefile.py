@@ -85,6 +85,7 @@ NETWORK_FILE_SYSTEMS: Final = {
 
 CHECKED_PAGES: Final = 2000
 """8 MB: 24 ms to read through (measured); a new lease's file has 15 pages (1 ms)."""
+NOT_OURS: Final = "botlease_schema in {path} is not ours: use another file"
 DAMAGED: Final = (
     "is damaged, as SQLite files are that were renamed or copied over while in use: stop every instance, then restore "
     "it from a backup, or delete it together with its -journal"
@@ -223,7 +224,7 @@ class SqliteFile:
                 raise
             row = None
         if row is None or not isinstance(row["version"], int):
-            raise StoreRefused(f"botlease_schema in {self.path} is not ours: use another file")
+            raise StoreRefused(NOT_OURS.format(path=self.path))
         if row["version"] > SCHEMA_VERSION:
             raise StoreRefused(
                 f"{self.path} was written by a newer botlease (schema {row['version']}, this one knows "
@@ -284,7 +285,7 @@ class SqliteFile:
                 db.execute(statement, values)
             for statement in PRUNE:
                 kept = clock.iso(now - KEEP_ENDED_DAYS * 86_400)
-                db.execute(statement, {"bot": None, "old": kept, "kept": kept})
+                db.execute(statement, {"bot": None, "old": kept, "kept": kept, "alive": kept})
             return self._view(me.bot, me.instance_id)
 
     def read(self, bot: str, instance_id: str) -> View:
@@ -418,12 +419,14 @@ class SqliteFile:
             return db.execute(PAUSE, {"bot": bot, "on": on}).rowcount
 
     def prune(self, bot: str | None, days: float) -> tuple[int, int]:
-        values = {
-            "bot": bot,
-            "old": clock.iso(self.wall() - days * 86_400),
-            "kept": clock.iso(self.wall() - KEEP_ENDED_DAYS * 86_400),
-        }
         with self._write() as db:
+            (ttl,) = db.execute("SELECT coalesce(max(ttl), 60) FROM bot_leases").fetchone()
+            values = {
+                "bot": bot,
+                "old": clock.iso(self.wall() - days * 86_400),
+                "kept": clock.iso(self.wall() - KEEP_ENDED_DAYS * 86_400),
+                "alive": clock.iso(self.wall() - 3 * ttl),  # a standby gives a sign of life once in its ttl only
+            }
             instances, terms = (db.execute(statement, values).rowcount for statement in PRUNE)
             return instances, terms
 

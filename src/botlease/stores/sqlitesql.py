@@ -63,7 +63,7 @@ ON CONFLICT DO NOTHING
 PRUNE: Final = (
     # One that was killed has no end, only a last heartbeat.
     "DELETE FROM bot_instances WHERE last_heartbeat < :old AND NOT is_active AND bot IS NOT NULL "
-    "AND (:bot IS NULL OR bot = :bot)",
+    "AND (:bot IS NULL OR bot = :bot) AND (ended_at IS NOT NULL OR last_heartbeat < :alive)",
     # What a quarantine rests on is kept for its time, however young the rest may be that goes.
     "DELETE FROM bot_terms WHERE released_at < :old AND (:bot IS NULL OR bot = :bot) "
     "AND (probation <> 'on' OR reason NOT IN ('failed', 'died', 'expired') OR released_at < :kept) "

@@ -12,7 +12,6 @@ Started without ``botlease run --gateway`` it changes nothing.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -23,6 +22,8 @@ from aiogram.exceptions import AiogramError
 from aiogram.methods import TelegramMethod
 from aiogram.types import TelegramObject, Update
 
+from botlease.telegram.address import address
+
 
 class _Done(TelegramMethod[bool]):
     __returning__ = bool
@@ -30,18 +31,19 @@ class _Done(TelegramMethod[bool]):
     update_ids: list[int]
 
 
-def session(**options: Any) -> AiohttpSession:
-    """A session that goes through the gateway; the options are those of ``AiohttpSession``."""
-    url = os.environ.get("BOTLEASE_API_URL")
+def session(*, url: str | None = None, **options: Any) -> AiohttpSession:
+    """A session that goes through the gateway; the options are those of ``AiohttpSession``. ``url``: as
+    ``botlease.gateway`` gave it, where several bots run in one program."""
+    url = address(url)
     if not url:
         return AiohttpSession(**options)
     base, file = f"{url}/ack/bot{{token}}/{{method}}", f"{url}/file/bot{{token}}/{{path}}"
     return AiohttpSession(api=TelegramAPIServer(base=base, file=file), **options)
 
 
-def acknowledge(dispatcher: Dispatcher) -> None:
+def acknowledge(dispatcher: Dispatcher, *, url: str | None = None) -> None:
     """Tell the gateway of each update whose handler has ended, also by an error; not if it was cancelled."""
-    if os.environ.get("BOTLEASE_API_URL"):
+    if address(url):
         dispatcher.update.outer_middleware(_acknowledging)
 
 

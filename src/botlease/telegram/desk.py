@@ -10,7 +10,11 @@ One desk for each token. Updates come in when they are stored, go out to whoever
 
 An offset finishes only of the very batch into which it points. There may be several pollers in one program, and of what
 another one has in hand it says nothing. An update goes to one of them. It goes out again only if its answer did not
-arrive: the connection broke under it, or its own connection asks for it once more, or that is closed and another asks.
+arrive: the connection broke under it, or its own connection asks for it once more, or that is closed and another asks
+the same again. (A second poller that has never received anything asks as one that lost its first answer does: where
+neither keeps its connection open it can be given the other's first batch.)
+
+What was in hand when two processes ended may be what ends them: it goes out alone, so that it takes nothing with it.
 """
 
 from __future__ import annotations
@@ -24,6 +28,9 @@ from botlease.stores.inbox import Update
 TRIES: Final = 5
 """Processes that may die while they have an update in hand; after that it is set aside. One that kills the bot each
 time would otherwise keep it from working for a day."""
+SUSPECT: Final = 2
+"""Processes that ended with it in hand, and others with it. From then on it is handed out alone: five deaths of a bot
+that had two hundred in hand, of whatever cause, would otherwise throw all of them away."""
 IN_HAND: Final = 200
 """Two full batches: enough for a program that handles many at once."""
 
@@ -89,7 +96,7 @@ class Desk:
                 if not given.poll.acknowledges:
                     done.append(i)
                     del self.given[i]
-            elif i >= poll.offset and not given.arrived:
+            elif not given.arrived and i >= poll.offset and _asks_again(given.poll, poll):
                 same = given.poll.connection is not None and given.poll.connection is poll.connection
                 if same or given.poll.closed():
                     back.append(i)
@@ -101,7 +108,17 @@ class Desk:
         if ids:
             self.waiting = {i: self.given.pop(i).update for i in ids} | self.waiting
 
+    @property
+    def full(self) -> bool:
+        """No more is handed out until something is done."""
+        return len(self.given) >= IN_HAND or any(g.update.tries >= SUSPECT for g in self.given.values())
+
     def _room(self, poll: Poll) -> int:
+        if self.full:
+            return 0
+        first = next(iter(self.waiting.values()), None)
+        if first is not None and first.tries >= SUSPECT:
+            return 0 if self.given else 1
         return min(poll.limit, max(0, IN_HAND - len(self.given))) if poll.acknowledges else poll.limit
 
     def offers(self, poll: Poll) -> bool:
@@ -111,7 +128,12 @@ class Desk:
         """What this poll is to be answered with; empty: nothing yet."""
         if not self.offers(poll):
             return []
-        ids = list(self.waiting)[: self._room(poll)]
+        ids: list[int] = []
+        for i, update in self.waiting.items():
+            if len(ids) == self._room(poll) or (ids and update.tries >= SUSPECT):
+                break
+            ids.append(i)
+        ids.sort()  # as the Bot API gives them, and as offsets are read; a wall clock may have been set back
         updates = [self.waiting.pop(i) for i in ids]
         poll.batch = tuple(ids)
         for u in updates:
@@ -126,7 +148,7 @@ class Desk:
 
     def acknowledge(self, ids: list[int]) -> list[int]:
         """The program has handled these. Returns those that are done by it."""
-        return [i for i in ids if self.given.pop(i, None) is not None]
+        return [i for i in ids if (self.given.pop(i, None) or self.waiting.pop(i, None)) is not None]
 
     def let_go(self) -> list[int]:
         """What is in the program's hands is not waited for any longer: a hook that never acknowledges must not keep a
@@ -134,3 +156,8 @@ class Desk:
         ids = list(self.given)
         self.given.clear()
         return ids
+
+
+def _asks_again(before: Poll, poll: Poll) -> bool:
+    """For what that one was answered with: from its own offset or a lower one; or for the rest of its batch."""
+    return poll.offset <= before.offset or before.batch[0] < poll.offset <= before.batch[-1]

@@ -123,7 +123,7 @@ class Gateway:
         await self._inbox.aclose()
 
     def report(self) -> dict[str, Tally]:
-        return {poller.api: poller.report() for poller in self.pollers.values()}
+        return {poller.api: poller.report() for poller in self.pollers.values() if poller.counts}
 
     # One call ----------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 from botlease import clock, http
 from botlease.stores.inbox import Begun, Changes, Inbox, Update
 from botlease.telegram.arguments import integer
-from botlease.telegram.desk import IN_HAND, TRIES, Desk, Poll
+from botlease.telegram.desk import TRIES, Desk, Poll
 from botlease.telegram.term import Bell, Term
 from botlease.telegram.upstream import CONNECT, Fenced, Unreachable, Upstream
 from botlease.telegram.writer import Writer
@@ -48,6 +48,7 @@ BACKLOG_BYTES: Final = 16 * 1024 * 1024
 """With so many updates at hand nothing is fetched: they wait at the Bot API, which keeps 100,000 for a day."""
 QUIET: Final = 90.0
 """Seconds after its last poll for which a program counts as one that polls. (The Bot API holds one for 50 at most.)"""
+LONGEST_POLL: Final = 50.0
 RECHECK: Final = 60.0
 """Seconds until a webhook that is set, or a token that was refused, is looked at again."""
 CONFLICT_PAUSES: Final = (3.2, 30.0, 60.0, 120.0, 300.0)
@@ -93,6 +94,7 @@ class Poller:
         self._confirmed = 0
         self._low = False  # the next poll asks with the lower offset
         self._asked = (-1, -1e9)  # the offset of the last poll, and when it began
+        self._held_until = 0.0  # a poll that was not answered may be held by the Bot API until then
         self._recent: set[int] = set()  # done, and perhaps to be had once more
         self._allowed: str | None = None
         self._marked: set[int] = set()  # counted as handed out in this process
@@ -117,7 +119,10 @@ class Poller:
         self, args: dict[str, Any], request: http.Request, acknowledges: bool, limit: int = 100
     ) -> tuple[int, bytes]:
         """Answer a poll of the program: status and body. Waits as long as it asks for."""
-        offset, timeout = integer(args.get("offset"), 0), min(max(integer(args.get("timeout"), 0), 0), 50)
+        offset, timeout = (
+            integer(args.get("offset"), 0),
+            min(max(integer(args.get("timeout"), 0), 0), int(LONGEST_POLL)),
+        )
         limit = min(max(integer(args.get("limit"), 100), 1), limit)
         self._state_allowed(args.get("allowed_updates"))
         end = clock.now() + timeout
@@ -225,6 +230,7 @@ class Poller:
             self._offset, self._allowed = begun.offset, self._allowed or begun.allowed
             self._recent |= set(begun.done)
             self._low = begun.offset > 1 and begun.asked == begun.offset
+            self._asked = (begun.asked, -1e9)
             self.desk.receive([u for u in begun.updates if u.tries < TRIES])
             hopeless = [u.update_id for u in begun.updates if u.tries >= TRIES]
             if hopeless:
@@ -233,7 +239,7 @@ class Poller:
             self._news.ring()
             # The poll of the one before may still be held, and by some accounts of the server would make ours fail;
             # begun within 3 s of it with its offset, ours would be held for longer than it asks for.
-            free_at = clock.now() + PROMOTED if begun.unfinished else 0.0
+            free_at = self._held_until = clock.now() + PROMOTED if begun.unfinished else 0.0
             looked = False
             while not self._stopping:
                 try:
@@ -244,7 +250,9 @@ class Poller:
                         looked = True
                     await self._turn()
                 except Fenced:
-                    raise
+                    if self._term.over:
+                        raise
+                    await self._pause(0.2)  # this process alone was stopped, and has not heard of the renewals yet
                 except Exception as e:  # a bug of ours must not make a bot deaf
                     await self._failed(f"the gateway failed: {type(e).__name__}: {redact(str(e))}", 3.0)
         except Fenced:
@@ -304,7 +312,7 @@ class Poller:
             await asyncio.wait({news}, timeout=1.0)
 
     async def _turn(self) -> None:
-        if len(self.desk.given) < IN_HAND:
+        if not self.desk.full:
             self._full_since = clock.now()
         elif clock.now() > max(self._full_since, self._acknowledged_at) + STUCK:
             self._set_aside(
@@ -334,6 +342,7 @@ class Poller:
             if self._allowed is not None:
                 asked["allowed_updates"] = json.loads(self._allowed)
             self._asked = (offset, clock.now())
+            self._held_until = clock.now() + PROMOTED
             return json.dumps(asked).encode()
 
         try:
@@ -345,6 +354,7 @@ class Poller:
                 self._failures = 1
                 await self._pause(0.2)
             return
+        self._held_until = 0.0
         await self._answered(status, body, offset)
         if not seconds:
             await self._pause(0.3)  # a lease too short for a poll that is held
@@ -494,6 +504,11 @@ class Poller:
         polled = clock.now() if self.desk.open else self._polled_at
         return max(0.0, clock.now() - min(self._heard_at, polled))
 
+    @property
+    def counts(self) -> bool:
+        """Not a token that somebody has made up or mistyped, once: it would look like a bot that is deaf for ever."""
+        return self.proved or bool(self.desk.open) or clock.now() - self._polled_at < LONGEST_POLL
+
     def report(self) -> Tally:
         waiting, in_hand = len(self.desk.waiting), len(self.desk.given)
         return replace(self.tally, deaf=round(self.deaf, 1), waiting=waiting, in_hand=in_hand)
@@ -524,7 +539,7 @@ class Poller:
             self._task.cancel()
         await asyncio.wait({self._task})
         if self._loaded:
-            self._polling = False
+            self._polling = clock.now() < self._held_until
             self._writer.changes.returned = [i for i in self.desk.waiting if i in self._marked]
             with contextlib.suppress(Fenced):
                 await self._writer.save()

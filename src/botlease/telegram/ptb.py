@@ -12,13 +12,14 @@ begin. To handle several at once pass ``concurrent_updates`` here: set on the bu
 
 from __future__ import annotations
 
-import os
 from collections.abc import Awaitable
 from typing import Any
 
 from telegram import Update
 from telegram.error import TelegramError
 from telegram.ext import ApplicationBuilder, BaseUpdateProcessor
+
+from botlease.telegram.address import address
 
 
 class AcknowledgingProcessor(BaseUpdateProcessor):
@@ -42,9 +43,12 @@ class AcknowledgingProcessor(BaseUpdateProcessor):
         pass
 
 
-def through_gateway(builder: ApplicationBuilder[Any, Any, Any, Any, Any, Any], concurrent_updates: int = 1) -> Any:
-    """Point the builder of an application at the gateway. Returns the builder."""
-    url = os.environ.get("BOTLEASE_API_URL")
+def through_gateway(
+    builder: ApplicationBuilder[Any, Any, Any, Any, Any, Any], concurrent_updates: int = 1, *, url: str | None = None
+) -> Any:
+    """Point the builder of an application at the gateway. ``url``: as ``botlease.gateway`` gave it, where several bots
+    run in one program. Returns the builder."""
+    url = address(url)
     if not url:
         return builder.concurrent_updates(concurrent_updates) if concurrent_updates > 1 else builder
     return (

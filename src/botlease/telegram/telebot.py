@@ -12,7 +12,6 @@ Started without ``botlease run --gateway`` it changes nothing. For the threaded 
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -21,12 +20,16 @@ from typing import Any
 import requests
 from telebot import TeleBot, apihelper
 
+from botlease.telegram.address import address
+
 MARK = "botlease_update_id"
 
 
-def through_gateway(bot: TeleBot) -> None:
-    """Point pyTelegramBotAPI at the gateway, and acknowledge what this bot has handled."""
-    url = os.environ.get("BOTLEASE_API_URL")
+def through_gateway(bot: TeleBot, *, url: str | None = None) -> None:
+    """Point pyTelegramBotAPI at the gateway, and acknowledge what this bot has handled. ``url``: as
+    ``botlease.gateway`` gave it. pyTelegramBotAPI has one address for all bots of a program: with several of them, each
+    needs a program of its own, or one term and gateway for all."""
+    url = address(url)
     if not url:
         return
     if not bot.threaded:

@@ -158,8 +158,10 @@ class Upstream:
         state = connection.state
         if whole and sent and state.our_state is h11.DONE and state.their_state is h11.DONE:
             state.start_next_cycle()
-            connection.used = clock.now()
+            now = connection.used = clock.now()
             self._idle.append(connection)
+            while now - self._idle[0].used >= KEPT:  # what a burst has left: the newest one is always taken first
+                self._idle.pop(0).abort()
         else:
             connection.abort()
 
@@ -248,10 +250,13 @@ class Upstream:
             raise Fenced
         try:
             async with asyncio.timeout(CONNECT):
-                reader, writer = await asyncio.open_connection(*self._address, ssl=self._tls(), limit=2 * PIECE)
+                # One address after the other, and not only the first: where IPv6 leads nowhere that would be for ever.
+                reader, writer = await asyncio.open_connection(
+                    *self._address, ssl=self._tls(), limit=2 * PIECE, happy_eyeballs_delay=0.25
+                )
         except TimeoutError:
             raise Unreachable(f"no connection within {CONNECT:g} s") from None
-        except OSError as e:
+        except (OSError, UnicodeError) as e:  # a host name that cannot be one
             raise Unreachable(_why(e)) from None
         sock: socket.socket = writer.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT)

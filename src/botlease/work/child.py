@@ -25,6 +25,9 @@ QUICK_DEATH = 60.0
 LONGEST_BACK_OFF = 30.0
 FORK_AGAIN = 1.0
 """Seconds until another reaper is tried, where one could not be forked or has ended as it began."""
+MOMENT = 0.05
+"""Seconds by which our own stop signal may come later than that of a bot which somebody else has signalled: a platform
+that signals everything in the container reaches one after the other."""
 AFTER_A_TERM = 0.2
 """Seconds until what can wait is done."""
 BAD_CONFIGURATION = 78
@@ -111,6 +114,9 @@ class ChildWork:
         self._warm = False  # it runs up to its gate, or waits there
         self._ready = False
         self._restarting = False  # we end it ourselves, to start it again
+        self._unowned = False  # the reaper that the lease names was killed, and there is another one
+        self._orphaned = False  # the term before ended by that: it counts as a crash in this one, too
+        self._was_stopped = False  # it ended as one does that was told to stop, and not by us
         self._gated = False  # it was started warm, and its gate has not been opened
         self._stopping = False
         self._crashes = 0
@@ -165,7 +171,10 @@ class ChildWork:
 
     def start(self, term: int, nonce: str, until: float, guard_fd: int | None) -> None:
         self.term, self._nonce, self._until = term, nonce, until
-        self._running, self._stopping, self._restarting, self._crashes, self._asked = True, False, False, 0, 0
+        self._running, self._stopping, self._restarting, self._asked = True, False, False, 0
+        if not self._orphaned:
+            self._crashes = 0
+        self._orphaned = self._unowned = False
         self._guarded = guard_fd is not None
         fds = {} if guard_fd is None else {"guard": guard_fd}
         if self._retry is not None:  # it was to be warmed up again
@@ -204,6 +213,12 @@ class ChildWork:
         try:
             if self._sock.fileno() < 0:
                 self._fork_anew()
+                if self._unowned:  # a crash, or where no reaper can live there would be one term after the other
+                    self._loop.call_soon(self._not_started, began)
+                    return
+            if self._unowned and not self._warm:
+                self._retry = self._loop.call_later(0, self._renounce)
+                return
             self._order(fds)
         except (OSError, RuntimeError) as e:  # out of descriptors, processes or threads
             self.say(f"cannot start {self.command.argv[0]}: {getattr(e, 'strerror', None) or e}")
@@ -212,6 +227,14 @@ class ChildWork:
     def _not_started(self, began: float) -> None:
         if self._began == began and self._retry is None:  # else another one has begun, or is about to
             self._gone(reaper.EX_OSERR)
+
+    def _renounce(self) -> None:
+        """Nothing runs, and who owned it is gone. The lease names him, to whoever wants to know on this host whether
+        we live, and with him went the side-car lock: the term is over, and the next one begins with another owner."""
+        self._retry = None
+        self._running, self._orphaned = False, True
+        self._word()
+        self.tell(WorkEnded(self.term, unowned=True))
 
     def _order(self, fds: dict[str, int] | None) -> None:
         """Raises OSError or RuntimeError if there is nothing left to make it of."""
@@ -271,7 +294,7 @@ class ChildWork:
             if message["say"]:
                 self.say(f"gateway: {message['say']}")
             else:
-                self._tallies[message.pop("api")] = message
+                self._tallies = message["tallies"]
 
     def gateway(self, now: float) -> dict[str, dict[str, Any]]:
         """What the gateway last said about each token, by its bot id; ``deaf`` in seconds until now."""
@@ -286,6 +309,8 @@ class ChildWork:
     def drain(self, until: float, reason: Reason) -> None:
         self._stopping = True
         if self._waiting():
+            if self._was_stopped and reason is Reason.STOPPED:
+                self.exit_code = 0  # by the same stop as we are
             return
         self._asked = self.stop_signal if reason is Reason.STOPPED else signal.SIGTERM
         # With a process in front of it the bot is signalled by that, when it has nothing in hand any more.
@@ -303,7 +328,10 @@ class ChildWork:
             # live spins only once.
             if self._running and self._retry is not None and self._crashes == 1:
                 self._retry.cancel()
-                self._spawn()
+                if self._was_stopped:  # we are about to be, too: a bot that is started now would be stopped at once
+                    self._retry = self._loop.call_later(MOMENT, self._spawn)
+                else:
+                    self._spawn()
         elif self._running and self._retry is None:
             self._restarting = True
             self._send(do="kill")  # it counts as a crash, and is started again as after one
@@ -454,6 +482,7 @@ class ChildWork:
             self._ended()
             return
         wait = self._back_off("was ended" if self._restarting else f"crashed ({_how(status)})")
+        self._was_stopped = not self._restarting and status in _STOPPED
         self._restarting = False
         if wait is None:
             self._ended()
@@ -527,12 +556,16 @@ class ChildWork:
             self._fork_later.cancel()
             self._fork_later = None
         self._reaper, self._sock = reaper.fork()
+        self._unowned = self._running
         self._forked_at = clock.now()
         self._inbox = reaper.Inbox(self._sock)
         self._sock.setblocking(False)
         self._loop.add_reader(self._sock, self._heard)
         self.proof = proof.make((os.getpid(), self._reaper))
         self._spare()
+
+
+_STOPPED = {sign for n in (signal.SIGTERM, signal.SIGINT) for sign in (-n, 128 + n)}
 
 
 def _how(status: int) -> str:

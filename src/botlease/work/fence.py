@@ -3,6 +3,11 @@
 It needs neither the event loop nor the interpreter nor a scheduled process: a process stopped with
 SIGSTOP, starved, or stuck in C code under the GIL is killed to the millisecond. It counts suspended
 time (``CLOCK_BOOTTIME``). Arming costs some 2 to 5 us and needs no privilege (measured).
+
+The first process of a pid namespace, as a container's is that has no init, cannot be killed by itself: the kernel drops
+a SIGKILL that comes from within (``SIGNAL_UNKILLABLE``, ``sig_task_ignored``). There the timer sends a signal whose
+handler is the C library's ``_exit``, which needs neither the interpreter nor its lock. A process that was stopped ends
+by it as the first thing it does when it goes on.
 """
 
 from __future__ import annotations
@@ -54,6 +59,17 @@ def _library() -> Any:
     return None
 
 
+def _deadly(library: Any) -> int:
+    """The number of a signal of our own timer that ends this process whatever it does."""
+    if os.getpid() != 1:
+        return int(signal.SIGKILL)
+    number = int(signal.SIGRTMAX)
+    library.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
+    library.signal.restype = ctypes.c_void_p
+    library.signal(number, ctypes.cast(library._exit, ctypes.c_void_p))  # and so its number is the exit code
+    return number
+
+
 class Fence:
     """One timer for this process. Timers are not inherited by fork: every process arms its own."""
 
@@ -63,9 +79,9 @@ class Fence:
         self._spec = _ITimerSpec(0, 0, 0, 0)
         self._its = ctypes.byref(self._spec)
         self.kernel = False
-        """True if SIGKILL is sent by a kernel timer that counts suspended time: the full promise."""
+        """True if the end is a kernel timer's that counts suspended time: the full promise."""
         if self._library is not None:
-            event = _SigEvent(None, signal.SIGKILL, 0, b"")
+            event = _SigEvent(None, _deadly(self._library), 0, b"")
             if self._library.timer_create(_CLOCK_BOOTTIME, ctypes.byref(event), ctypes.byref(self._timer)) != 0:
                 code = ctypes.get_errno()
                 raise OSError(code, f"no kernel timer for the fence ({os.strerror(code)}): see `ulimit -i`")

@@ -44,8 +44,12 @@ def become(
     tree.prctl(tree.PR_SET_NAME, b"botlease-front")
     retitle("botlease-front")
     tree.keep_only(*keep)  # nothing of the reaper's may live on in here: not the side-car lock, not its sockets
+    # The reaper's forks die of it, as programs do. Here a client that goes away in the middle of an answer, or a server
+    # in the middle of a question, would end the bot: it is an error of that one connection.
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     # Until there are handlers for them; a signal of the first moments must not end us.
     signal.pthread_sigmask(signal.SIG_BLOCK, (*FORWARDED, signal.SIGTERM, signal.SIGINT))
+    _turn_away(config["listen"])
     pid = _start(argv, env, problem, gate)
     os.close(problem)
     if gate >= 0:
@@ -60,6 +64,20 @@ def become(
     return 70
 
 
+def _turn_away(listen: int) -> None:
+    """The socket is the supervisor's, and the kernel takes connections and requests in while nobody serves there. What
+    is there now is of a bot that is dead: in this term it must not be sent."""
+    listening = socket.socket(fileno=listen)
+    try:
+        listening.setblocking(False)
+        while True:
+            listening.accept()[0].close()
+    except OSError:  # none is left
+        pass
+    finally:
+        listening.detach()
+
+
 def _start(argv: list[str], env: dict[str, str], problem: int, gate: int) -> int:
     me = os.getpid()
     pid = os.fork()
@@ -71,6 +89,7 @@ def _start(argv: list[str], env: dict[str, str], problem: int, gate: int) -> int
             os._exit(70)
         if gate >= 0:
             os.set_inheritable(gate, True)
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         os.setsid()  # a group of its own: signals reach it through us
         tree.may_leave_a_core()
@@ -213,18 +232,20 @@ class _Front:
             send(self.control, message)
 
     def tally(self) -> None:
-        for api, t in self.gateway.report().items():
-            self.tell(
-                say="",
-                api=api,
-                heard=clock.now() - t.deaf,
-                waiting=t.waiting,
-                in_hand=t.in_hand,
-                repeated=t.repeated,
-                set_aside=t.set_aside,
-                conflicts=t.conflicts,
-                webhook=t.webhook,
-            )
+        now = clock.now()
+        tallies = {
+            api: {
+                "heard": now - t.deaf,
+                "waiting": t.waiting,
+                "in_hand": t.in_hand,
+                "repeated": t.repeated,
+                "set_aside": t.set_aside,
+                "conflicts": t.conflicts,
+                "webhook": t.webhook,
+            }
+            for api, t in self.gateway.report().items()
+        }
+        self.tell(say="", tallies=tallies)
 
     async def report(self) -> None:
         import asyncio

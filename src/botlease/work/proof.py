@@ -204,14 +204,18 @@ def _environment(pid: int) -> bytes | None:
 
 def _kill(pid: int, marks: frozenset[bytes]) -> None:
     """Through a pidfd, checked again after opening it: a reused pid must not be hit."""
+    fd = -1
     try:
         fd = os.pidfd_open(pid)
+    except AttributeError:  # a Python that was built without: what is checked last has to do
+        pass
     except OSError:
         return
     try:
         if _has(pid, marks):
-            signal.pidfd_send_signal(fd, signal.SIGKILL)
+            signal.pidfd_send_signal(fd, signal.SIGKILL) if fd >= 0 else os.kill(pid, signal.SIGKILL)
     except OSError:
         pass
     finally:
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)

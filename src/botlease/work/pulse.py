@@ -15,10 +15,14 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from botlease import clock
 from botlease.model import Event, Healthy, Unhealthy
 
+LONGEST_LINE = 4096
+"""Bytes of a line in which the pattern is looked for. Some patterns take the square of the length, and all of it the
+lock of the interpreter: a bot that prints a picture in one line must not keep us from renewing."""
 OFTEN = 1.0
 """Seconds between two looks, at most a fifth of ``within``."""
 
@@ -36,8 +40,16 @@ class Rule:
     def parse(cls, text: str, within: float) -> Rule:
         """Raises ValueError with what is wrong."""
         if text.startswith(("http://", "https://")):
+            cure = "use http://127.0.0.1:PORT/PATH"
             if text.startswith("https://"):
-                raise ValueError(f"{text!a}: the bot runs on this machine, use http://127.0.0.1:PORT/PATH")
+                raise ValueError(f"{text!a}: the bot runs on this machine, {cure}")
+            try:
+                parts = urlsplit(text)
+                there = parts.hostname and parts.port != 0
+            except ValueError:
+                there = None
+            if not there:  # asked for, it would never answer, and a bot that is well be rolled back for it
+                raise ValueError(f"{text!a} is no address: {cure}")
             return cls("url", text, within)
         if "://" in text:
             raise ValueError(f"{text!a}: a URL begins with http://")
@@ -48,6 +60,8 @@ class Rule:
             except re.error as e:
                 raise ValueError(f"{pattern!a} is not a regular expression: {e}") from None
             return cls("stdout", pattern, within)
+        if re.match(r"[\w.-]*:\d+(/|$)", text):
+            raise ValueError(f"{text!a}: a URL begins with http://, and a file with such a name with file:")
         path = text.removeprefix("file:")
         if not path or "\0" in path:
             raise ValueError(f"{text!a}: name a URL, a file, or stdout:REGEX")
@@ -73,13 +87,14 @@ class Pulse:
             return -1
         read, write = os.pipe()
         listener = threading.Thread(target=self._listen, args=(read,), name="botlease-stdout", daemon=True)
+        self._listener = listener
         try:
             listener.start()
         except RuntimeError:  # out of threads
+            self._listener = None
             os.close(read)
             os.close(write)
             raise
-        self._listener = listener
         return write
 
     def rest(self) -> None:
@@ -89,14 +104,15 @@ class Pulse:
 
     def _listen(self, read: int) -> None:
         """Pass everything on. In a thread of its own: if nobody reads our output, only the bot's may wait for it."""
-        wanted = re.compile(self.rule.value.encode())
+        wanted, thread = re.compile(self.rule.value.encode()), threading.current_thread()
         rest = b""
         with contextlib.suppress(OSError), os.fdopen(read, "rb", buffering=0) as stream:
             while data := stream.read(65_536):
                 _pass_on(data)
                 *lines, rest = (rest + data).split(b"\n")
                 rest = rest[-65_536:]
-                if any(wanted.search(line) for line in lines):
+                # Not if another bot has begun: whoever is read slowly is heard late, and proves nothing of that one.
+                if any(wanted.search(line[:LONGEST_LINE]) for line in lines) and self._listener is thread:
                     self._last = clock.now()
 
     def begin(self, term: int) -> None:

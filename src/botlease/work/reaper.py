@@ -55,6 +55,9 @@ EARLY = 0.25
 """Seconds before the end of trust at which the reaper begins to kill by itself; bounded by a tenth of what is
 left when the fence is armed. The kernel's timer stands at the end of trust."""
 
+UNSEEN = 1.0
+"""Seconds that an orphaned reaper stays for children that no /proc shows it: they are ended by its own end."""
+
 _PASSED_BY = (
     signal.SIGINT,
     signal.SIGTERM,
@@ -164,6 +167,8 @@ class _Reaper:
         self.kill_at: float | None = None
         self.search_at: float | None = None
         self.child = 0
+        self.group = 0  # of the bot, also when its first process has ended
+        self.stop_number = 0  # what it was told to stop with; 0: by the front, or not yet
         self.status: int | None = None
         self.working = False
         self.draining = False
@@ -246,9 +251,10 @@ class _Reaper:
                 self._arm(message["until"])
                 self._hold_children()
             case "arm" if self.guards:  # between a crash and the restart only the side-car lock is kept for longer
-                self.kill_at = message["until"]
+                self._arm(message["until"])
             case "signal":
                 self.draining = self.draining or message["drain"]
+                self.stop_number = message["number"] if message["drain"] else self.stop_number
                 if self.working and self.child:
                     with contextlib.suppress(ProcessLookupError, PermissionError):
                         os.killpg(self.child, message["number"])
@@ -264,6 +270,9 @@ class _Reaper:
             os.close(fd)
         self.guards.clear()
         self.kill_at = None
+        if not self.working:
+            self.search_at = None
+            self.fence.disarm()
 
     def _came_along(self, message: dict[str, Any]) -> dict[str, int]:
         """The descriptors that were sent with this message, by their names."""
@@ -304,6 +313,7 @@ class _Reaper:
 
     def _begin(self, message: dict[str, Any], came: dict[str, int]) -> None:
         self.working, self.draining, self.killing, self.status = True, False, False, None
+        self.group = self.stop_number = 0
         if message["until"] is None:
             self.kill_at = None  # a warm start has no term yet, and that of an earlier one is over
         else:
@@ -332,7 +342,7 @@ class _Reaper:
             self.status = 127 if problem == "No such file or directory" else 126
             self._tell(say="failed", error=problem, again=False)
         else:
-            self.child = pid
+            self.child = self.group = pid
             self._tell(say="started", pid=pid)
             self._hold_children()
 
@@ -360,7 +370,9 @@ class _Reaper:
         """The term has begun. The fence first; then the word to the bot, which it finds even if it comes later."""
         self._came_along(message)
         if not self.working:  # it died on its way here, and its supervisor is about to hear of it
-            self.kill_at = message["until"] if self.guards else None
+            self.kill_at = None
+            if self.guards:
+                self._arm(message["until"])
             return
         self._arm(message["until"])
         assert self.kill_at is not None
@@ -435,25 +447,41 @@ class _Reaper:
         if not self.working:
             return
         if left and self.killing:
-            tree.kill_below(os.getpid(), self.child)
+            tree.kill_below(os.getpid(), self.group)
+        elif left and self.stop_number and self.child == 0:
+            self._tell_the_rest()
         if not left and self.child == 0:
             self.working = False
             self.search_at = None
-            self.fence.disarm()
             self._shut()
             late = self.kill_at is not None and clock.now() >= self.kill_at
             if late or self.draining or not self.guards:  # after a drain the term is over; else there may be a restart
                 self._drop()
+            if not self.guards:  # else it stays armed: stopped between a crash and the restart, we keep nobody else out
+                self.fence.disarm()
             status = self.status if self.status is not None else -signal.SIGKILL
             self._tell(say="gone", status=status, guarded=bool(self.guards))
             self.leash.close()
+
+    def _tell_the_rest(self) -> None:
+        """The bot has stopped, and what it left behind in groups of their own was never told to: a helper that has
+        daemonised would have everybody wait for all of the grace, and nobody work meanwhile."""
+        try:
+            os.killpg(self.group, 0)
+        except ProcessLookupError:
+            number, self.stop_number = self.stop_number, 0  # once: many take a second signal for "at once"
+            tree.kill_below(os.getpid(), number=number)
+        except PermissionError:
+            pass  # somebody is left in its own group, who was told
 
     def _end(self) -> NoReturn:
         """The supervisor is gone. Nothing below us may outlive it."""
         self._dismiss()
         # After a handover there is nothing, and the next bot wants the processor that a look at all processes takes.
+        began = clock.now()
         while tree.reap()[1]:
-            tree.kill_below(os.getpid())
+            if not tree.kill_below(os.getpid(), self.group) and clock.now() > began + UNSEEN:
+                break
             select.select([], [], [], 0.001)
         os._exit(0)
 

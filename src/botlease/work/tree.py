@@ -146,8 +146,8 @@ def descendants(root: int) -> list[int]:
     return list(_below(root))
 
 
-def kill_below(root: int, group: int = 0, spared: Mapping[int, bytes] = {}) -> int:
-    """SIGKILL everything below ``root`` once, but for the children that are ``spared`` and what is below them; returns
+def kill_below(root: int, group: int = 0, spared: Mapping[int, bytes] = {}, number: int = int(signal.SIGKILL)) -> int:
+    """Signal everything below ``root`` once, but for the children that are ``spared`` and what is below them; returns
     how many there were. Without /proc (macOS) the process ``group`` has to do."""
     try:
         below = _below(root, spared)
@@ -155,15 +155,15 @@ def kill_below(root: int, group: int = 0, spared: Mapping[int, bytes] = {}) -> i
         below = {}
         if group:
             try:
-                os.killpg(group, signal.SIGKILL)
+                os.killpg(group, number)
             except (ProcessLookupError, PermissionError):
                 pass
     for pid, start in below.items():
-        _kill(pid, start)
+        _kill(pid, start, number)
     return len(below)
 
 
-def _kill(pid: int, start: bytes) -> None:
+def _kill(pid: int, start: bytes, number: int) -> None:
     """Through a pidfd, if it is still the one that was seen: a process below us may have died since, and been buried by
     its own parent, and a stranger may have its number. In doubt it is killed: what is spared here works on beside the
     next one. (Who its parent is by now says nothing: that one may have been killed a moment ago.)"""
@@ -172,12 +172,12 @@ def _kill(pid: int, start: bytes) -> None:
         fd = os.pidfd_open(pid)
         seen = _look(pid)
         if seen is not None and seen[1] == start:
-            signal.pidfd_send_signal(fd, signal.SIGKILL)
+            signal.pidfd_send_signal(fd, number)
     except ProcessLookupError:
         pass
     except (OSError, AttributeError):  # Linux before 5.3, a filter of system calls, out of descriptors
         try:
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
         except (ProcessLookupError, PermissionError):
             pass
     finally:

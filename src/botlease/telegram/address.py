@@ -1,0 +1,18 @@
+"""Where the gateway is, for the hooks: as they are told, or as this very task has begun it, or as the supervisor says.
+
+Several bots in one program each have a gateway of their own. The environment is one for all of them: a bot would be
+pointed at another one's, and polled within a term that is not its own.
+"""
+
+from __future__ import annotations
+
+import os
+from contextvars import ContextVar
+
+served: ContextVar[str] = ContextVar("served", default="")
+"""By a gateway in this program, in this task and those that it starts."""
+
+
+def address(url: str | None) -> str:
+    """Empty without a gateway."""
+    return url or served.get() or os.environ.get("BOTLEASE_API_URL", "")
