@@ -45,9 +45,10 @@ if __name__ == "__main__":
     from botlease.cli import run
     from botlease.console import invoke
     from botlease.exits import leave
+    from botlease.start import start
 
     def begin(command: tuple[str, ...], pass_database: bool, **options: Any) -> None:
-        leave(run_bot(command or BOT, **options))
+        leave(start(command or BOT, pass_database=True, **options))
 
     run.callback = begin
     invoke(run, "instance_manager.py")

@@ -184,3 +184,13 @@ def test_a_batch_is_in_the_order_of_its_ids_as_offsets_are_read() -> None:
     d = desk(11, 10)
     assert answered(d, asked(d)) == [10, 11]
     assert asked(d, offset=12).finished == [10, 11]  # type: ignore[attr-defined]
+
+
+def test_who_waits_for_one_that_may_end_the_bot_and_does_not_is_served_in_the_end() -> None:
+    d = Desk()
+    d.receive([Update(5, "{}", tries=2), Update(6, "{}", tries=2), Update(7, "{}")])
+    assert answered(d, asked(d, acknowledges=True)) == [5]
+    waiting = asked(d, offset=6, acknowledges=True)
+    assert got(d, waiting) == [] and d.held_up
+    d.relent()  # a handler that takes half an hour has been at it for some time
+    assert got(d, waiting) == [6, 7] and not d.full and not d.held_up

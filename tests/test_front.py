@@ -498,6 +498,7 @@ def test_what_a_dead_bot_has_sent_while_nobody_served_is_turned_away() -> None:
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
         with socket.create_connection(listening.getsockname()) as dead:
+            dead.settimeout(5)
             dead.sendall(b"POST /bot1:x/sendMessage HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 0\r\n\r\n")
             _turn_away(listening.fileno())
             with contextlib.suppress(ConnectionResetError):

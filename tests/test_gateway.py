@@ -473,6 +473,27 @@ async def test_hooks_that_never_acknowledge_do_not_make_the_bot_deaf(
     assert got == 60
 
 
+async def test_what_may_end_the_bot_goes_out_alone_and_if_it_is_only_slow_the_others_follow(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(poller, "ALONE", 0.5)
+    chat = house.user()
+    for text in ("slow", "other"):
+        chat.say(text)
+    for term in (1, 2):
+        bot = await house.gateway(term=term)
+        got: list[str] = []
+        while len(got) < 2:
+            got += await bot.poll(prefix="/ack")
+        await bot.gateway.close()  # as if it were killed with both in hand
+    bot = await house.gateway(term=3)
+    assert await bot.poll(prefix="/ack") == ["slow"]
+    assert await bot.poll(prefix="/ack", timeout=0) == []
+    assert await bot.poll(prefix="/ack", timeout=20) == ["other"]
+    report = bot.gateway.report()[str(BOT)]
+    assert report.in_hand == 2 and report.set_aside == 0
+
+
 async def test_a_database_that_is_away_stops_the_confirming_and_nothing_else(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,7 @@ from simulation import World as Simulated
 
 from botlease import clock, core
 from botlease.model import How, Reason, Timing
-from botlease.stores import Held
+from botlease.stores import Held, StoreError
 from botlease.stores.inbox import Changes, Holding, Update
 from botlease.stores.postgres import PostgresStore
 from botlease.stores.postgresfleet import Hold, PostgresFleet, slot_name
@@ -689,3 +689,33 @@ async def query(url: str, statement: str) -> list[tuple[str, ...]]:
     rows = await connection.fetch(statement)
     await connection.close()
     return [tuple(row) for row in rows]
+
+
+async def test_of_two_hosts_the_one_that_is_a_replica_is_not_stuck_to_when_the_primary_is_back() -> None:
+    """It answers, and is of no use: whoever asked it once, as the primary was away for a moment, never came back."""
+    primary = Postgres().start()
+    replica = None
+    loop = asyncio.get_running_loop()
+    try:
+        replica = await loop.run_in_executor(None, lambda: Postgres(copy_of=primary).start())
+        hosts = f"127.0.0.1:{primary.port},127.0.0.1:{replica.port}"
+        store = PostgresStore(f"postgresql://postgres@{hosts}/postgres")
+        try:
+            await store.open(DEADLINE)
+            await loop.run_in_executor(None, primary.signal, signal.SIGKILL)
+            for _ in range(2):
+                with pytest.raises(StoreError):
+                    await store.open(DEADLINE)
+            await loop.run_in_executor(None, primary.start)
+            for left in (2, 1, 0):
+                try:
+                    await store.open(DEADLINE)
+                    break
+                except StoreError:
+                    assert left
+        finally:
+            await store.aclose()
+    finally:
+        for server in (primary, replica):
+            if server is not None:
+                server.stop()

@@ -20,7 +20,7 @@ from harness import clean_env, until
 
 import botlease
 from botlease.stores import StoreError
-from botlease.telegram.address import address
+from botlease.telegram.address import address, served
 from botlease.telegram.simulator import Simulator
 
 
@@ -312,7 +312,8 @@ async def test_whoever_tries_until_the_database_is_there_leaves_nothing_of_each_
     before = left()
     for _ in range(5):
         await once()
-    until(lambda: left() == before)
+    # A thread of the first try, or of the test before, may have been on its way out then.
+    until(lambda: all(now <= then for now, then in zip(left(), before, strict=True)))
 
 
 def test_the_check_is_cheap_enough_for_every_order() -> None:
@@ -393,6 +394,7 @@ async def test_a_program_finishes_what_it_has_from_the_gateway_before_it_is_canc
             ):
                 assert address(None) == url and "BOTLEASE_API_URL" not in os.environ
                 await bot(url)
+        assert served.get() == ""
 
     first = asyncio.ensure_future(instance("v1"))
     message = chat.say("in hand")
@@ -403,9 +405,7 @@ async def test_a_program_finishes_what_it_has_from_the_gateway_before_it_is_canc
         os.kill(os.getpid(), signal.SIGTERM)
     await asyncio.wait_for(first, 15)
     assert len(message.replies) == 1
-    if second is None:
-        assert address(None) == ""
-    else:
+    if second is not None:
         while not late.replies:
             await asyncio.sleep(0.01)
         assert len(message.replies) == len(late.replies) == 1

@@ -89,12 +89,13 @@ def a_bot(folder: Path, kind: str, user: int = 0) -> Iterator[tuple[Reaper, Bot]
 
 
 def leashes(reaper: Reaper) -> int:
-    """How many there are, by the descriptors that have more than the reaper alone."""
-    sockets = 0
+    """How many there are that hold: what makes the kernel signal is set last (``O_ASYNC``)."""
+    ends = 0
     for fd in opened(reaper.pid):
         with contextlib.suppress(OSError):  # closed meanwhile
-            sockets += os.readlink(f"/proc/{reaper.pid}/fd/{fd}").startswith("socket:")
-    return (sockets - 1) // LEASH
+            flags = Path(f"/proc/{reaper.pid}/fdinfo/{fd}").read_text().partition("flags:")[2].split()[0]
+            ends += bool(int(flags, 8) & os.O_ASYNC)
+    return ends // LEASH
 
 
 def arm(reaper: Reaper, seconds: float) -> None:

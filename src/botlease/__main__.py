@@ -85,6 +85,7 @@ def _read_and_end(program: str, supervisor: int, write: int) -> NoReturn:
     from botlease.exits import leave
     from botlease.work import tree
 
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ours would look like an end without options
     # It has the line to the reaper as well, which would not see the supervisor end as long as we are there.
     tree.prctl(tree.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != supervisor:

@@ -427,6 +427,8 @@ def _saw(s: State, view: View, now: float, out: list[Action]) -> State:
     s = replace(s, view=view, evidence=s.evidence.saw(lease, view.origin, now), look_at=look_at)
     if lease is None:
         return s
+    if lease.ttl < s.timing.ttl:  # who has a longer ttl of its own shows itself as often as the lease is judged by
+        s = replace(s, touch_at=min(s.touch_at, now + max(1.0, lease.ttl)))
     peer = (view.assigned.instance_id, view.assigned.beat) if view.assigned else None
     if peer is not None:
         s = replace(s, peer_seen=now, dismissed=False)

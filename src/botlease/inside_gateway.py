@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from botlease import clock, settings
 from botlease.keeper import log
 from botlease.stores.inbox import Holding, open_inbox
-from botlease.telegram.address import served
+from botlease.telegram.address import served, serving
 from botlease.telegram.gateway import Gateway
 from botlease.text import safe
 
@@ -51,7 +51,8 @@ class gateway:
         if work.on_arm is not None:
             raise RuntimeError("this term has a gateway already: one serves any number of tokens")
         url = await self._gateway.listen()
-        self._before = served.set(url)
+        self._before, self._url = served.set(url), url
+        serving.append(url)
         self._gateway.begin(Holding(term.bot, term.number, work.nonce), work.until)
         work.on_arm, work.settle = self._gateway.arm, self._gateway.drain
         return url
@@ -61,6 +62,7 @@ class gateway:
         work.on_arm = work.settle = None
         with contextlib.suppress(ValueError):  # left in another task than it was entered in
             served.reset(self._before)
+        serving.remove(self._url)
         try:
             # at the end of trust there is no time left, and the kernel's timer would end the whole program
             async with asyncio.timeout(max(0.0, work.until - clock.now() - 0.1)):

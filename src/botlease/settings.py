@@ -56,7 +56,7 @@ FOR_THE_BOT: Final = (  # set by a supervisor, so that one may stand in the envi
     "BOTLEASE_GATE_URL",
     "BOTLEASE_API_URL",
 )
-_OF_A_SERVICE: Final = re.compile(r"_(SERVICE_(HOST|PORT(_.*)?)|PORT(_\d+_(TCP|UDP|SCTP)(_.*)?)?)$")
+_OF_A_SERVICE: Final = re.compile(r"_(SERVICE_(HOST|PORT(_.*)?)|PORT_\d+_(TCP|UDP|SCTP)(_.*)?)$")
 """What Kubernetes tells each pod about a service that is called botlease, or botlease-something."""
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,63}")
 FAST_TTL: Final = 3.0
@@ -170,8 +170,14 @@ def timing(
 def check_environment(env: Mapping[str, str]) -> None:
     """A misspelt variable would be ignored in silence, and the bot run with settings nobody meant."""
     for name in env:
-        if name.startswith("BOTLEASE_") and name not in SETTINGS + FOR_THE_BOT and not _OF_A_SERVICE.search(name):
+        if name.startswith("BOTLEASE_") and name not in SETTINGS + FOR_THE_BOT and not of_a_service(name, env[name]):
             raise ConfigurationError(f"the environment variable {name} is not known; known are {', '.join(SETTINGS)}")
+
+
+def of_a_service(name: str, value: str) -> bool:
+    """Kubernetes says it, and nobody has meant it as a setting of ours."""
+    address = name.endswith("_PORT") and value.startswith(("tcp://", "udp://", "sctp://"))
+    return address or _OF_A_SERVICE.search(name) is not None
 
 
 def make(

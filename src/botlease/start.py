@@ -44,7 +44,8 @@ def start(
         made = settings.make(env, pid=os.getpid(), terminal=sys.stdin is not None and sys.stdin.isatty(), **options)
         waiting = _number(wait_database, "--wait-database", "BOTLEASE_WAIT_DATABASE", 0.0 if made.by_hand else 60.0)
         crashes = _whole(max_crashes, "BOTLEASE_MAX_CRASHES", 5, 1000)
-        if health_port is None and env.get("BOTLEASE_HEALTH_PORT"):
+        said = env.get("BOTLEASE_HEALTH_PORT", "")
+        if health_port is None and said and not settings.of_a_service("BOTLEASE_HEALTH_PORT", said):
             health_port = _whole(None, "BOTLEASE_HEALTH_PORT", 0, 65535)
         rule = _rule(healthy_if or env.get("BOTLEASE_HEALTHY_IF"), healthy_within)
         danger = _signals(danger_signal)

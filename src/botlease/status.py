@@ -50,7 +50,7 @@ def by_bot(overview: dict[str, Any], *, ended: bool = False) -> list[dict[str, A
         # By the database's clock, as for a fail-over. A time that is none was written by hand: no sign of a death.
         signs = [row["silent"], *([silent[row["bot"]]] if lease and lease["holder"] == row["instance_id"] else [])]
         since = min((s for s in signs if s is not None), default=0.0)
-        instance["silent"] = lease is not None and since >= 3 * lease["ttl"]
+        instance["silent"] = lease is not None and since >= 3 * max(1.0, lease["ttl"])
         entry["instances"].append(instance)
     for row in overview.get("polls", ()):
         if row["bot"] in bots:

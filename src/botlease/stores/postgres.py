@@ -162,6 +162,8 @@ class PostgresStore:
             if isinstance(e, asyncpg.InvalidSQLStatementNameError | asyncpg.DuplicatePreparedStatementError):
                 moved, self._prepares = True, False  # a pooler that passes for a server
             c = self._connection
+            if moved:
+                self._next_host()
             if moved or not isinstance(e, asyncpg.PostgresError) or (c and (c.is_closed() or c.is_in_transaction())):
                 self._drop()
             raise _explain(e, self._dsn) from None
@@ -184,8 +186,29 @@ class PostgresStore:
         return await asyncio.shield(self._connecting)
 
     async def _connect(self, over: asyncio.Event) -> asyncpg.Connection:
-        """``over``: nobody waits for it any more. The driver may finish all the same."""
-        connection = await self._reach()
+        """Host by host, where the URL names several, and the one that answered last first. The driver has one limit for
+        all of them (asyncpg issue 1155): where the first one takes packets and says nothing, as a machine does that
+        has lost its power, it would never come to the second. ``over``: nobody waits for it any more; the driver may
+        finish all the same."""
+        for left in range(len(self._hosts) - 1, -1, -1):
+            try:
+                return await self._connect_to(self._hosts[0], over)
+            except Exception:
+                self._next_host()
+                if not left or over.is_set():
+                    raise
+        raise AssertionError("a URL names a host")
+
+    def _next_host(self) -> None:
+        self._hosts.append(self._hosts.pop(0))
+
+    async def _connect_to(self, url: str, over: asyncio.Event) -> asyncpg.Connection:
+        connection = await asyncpg.connect(
+            url,
+            timeout=CONNECT_LIMIT if len(self._hosts) == 1 else HOST_LIMIT,
+            statement_cache_size=0,  # prepared statements break behind a transaction pooler (measured)
+            server_settings={"application_name": "botlease", "timezone": "UTC"},
+        )
         try:
             pid = await self._identify(connection)
             self._server_pid = connection.get_server_pid()
@@ -202,26 +225,6 @@ class PostgresStore:
             raise
         self._connection, self._limited, self._prepared = connection, 0, {}
         return connection
-
-    async def _reach(self) -> asyncpg.Connection:
-        """Host by host, where the URL names several, and the one that answered last first. The driver has one limit for
-        all of them (asyncpg issue 1155): where the first one takes packets and says nothing, as a machine does that
-        has lost its power, it would never come to the second."""
-        for n in range(len(self._hosts)):
-            try:
-                found = await asyncpg.connect(
-                    self._hosts[0],
-                    timeout=CONNECT_LIMIT if len(self._hosts) == 1 else HOST_LIMIT,
-                    statement_cache_size=0,  # prepared statements break behind a transaction pooler (measured)
-                    server_settings={"application_name": "botlease", "timezone": "UTC"},
-                )
-            except (OSError, TimeoutError, asyncpg.CannotConnectNowError, asyncpg.TargetServerAttributeNotMatched):
-                self._hosts.append(self._hosts.pop(0))
-                if n == len(self._hosts) - 1:
-                    raise
-            else:
-                return found
-        raise AssertionError("a URL names a host")
 
     async def _row(self, connection: asyncpg.Connection, sql: str, *args: Any) -> Any:
         """The first row of a statement that is asked often, or whose answer somebody waits for. It is planned once for
@@ -437,12 +440,11 @@ class PostgresStore:
             except (asyncpg.UniqueViolationError, asyncpg.DeadlockDetectedError):
                 return False  # rolled back: an operator's edit of this very moment was quicker
 
-        began = clock.now()
         if self._held and not self._planned():
             # Somebody works, and goes on working while we plan; as soon as we have asked for the handover nobody may. A
             # newcomer's first acquire took 8 ms of 20 in which nobody worked (measured).
             await self._plan_ahead()
-        return await self.call(max(0.0, deadline - (clock.now() - began)), work)
+        return await self.call(deadline, work)
 
     async def acquire(
         self,
@@ -604,10 +606,13 @@ def _count(tag: str) -> int:
 
 
 def one_by_one(url: str) -> list[str]:
-    """A URL for each of the hosts that this one names."""
+    """A URL for each of the hosts that this one names. (Where one of them, or their ports, stand in the environment, it
+    is the driver's to put them together.)"""
     scheme, _, rest = url.partition("://")
     end = min(rest.find(c) % (len(rest) + 1) for c in "/?#")  # -1: none, and so the end
     who, at, hosts = rest[:end].rpartition("@")
+    if not all(hosts.split(",")) or "," in os.environ.get("PGPORT", ""):
+        return [url]
     return [f"{scheme}://{who}{at}{host}{rest[end:]}" for host in hosts.split(",")]
 
 

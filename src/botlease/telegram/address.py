@@ -11,8 +11,16 @@ from contextvars import ContextVar
 
 served: ContextVar[str] = ContextVar("served", default="")
 """By a gateway in this program, in this task and those that it starts."""
+serving: list[str] = []
+"""All that are served in this program. A thread has no task that it was begun by."""
 
 
 def address(url: str | None) -> str:
-    """Empty without a gateway."""
-    return url or served.get() or os.environ.get("BOTLEASE_API_URL", "")
+    """Empty without a gateway. Raises RuntimeError where there are several in this program, and none is this task's:
+    the bot would go past all of them, and poll outside of any term."""
+    found = url or served.get() or os.environ.get("BOTLEASE_API_URL", "")
+    if found or not serving:
+        return found
+    if len(serving) > 1:
+        raise RuntimeError("several gateways are served in this program: pass url= as botlease.gateway gave it")
+    return serving[0]

@@ -41,10 +41,10 @@ def session(*, url: str | None = None, **options: Any) -> AiohttpSession:
     return AiohttpSession(api=TelegramAPIServer(base=base, file=file), **options)
 
 
-def acknowledge(dispatcher: Dispatcher, *, url: str | None = None) -> None:
-    """Tell the gateway of each update whose handler has ended, also by an error; not if it was cancelled."""
-    if address(url):
-        dispatcher.update.outer_middleware(_acknowledging)
+def acknowledge(dispatcher: Dispatcher) -> None:
+    """Tell the gateway of each update whose handler has ended, also by an error; not if it was cancelled. Of bots with
+    a :func:`session` behind a gateway; for others it changes nothing."""
+    dispatcher.update.outer_middleware(_acknowledging)
 
 
 async def _acknowledging(
@@ -61,7 +61,7 @@ async def _acknowledging(
 
 
 async def _done(bot: Bot, event: TelegramObject) -> None:
-    if isinstance(event, Update):
+    if isinstance(event, Update) and "/ack/" in bot.session.api.base:
         try:
             await bot(_Done(update_ids=[event.update_id]))
         except AiogramError:

@@ -20,7 +20,7 @@ What was in hand when two processes ended may be what ends them: it goes out alo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from botlease.stores.inbox import Update
@@ -113,6 +113,19 @@ class Desk:
         """No more is handed out until something is done."""
         return len(self.given) >= IN_HAND or any(g.update.tries >= SUSPECT for g in self.given.values())
 
+    @property
+    def held_up(self) -> bool:
+        """Somebody waits for what is in hand."""
+        return bool(self.given and self.waiting) and not any(self._room(poll) for poll in self.open)
+
+    def relent(self) -> None:
+        """What kills the bot would have done so by now; and what waits for something slow has waited long enough."""
+        for given in self.given.values():
+            given.update = _unsuspected(given.update)
+        first = next(iter(self.waiting), None)
+        if first is not None and self.given:
+            self.waiting[first] = _unsuspected(self.waiting[first])
+
     def _room(self, poll: Poll) -> int:
         if self.full:
             return 0
@@ -156,6 +169,10 @@ class Desk:
         ids = list(self.given)
         self.given.clear()
         return ids
+
+
+def _unsuspected(update: Update) -> Update:
+    return replace(update, tries=min(update.tries, SUSPECT - 1))
 
 
 def _asks_again(before: Poll, poll: Poll) -> bool:

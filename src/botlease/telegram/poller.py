@@ -40,6 +40,9 @@ PROMOTED: Final = 3.1
 """Seconds for which a poll may be held that has the offset of the one before it, begun within 3 s."""
 SLOW: Final = 5.0
 """Seconds for the way of a poll and its answer, beyond the time for which it is held."""
+ALONE: Final = 15.0
+"""Seconds for which an update that may end the bot is in hand alone: one that does so does it sooner, and a handler
+that takes half an hour must not keep everybody else waiting."""
 STUCK: Final = 300.0
 """Seconds without an acknowledgement after which a program with its hands full is not waited for."""
 EMPTY: Final = b'{"ok":true,"result":[]}'
@@ -105,7 +108,7 @@ class Poller:
         self._polls = 0  # of the program
         self._failures = 0
         self._negative = False
-        self._full_since = self._acknowledged_at = clock.now()
+        self._handed_at = self._acknowledged_at = clock.now()
         self._heard_at = self._polled_at = clock.now()
         self._stopping = False
         self.proved = False  # the Bot API takes the token for one
@@ -151,6 +154,7 @@ class Poller:
                     return self._refused
                 updates = [] if request.gone.is_set() else self.desk.take(poll)
                 if updates:
+                    self._handed_at = clock.now()
                     await self._hand_out(updates)
                 arrived = not request.gone.is_set()
             finally:
@@ -312,9 +316,11 @@ class Poller:
             await asyncio.wait({news}, timeout=1.0)
 
     async def _turn(self) -> None:
-        if not self.desk.full:
-            self._full_since = clock.now()
-        elif clock.now() > max(self._full_since, self._acknowledged_at) + STUCK:
+        since = max(self._handed_at, self._acknowledged_at)
+        if self.desk.held_up and clock.now() > since + ALONE:
+            self.desk.relent()
+            self._news.ring()
+        if self.desk.full and clock.now() > since + STUCK:
             self._set_aside(
                 self.desk.let_go(), f"the bot has its hands full, and for {STUCK:g} s none was acknowledged"
             )

@@ -142,7 +142,9 @@ class ChildWork:
 
     def prepare(self) -> None:
         if self.command.warm and not self._running and not self._warm and self._retry is None:
-            self._crashes, self._stopping = 0, False  # the earlier term is over
+            self._stopping = False  # the earlier term is over
+            if not self._orphaned:
+                self._crashes = 0
             self._warm_up()
 
     def _warm_up(self) -> None:
@@ -172,7 +174,7 @@ class ChildWork:
     def start(self, term: int, nonce: str, until: float, guard_fd: int | None) -> None:
         self.term, self._nonce, self._until = term, nonce, until
         self._running, self._stopping, self._restarting, self._asked = True, False, False, 0
-        if not self._orphaned:
+        if not self._orphaned or clock.now() - self._began > QUICK_DEATH:
             self._crashes = 0
         self._orphaned = self._unowned = False
         self._guarded = guard_fd is not None

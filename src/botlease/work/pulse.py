@@ -60,7 +60,7 @@ class Rule:
             except re.error as e:
                 raise ValueError(f"{pattern!a} is not a regular expression: {e}") from None
             return cls("stdout", pattern, within)
-        if re.match(r"[\w.-]*:\d+(/|$)", text):
+        if not text.startswith("file:") and re.match(r"[\w.-]*:\d+(/|$)", text):
             raise ValueError(f"{text!a}: a URL begins with http://, and a file with such a name with file:")
         path = text.removeprefix("file:")
         if not path or "\0" in path:

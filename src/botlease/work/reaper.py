@@ -55,6 +55,8 @@ EARLY = 0.25
 """Seconds before the end of trust at which the reaper begins to kill by itself; bounded by a tenth of what is
 left when the fence is armed. The kernel's timer stands at the end of trust."""
 
+LEFT_BEHIND = 0.5
+"""Seconds that what a bot has left behind may take to end by itself before it is told to."""
 UNSEEN = 1.0
 """Seconds that an orphaned reaper stays for children that no /proc shows it: they are ended by its own end."""
 
@@ -168,6 +170,7 @@ class _Reaper:
         self.search_at: float | None = None
         self.child = 0
         self.group = 0  # of the bot, also when its first process has ended
+        self.tell_at: float | None = None  # when those are told to stop whom the bot has left behind
         self.stop_number = 0  # what it was told to stop with; 0: by the front, or not yet
         self.status: int | None = None
         self.working = False
@@ -225,6 +228,8 @@ class _Reaper:
             # Look again soon; not so soon for ever, should something be stuck in the kernel.
             return 2.0 if clock.now() < self.killing_since + 1 else 50.0
         at = self.kill_at if self.search_at is None else self.search_at
+        if self.tell_at is not None:
+            at = self.tell_at if at is None else min(at, self.tell_at)
         return None if at is None else max(0.0, (at - clock.now()) * 1000) + 1
 
     def _tell(self, **message: Any) -> None:
@@ -313,7 +318,7 @@ class _Reaper:
 
     def _begin(self, message: dict[str, Any], came: dict[str, int]) -> None:
         self.working, self.draining, self.killing, self.status = True, False, False, None
-        self.group = self.stop_number = 0
+        self.group, self.stop_number, self.tell_at = 0, 0, None
         if message["until"] is None:
             self.kill_at = None  # a warm start has no term yet, and that of an earlier one is over
         else:
@@ -452,7 +457,8 @@ class _Reaper:
             self._tell_the_rest()
         if not left and self.child == 0:
             self.working = False
-            self.search_at = None
+            self.search_at = self.tell_at = None
+            self.group = 0  # somebody else may have its number soon
             self._shut()
             late = self.kill_at is not None and clock.now() >= self.kill_at
             if late or self.draining or not self.guards:  # after a drain the term is over; else there may be a restart
@@ -464,13 +470,17 @@ class _Reaper:
             self.leash.close()
 
     def _tell_the_rest(self) -> None:
-        """The bot has stopped, and what it left behind in groups of their own was never told to: a helper that has
-        daemonised would have everybody wait for all of the grace, and nobody work meanwhile."""
+        """The bot has stopped, and what it left behind in groups of their own was never told to by us: a helper that
+        has daemonised would have everybody wait for all of the grace, and nobody work meanwhile. Not at once, and only
+        once: the bot may have told it, and many take a second signal for "at once"."""
         try:
             os.killpg(self.group, 0)
         except ProcessLookupError:
-            number, self.stop_number = self.stop_number, 0  # once: many take a second signal for "at once"
-            tree.kill_below(os.getpid(), number=number)
+            if self.tell_at is None:
+                self.tell_at = clock.now() + LEFT_BEHIND
+            elif clock.now() >= self.tell_at:
+                number, self.stop_number, self.tell_at = self.stop_number, 0, None
+                tree.kill_below(os.getpid(), number=number)
         except PermissionError:
             pass  # somebody is left in its own group, who was told
 
@@ -480,7 +490,9 @@ class _Reaper:
         # After a handover there is nothing, and the next bot wants the processor that a look at all processes takes.
         began = clock.now()
         while tree.reap()[1]:
-            if not tree.kill_below(os.getpid(), self.group) and clock.now() > began + UNSEEN:
+            if tree.kill_below(os.getpid(), self.group):
+                began = clock.now()
+            elif clock.now() > began + UNSEEN:
                 break
             select.select([], [], [], 0.001)
         os._exit(0)
