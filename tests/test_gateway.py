@@ -476,7 +476,7 @@ async def test_hooks_that_never_acknowledge_do_not_make_the_bot_deaf(
 async def test_what_may_end_the_bot_goes_out_alone_and_if_it_is_only_slow_the_others_follow(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(poller, "ALONE", 0.5)
+    monkeypatch.setattr(poller, "ALONE", 2.0)
     chat = house.user()
     for text in ("slow", "other"):
         chat.say(text)

@@ -162,7 +162,7 @@ class PostgresStore:
             if isinstance(e, asyncpg.InvalidSQLStatementNameError | asyncpg.DuplicatePreparedStatementError):
                 moved, self._prepares = True, False  # a pooler that passes for a server
             c = self._connection
-            if moved:
+            if isinstance(e, asyncpg.ReadOnlySQLTransactionError | asyncpg.ObjectNotInPrerequisiteStateError):
                 self._next_host()
             if moved or not isinstance(e, asyncpg.PostgresError) or (c and (c.is_closed() or c.is_in_transaction())):
                 self._drop()
@@ -190,22 +190,35 @@ class PostgresStore:
         all of them (asyncpg issue 1155): where the first one takes packets and says nothing, as a machine does that
         has lost its power, it would never come to the second. ``over``: nobody waits for it any more; the driver may
         finish all the same."""
+        if len(self._hosts) == 1:
+            return await self._connect_to(self._hosts[0], CONNECT_LIMIT, over.is_set)
+        refusal: StoreRefused | None = None
         for left in range(len(self._hosts) - 1, -1, -1):
+            late = asyncio.Event()
+
+            def useless(late: asyncio.Event = late) -> bool:
+                return late.is_set() or over.is_set()
+
             try:
-                return await self._connect_to(self._hosts[0], over)
-            except Exception:
+                return await within(HOST_LIMIT, self._connect_to(self._hosts[0], HOST_LIMIT, useless), late.set)
+            except Exception as e:
                 self._next_host()
+                if refusal is None and isinstance(e, StoreRefused):  # of a primary, perhaps: then it is worth more
+                    refusal = e
                 if not left or over.is_set():
-                    raise
+                    raise refusal or e from None
+            except BaseException:  # the limit for all of them is over, and this one took it
+                self._next_host()
+                raise
         raise AssertionError("a URL names a host")
 
     def _next_host(self) -> None:
         self._hosts.append(self._hosts.pop(0))
 
-    async def _connect_to(self, url: str, over: asyncio.Event) -> asyncpg.Connection:
+    async def _connect_to(self, url: str, limit: float, over: Callable[[], bool]) -> asyncpg.Connection:
         connection = await asyncpg.connect(
             url,
-            timeout=CONNECT_LIMIT if len(self._hosts) == 1 else HOST_LIMIT,
+            timeout=limit,
             statement_cache_size=0,  # prepared statements break behind a transaction pooler (measured)
             server_settings={"application_name": "botlease", "timezone": "UTC"},
         )
@@ -218,7 +231,7 @@ class PostgresStore:
             if not self.pooled:
                 with contextlib.suppress(asyncpg.PostgresError):  # not everything that speaks the protocol has it
                     await connection.execute("SET plan_cache_mode = 'force_generic_plan'")
-            if over.is_set():
+            if over():
                 raise StoreError("connected, and closed meanwhile")
         except BaseException:
             connection.terminate()

@@ -109,14 +109,13 @@ class Desk:
             self.waiting = {i: self.given.pop(i).update for i in ids} | self.waiting
 
     @property
-    def full(self) -> bool:
-        """No more is handed out until something is done."""
-        return len(self.given) >= IN_HAND or any(g.update.tries >= SUSPECT for g in self.given.values())
+    def crowded(self) -> bool:
+        return len(self.given) >= IN_HAND
 
     @property
-    def held_up(self) -> bool:
-        """Somebody waits for what is in hand."""
-        return bool(self.given and self.waiting) and not any(self._room(poll) for poll in self.open)
+    def full(self) -> bool:
+        """No more is handed out until something is done."""
+        return self.crowded or any(g.update.tries >= SUSPECT for g in self.given.values())
 
     def relent(self) -> None:
         """What kills the bot would have done so by now; and what waits for something slow has waited long enough."""

@@ -108,7 +108,7 @@ class Poller:
         self._polls = 0  # of the program
         self._failures = 0
         self._negative = False
-        self._handed_at = self._acknowledged_at = clock.now()
+        self._handed_at = self._done_at = clock.now()
         self._heard_at = self._polled_at = clock.now()
         self._stopping = False
         self.proved = False  # the Bot API takes the token for one
@@ -173,6 +173,8 @@ class Poller:
 
     def _has(self, poll: Poll) -> bool:
         """The oldest poll is served first."""
+        if clock.now() > max(self._handed_at, self._done_at) + ALONE:
+            self.desk.relent()
         return self.desk.open[0] is poll and self.desk.offers(poll)
 
     async def _until(self, what: Callable[[], bool], end: float, gone: asyncio.Future[Any]) -> bool:
@@ -185,7 +187,7 @@ class Poller:
             rest = end - clock.now()
             if rest <= 0 or gone.done():
                 return False
-            await asyncio.wait({news, changed, gone}, timeout=rest, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({news, changed, gone}, timeout=min(rest, 1.0), return_when=asyncio.FIRST_COMPLETED)
 
     async def _hand_out(self, updates: list[Update]) -> None:
         """Write down that they are in the program's hands, before they are."""
@@ -207,11 +209,11 @@ class Poller:
                 self._allowed = self._writer.changes.allowed = text
 
     def acknowledge(self, ids: list[int]) -> None:
-        self._acknowledged_at = clock.now()
         self._finish(self.desk.acknowledge(ids))
 
     def _finish(self, ids: list[int]) -> None:
         if ids:
+            self._done_at = clock.now()
             self._writer.changes.done += ids
             self._marked -= set(ids)
             self._recent |= set(ids)
@@ -316,11 +318,7 @@ class Poller:
             await asyncio.wait({news}, timeout=1.0)
 
     async def _turn(self) -> None:
-        since = max(self._handed_at, self._acknowledged_at)
-        if self.desk.held_up and clock.now() > since + ALONE:
-            self.desk.relent()
-            self._news.ring()
-        if self.desk.full and clock.now() > since + STUCK:
+        if self.desk.crowded and clock.now() > max(self._handed_at, self._done_at) + STUCK:
             self._set_aside(
                 self.desk.let_go(), f"the bot has its hands full, and for {STUCK:g} s none was acknowledged"
             )

@@ -475,6 +475,7 @@ class _Reaper:
         once: the bot may have told it, and many take a second signal for "at once"."""
         try:
             os.killpg(self.group, 0)
+            self.tell_at = None
         except ProcessLookupError:
             if self.tell_at is None:
                 self.tell_at = clock.now() + LEFT_BEHIND
@@ -482,7 +483,7 @@ class _Reaper:
                 number, self.stop_number, self.tell_at = self.stop_number, 0, None
                 tree.kill_below(os.getpid(), number=number)
         except PermissionError:
-            pass  # somebody is left in its own group, who was told
+            self.tell_at = None  # somebody is left in its own group, who was told
 
     def _end(self) -> NoReturn:
         """The supervisor is gone. Nothing below us may outlive it."""
