@@ -22,7 +22,7 @@ def invoke(command: click.Command, program: str, obj: object = None) -> NoReturn
     try:
         command.main(prog_name=program, standalone_mode=False, obj=obj)
     except click.UsageError as e:
-        if "NoArgsIsHelpError" in type(e).__name__:  # by its name: click has the class since 8.2 only
+        if type(e).__name__ == "NoArgsIsHelpError":  # by its name: click has the class since 8.2 only
             click.echo(e.format_message())
             sys.exit(2)
         path = e.ctx.command_path if e.ctx is not None else program

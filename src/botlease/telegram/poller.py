@@ -122,10 +122,8 @@ class Poller:
         self, args: dict[str, Any], request: http.Request, acknowledges: bool, limit: int = 100
     ) -> tuple[int, bytes]:
         """Answer a poll of the program: status and body. Waits as long as it asks for."""
-        offset, timeout = (
-            integer(args.get("offset"), 0),
-            min(max(integer(args.get("timeout"), 0), 0), int(LONGEST_POLL)),
-        )
+        offset = integer(args.get("offset"), 0)
+        timeout = min(max(integer(args.get("timeout"), 0), 0), LONGEST_POLL)
         limit = min(max(integer(args.get("limit"), 100), 1), limit)
         self._state_allowed(args.get("allowed_updates"))
         end = clock.now() + timeout

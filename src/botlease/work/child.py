@@ -25,9 +25,6 @@ QUICK_DEATH = 60.0
 LONGEST_BACK_OFF = 30.0
 FORK_AGAIN = 1.0
 """Seconds until another reaper is tried, where one could not be forked or has ended as it began."""
-MOMENT = 0.05
-"""Seconds by which our own stop signal may come later than that of a bot which somebody else has signalled: a platform
-that signals everything in the container reaches one after the other."""
 AFTER_A_TERM = 0.2
 """Seconds until what can wait is done."""
 BAD_CONFIGURATION = 78
@@ -331,7 +328,7 @@ class ChildWork:
             if self._running and self._retry is not None and self._crashes == 1:
                 self._retry.cancel()
                 if self._was_stopped:  # we are about to be, too: a bot that is started now would be stopped at once
-                    self._retry = self._loop.call_later(MOMENT, self._spawn)
+                    self._retry = self._loop.call_later(reaper.MOMENT, self._spawn)
                 else:
                     self._spawn()
         elif self._running and self._retry is None:

@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 FORWARDED = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH, signal.SIGALRM)
 UNANNOUNCED = 6.0
 """Seconds for a drain, where a signal came to this process from elsewhere."""
-MOMENT = 0.05
-"""Seconds by which a signal from elsewhere may come later than the supervisor's word: a platform that signals
-everything reaches one after the other, and a busy machine lets the supervisor speak first."""
 
 
 def become(
@@ -197,6 +194,8 @@ class _Front:
 
     async def drain(self, number: int) -> None:
         import asyncio
+
+        from botlease.work.reaper import MOMENT
 
         began, hurry = clock.now(), self.hurry
         await self.gateway.drain(self.until, hurry=hurry)

@@ -55,6 +55,9 @@ EARLY = 0.25
 """Seconds before the end of trust at which the reaper begins to kill by itself; bounded by a tenth of what is
 left when the fence is armed. The kernel's timer stands at the end of trust."""
 
+MOMENT = 0.05
+"""Seconds by which one stop signal may come later than another, or than the supervisor's word: a platform that signals
+everything in the container reaches one process after the other."""
 LEFT_BEHIND = 0.5
 """Seconds that what a bot has left behind may take to end by itself before it is told to."""
 UNSEEN = 1.0
